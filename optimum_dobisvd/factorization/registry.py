@@ -1,0 +1,64 @@
+"""The factorisers by name: what each needs to know of the inputs, and the function that does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from .factors import Decomposition
+from .truncated_svd import output_pca, whitened_svd
+from .whitening import channel_scaling, cholesky_whitening, eigen_whitening
+
+Statistic = Literal["gram", "abs_mean"]
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """One row.
+
+    `needs` names the statistic of the input it reads (None: no data). `prepare` turns that statistic into whatever is
+    shared by all linears with the same input (q/k/v, gate/up); `decompose` takes the weight and that. `per_sample` marks
+    a factoriser that reads each calibration sample's outputs in a second pass, after the ranks are known; its
+    `decompose` then only prices ranks.
+    """
+
+    name: str
+    needs: Statistic | None
+    prepare: Callable[[Tensor], Any]
+    decompose: Callable[[Tensor, Any], Decomposition]
+    per_sample: bool = False
+
+
+FACTORIZATIONS: dict[str, Factorization] = {}
+
+
+def register_factorization(row: Factorization) -> None:
+    """Add a factoriser. A second one of the same name is refused."""
+    if row.name in FACTORIZATIONS:
+        raise ValueError(f"a factorization named {row.name!r} is already registered")
+    FACTORIZATIONS[row.name] = row
+
+
+def factorization_named(name: str) -> Factorization:
+    """The row of that name; ValueError lists the names there are."""
+    if name not in FACTORIZATIONS:
+        raise ValueError(f"unknown factorization {name!r}; known: {', '.join(sorted(FACTORIZATIONS))}")
+    return FACTORIZATIONS[name]
+
+
+def _as_is(statistic: Tensor) -> Tensor:
+    return statistic
+
+
+for _row in (
+    Factorization("svd", None, _as_is, lambda weight, _: whitened_svd(weight, None)),
+    Factorization("asvd", "abs_mean", channel_scaling, whitened_svd),
+    Factorization("svd_llm", "gram", cholesky_whitening, whitened_svd),
+    Factorization("svd_llm_v2", "gram", eigen_whitening, whitened_svd),
+    Factorization("output_pca", "gram", _as_is, output_pca),
+    Factorization("dobi_ipca", "gram", _as_is, output_pca, per_sample=True),
+):
+    register_factorization(_row)

@@ -1,0 +1,85 @@
+"""Changes of basis of a linear's input: `W -> W S`, and back.
+
+Truncating `W S` instead of `W` makes the SVD minimise `||(W - W') S||_F`; with `S S^T = X X^T` that is the error of
+the layer's output over the calibration tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EIGENVALUE_FLOOR = 1e-12
+"""Eigenvalues of a Gram below this fraction of the largest count as zero: a coarser floor breaks Theorem 3.1."""
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """`root` is `n x r` with `root root^T = H` on the range of `H`; `inverse` (`r x n`) undoes it there.
+
+    A diagonal whitening stores both as vectors of length `n`.
+    """
+
+    root: Tensor
+    inverse: Tensor
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """`W S`, `m x r`."""
+        return weight * self.root if self.root.dim() == 1 else weight @ self.root
+
+    def undo(self, right: Tensor) -> Tensor:
+        """`V^T S^+`, `p x n`."""
+        return right * self.inverse if self.inverse.dim() == 1 else right @ self.inverse
+
+
+def channel_scaling(abs_mean: Tensor, alpha: float = 0.5) -> Whitening:
+    """ASVD (Yuan et al. 2023): `S = diag(mean|x_j|^alpha)`. Channels that are always zero get no weight at all.
+
+    `abs_mean` has length `n`.
+    """
+    scale = abs_mean.double().clamp_min(0) ** alpha
+    if not bool((scale > 0).any()):
+        raise ValueError("every input channel is zero over the calibration tokens; use other calibration text")
+    return Whitening(scale, torch.where(scale > 0, 1 / scale.where(scale > 0, 1), 0))
+
+
+def cholesky_whitening(gram: Tensor) -> Whitening:
+    """SVD-LLM (V1): `S = chol(H)`, with the repair of its public code where `H` (`n x n`) is not positive definite.
+
+    The repair adds `(-lambda_min + 1e-6) I`. It can still fail; V2 has no such weak point.
+    """
+    gram = _symmetric(gram)
+    root, failed = torch.linalg.cholesky_ex(gram)
+    if int(failed):
+        shift = -torch.linalg.eigvalsh(gram)[0] + 1e-6
+        root, failed = torch.linalg.cholesky_ex(gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    if int(failed):
+        raise ValueError(
+            "the Gram matrix is singular and SVD-LLM V1's Cholesky repair was not enough (dead channels, or fewer "
+            "calibration tokens than input features); use factorization='svd_llm_v2', which needs no Cholesky, or "
+            "calibrate on more text"
+        )
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return Whitening(root, torch.linalg.solve_triangular(root, identity, upper=False))
+
+
+def eigen_whitening(gram: Tensor, floor: float = EIGENVALUE_FLOOR) -> Whitening:
+    """SVD-LLM V2: `S = U_s sqrt(S_s)` from `H = U_s S_s U_s^T`, its pseudo-inverse instead of an inverse.
+
+    Directions whose eigenvalue is below `floor * lambda_max` were never excited by the calibration text; they are left
+    out of the basis, hence projected out of the compressed weight. `gram` is `n x n`; singular ones are welcome.
+    """
+    values, vectors = torch.linalg.eigh(_symmetric(gram))
+    keep = values > floor * values[-1].clamp_min(0)
+    if not bool(keep.any()):
+        raise ValueError("the Gram matrix is zero: every calibration input of this linear was zero")
+    root = values[keep].sqrt()
+    vectors = vectors[:, keep]
+    return Whitening(vectors * root, (vectors / root).T)
+
+
+def _symmetric(gram: Tensor) -> Tensor:
+    gram = gram.double()
+    return (gram + gram.T) / 2

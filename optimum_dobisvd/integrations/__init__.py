@@ -1,0 +1,1 @@
+"""The only place that touches other libraries' private parts, few and commented."""

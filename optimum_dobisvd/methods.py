@@ -1,0 +1,77 @@
+"""The compression methods, one row each: which metric prices ranks, who allocates, who factorises, what is stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .allocation import allocation_named
+from .factorization.registry import factorization_named
+from .storage.costs import storage_named
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of `METHODS`.
+
+    `metric` names the factoriser whose singular values price the ranks; it matters only to an allocation that reads
+    spectra. The statistics to collect follow from the columns (`statistics`).
+    """
+
+    metric: str
+    allocation: str
+    factorization: str
+    storage: str
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        """Names of the input statistics this row reads: none, `gram`, `abs_mean`, or both."""
+        rows = [factorization_named(self.factorization)]
+        if allocation_named(self.allocation).needs_spectra:
+            rows.append(factorization_named(self.metric))
+        return frozenset(row.needs for row in rows if row.needs is not None)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration text is needed at all."""
+        return bool(self.statistics) or factorization_named(self.factorization).per_sample
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register_method(name: str, method: Method) -> None:
+    """Add a row. A second row of the same name, or a column that names nothing registered, is refused."""
+    if name in METHODS:
+        raise ValueError(f"a method named {name!r} is already registered")
+    factorization_named(method.metric)
+    factorization_named(method.factorization)
+    allocation_named(method.allocation)
+    storage_named(method.storage)
+    METHODS[name] = method
+
+
+def method_named(
+    name: str, *, allocation: str | None = None, factorization: str | None = None, storage: str | None = None
+) -> Method:
+    """The row of that name with any column replaced. ValueError lists the names there are."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+    method = METHODS[name]
+    if factorization is not None:
+        method = replace(method, factorization=factorization_named(factorization).name, metric=factorization)
+    if allocation is not None:
+        method = replace(method, allocation=allocation_named(allocation).name)
+    if storage is not None:
+        method = replace(method, storage=storage_named(storage).name)
+    return method
+
+
+for _name, _allocation in (
+    ("svd", "uniform"),
+    ("asvd", "uniform"),
+    ("svd_llm", "uniform"),
+    ("svd_llm_v2", "svd_llm_v2"),
+    ("output_pca", "uniform"),
+    ("dobi_ipca", "uniform"),
+):
+    register_method(_name, Method(metric=_name, allocation=_allocation, factorization=_name, storage="plain"))

@@ -1,0 +1,49 @@
+"""The dense linears a model may have: `nn.Linear`, and transformers' `Conv1D` (GPT-2), which stores `W^T`."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .low_rank_linear import LowRankLinear
+
+
+def is_dense_linear(module: nn.Module) -> bool:
+    """Exactly `nn.Linear` or `Conv1D`: a subclass may compute something else."""
+    return type(module) is nn.Linear or type(module) is Conv1D
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The weight as `out_features x in_features`, a view."""
+    weight: Tensor = module.weight.detach()  # type: ignore[assignment, operator, union-attr]
+    return weight.T if type(module) is Conv1D else weight
+
+
+def empty_low_rank(module: nn.Module, rank: int, device: str | None = None) -> LowRankLinear:
+    """A `LowRankLinear` of the same shape, bias and dtype as a dense linear, its weights not set."""
+    out_features, in_features = weight_matrix(module).shape
+    return LowRankLinear(
+        in_features,
+        out_features,
+        rank,
+        bias=module.bias is not None,
+        conv1d=type(module) is Conv1D,
+        device=device if device is not None else module.weight.device,  # type: ignore[arg-type, union-attr]
+        dtype=module.weight.dtype,  # type: ignore[arg-type, union-attr]
+    )
+
+
+def to_dense(module: LowRankLinear) -> nn.Module:
+    """The dense layer of the same function: the product is formed in float32 and rounded once."""
+    weight = (module.second.weight.float() @ module.first.weight.float()).to(module.second.weight.dtype)
+    bias = module.second.bias
+    if module.conv1d:
+        dense: nn.Module = Conv1D(module.out_features, module.in_features)
+        dense.weight = nn.Parameter(weight.T.contiguous())
+        dense.bias = nn.Parameter(bias.detach().clone())
+        return dense
+    dense = nn.Linear(module.in_features, module.out_features, bias=bias is not None, device="meta")
+    dense.weight = nn.Parameter(weight)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias.detach().clone())
+    return dense

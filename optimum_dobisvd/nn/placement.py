@@ -1,0 +1,59 @@
+"""Weights under Accelerate: read them wherever they are, put factors where the weight was."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+
+from ..factorization.factors import Factors
+from .dense_linear import empty_low_rank, weight_matrix
+from .low_rank_linear import LowRankLinear
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """A dense linear's weight, `m x n`, brought back from cpu or disk offload if need be."""
+    if module.weight.device.type != "meta":  # type: ignore[union-attr]
+        return weight_matrix(module)
+    with align_module_device(module, execution_device="cpu"):
+        return weight_matrix(module).clone()
+
+
+def replace_with_factors(model: nn.Module, name: str, factors: Factors) -> LowRankLinear:
+    """Put `LowRankLinear` in the place of the linear `name`, on its device, in its dtype, offloaded if it was."""
+    module = model.get_submodule(name)
+    hook = _align_hook(module)
+    with align_module_device(module, execution_device="cpu") if hook is not None and hook.offload else nullcontext():
+        device = module.weight.device  # type: ignore[union-attr]
+        new = empty_low_rank(module, factors.first.shape[0], device="meta")
+        dtype = module.weight.dtype  # type: ignore[union-attr]
+        _set(new.first, "weight", factors.first, device, dtype)
+        _set(new.second, "weight", factors.second, device, dtype)
+        if module.bias is not None:
+            _set(new.second, "bias", module.bias.detach().clone(), device, dtype)  # type: ignore[union-attr, operator]
+    new.train(module.training)
+    if hook is not None:
+        remove_hook_from_module(module)
+        if hook.offload:
+            cpu_offload(new, execution_device=hook.execution_device)
+        else:
+            add_hook_to_module(new, AlignDevicesHook(execution_device=hook.execution_device, io_same_device=hook.io_same_device))
+    model.set_submodule(name, new)
+    return new
+
+
+def _set(linear: nn.Linear, key: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    data = value.detach().to(device=device, dtype=dtype).contiguous()
+    if not bool(torch.isfinite(data).all()):
+        raise ValueError(f"a factor does not fit into {dtype}: its values overflow; load the model in bfloat16 or float32")
+    setattr(linear, key, nn.Parameter(data))
+
+
+def _align_hook(module: nn.Module) -> AlignDevicesHook | None:
+    hook = getattr(module, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    return next((each for each in hooks if isinstance(each, AlignDevicesHook)), None)

@@ -1,0 +1,272 @@
+"""The pipeline, top to bottom: layout -> statistics -> plan -> factors -> model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .allocation import allocation_named
+from .allocation.patterns import resolve_overrides
+from .allocation.plan import Plan
+from .calibration.dataset import CalibrationWindows, load_windows
+from .calibration.layout import Layout, find_layout
+from .calibration.runner import BlockRunner
+from .config import DobiSVDConfig
+from .factorization.errors import output_error
+from .factorization.factors import Factors
+from .factorization.registry import factorization_named
+from .nn.placement import dense_weight, replace_with_factors
+from .report.measure import Stages
+from .report.report import CompressionReport, is_low_rank, macs_per_token, model_bytes, module_report
+from .statistics.collect import InputCollector
+from .statistics.fingerprint import fingerprint
+from .statistics.sample_bases import SampleBasisVisitor
+from .statistics.spectra import PreparedInputs, compute_spectra
+from .statistics.store import StatisticsStore
+
+logger = logging.getLogger(__name__)
+
+PLAN_NAME = "dobisvd_plan.json"
+
+
+class DobiSVDQuantizer:
+    """Compresses a dense transformers model in place, in the manner of optimum's `GPTQQuantizer`.
+
+    ```python
+    quantizer = DobiSVDQuantizer(method="svd_llm_v2", ratio=0.8, dataset="wikitext2")
+    model = quantizer.quantize_model(model, tokenizer)
+    quantizer.save(model, "out")
+    ```
+
+    Args:
+        config: a `DobiSVDConfig`; or its fields as keyword arguments.
+    """
+
+    def __init__(self, config: DobiSVDConfig | None = None, **kwargs: Any) -> None:
+        if config is not None and kwargs:
+            raise TypeError("pass a DobiSVDConfig or its fields, not both")
+        self.config = config if config is not None else DobiSVDConfig.from_dict(kwargs)
+        if self.config.is_compressed:
+            raise ValueError("this config describes a compressed model; start from one without `modules`")
+        self.plan: Plan | None = None
+        self.report: CompressionReport | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON values."""
+        return self.config.to_dict()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any]) -> DobiSVDQuantizer:
+        """Inverse of `to_dict`."""
+        return cls(DobiSVDConfig.from_dict(config_dict))
+
+    def quantize_model(self, model: nn.Module, tokenizer: Any = None) -> nn.Module:
+        """Calibrate, allocate, factorise, and replace the model's linears by `LowRankLinear`.
+
+        Returns the same model. `plan` and `report` of this object are set.
+
+        Raises:
+            ValueError: a model, dataset, plan or setting that cannot work; said before any long computation.
+        """
+        layout = check_model(model, self.config)
+        stages = Stages()
+        given = self._given_plan(layout)
+        windows = self._windows(model, tokenizer)
+        before = (macs_per_token(model), model_bytes(model.parameters()))
+        with stages.stage("statistics"):
+            store = self._statistics(model, layout, windows)
+        with stages.stage("allocation"):
+            plan = given or make_plan(self.config, layout, store, self._device())
+        with stages.stage("factorization"):
+            errors = self._factorize(model, layout, plan, store, windows)
+        self.plan = plan
+        self.report = CompressionReport(
+            model=os.path.basename(str(getattr(model, "name_or_path", "") or type(model).__name__).rstrip("/")),
+            method=self.config.method,
+            ratio=self.config.ratio,
+            dataset=windows.description if windows is not None else None,
+            modules=[
+                module_report(target, plan.modules[target.name].rank, plan.modules[target.name].storage, errors[target.name])
+                for target in layout.targets
+            ],
+            coverage=layout.coverage,
+            left_dense=layout.describe_left_dense(),
+            dense_macs=before[0],
+            compressed_macs=macs_per_token(model),
+            dense_model_bytes=before[1],
+            compressed_model_bytes=model_bytes(model.parameters()),
+            seconds=stages.seconds,
+            peak_bytes=stages.peak_bytes,
+        )
+        from .integrations.transformers_quantizer import attach
+
+        attach(model, self.config.with_plan(plan, dataset=describe_dataset(windows)))
+        return model
+
+    def save(self, model: nn.Module, save_dir: str | os.PathLike[str], **kwargs: Any) -> None:
+        """`model.save_pretrained(save_dir, **kwargs)`, with plan, report and pictures beside the checkpoint."""
+        if self.plan is None or self.report is None:
+            raise ValueError("nothing was compressed yet: call quantize_model first")
+        model.save_pretrained(save_dir, **kwargs)  # type: ignore[operator]
+        write_beside(save_dir, self.plan, self.report)
+
+    def _device(self) -> torch.device | None:
+        return torch.device(self.config.device) if self.config.device is not None else None
+
+    def _given_plan(self, layout: Layout) -> Plan | None:
+        plan = self.config.plan
+        if plan is None:
+            return None
+        plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+        plan.check(layout.targets)
+        return plan
+
+    def _windows(self, model: nn.Module, tokenizer: Any) -> CalibrationWindows | None:
+        config = self.config
+        if config.dataset is None:
+            if config.resolved_method().needs_data:
+                raise ValueError(
+                    f"method {config.method!r} needs calibration text: pass dataset= (a name such as 'wikitext2', a file, "
+                    "a list of strings, or token tensors), or use method='svd', which needs none"
+                )
+            return None
+        tokenizer = tokenizer or config.tokenizer or getattr(model, "name_or_path", None) or None
+        return load_windows(
+            config.dataset, tokenizer, nsamples=config.nsamples, seqlen=config.seqlen, seed=config.seed
+        )
+
+    def _statistics(
+        self, model: nn.Module, layout: Layout, windows: CalibrationWindows | None
+    ) -> StatisticsStore | None:
+        if windows is None:
+            return None
+        identity = fingerprint(model, windows)
+        store = StatisticsStore(identity, list(layout.blocks), self.config.statistics)
+        if not store.is_complete:
+            collector = InputCollector(layout.linears_of, store.put, lambda block: not store.has(block))
+            self._runner(model, layout, windows).run(collector)
+        return store
+
+    def _runner(self, model: nn.Module, layout: Layout, windows: CalibrationWindows) -> BlockRunner:
+        return BlockRunner(
+            model, layout.blocks, windows, batch_size=self.config.batch_size, device=self.config.device
+        )
+
+    def _factorize(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        plan: Plan,
+        store: StatisticsStore | None,
+        windows: CalibrationWindows | None,
+    ) -> dict[str, float | None]:
+        """Replace every planned linear; returns the relative output error by name (dense ones 0, unknown ones None)."""
+        row = factorization_named(self.config.resolved_method().factorization)
+        device = self._device()
+        ranks = {name: entry.rank for name, entry in plan.modules.items() if entry.rank is not None}
+        errors: dict[str, float | None] = {name: 0.0 for name in plan.modules if name not in ranks}
+        progress = tqdm(total=len(ranks), desc="factorising", unit="matrix")
+
+        def put(name: str, weight: Tensor, factors: Factors, gram: Tensor | None) -> None:
+            dtype = layout.linears[name].weight.dtype  # type: ignore[union-attr]
+            balanced = factors.balanced()
+            stored = Factors(balanced.second.to(dtype), balanced.first.to(dtype))  # type: ignore[arg-type]
+            errors[name] = _relative_error(weight, stored, gram)
+            replace_with_factors(model, name, stored)
+            progress.update()
+
+        if row.per_sample and windows is not None:
+
+            def finished(block: str, factors: dict[str, Factors]) -> None:
+                inputs = PreparedInputs(row, store.block(block) if store is not None else None, device)
+                for name, found in factors.items():
+                    put(name, dense_weight(layout.linears[name]).to(device), found, inputs.gram(name))
+
+            visitor = SampleBasisVisitor(layout.linears_of, ranks, finished)
+            self._runner(model, layout, windows).run(visitor, "second pass")
+        else:
+            for block in layout.blocks:
+                inputs = PreparedInputs(row, store.block(block) if store is not None else None, device)
+                for name, module in layout.linears_of(block).items():
+                    if name in ranks:
+                        weight = dense_weight(module).to(device)
+                        try:
+                            factors = row.decompose(weight, inputs.of(name)).truncate(ranks[name])
+                        except (ValueError, torch.linalg.LinAlgError) as error:
+                            raise ValueError(f"{name}: {error}") from error
+                        put(name, weight, factors, inputs.gram(name))
+        progress.close()
+        return errors
+
+
+def check_model(model: nn.Module, config: DobiSVDConfig) -> Layout:
+    """Everything about a dense model that can be refused before calibration; returns its layout.
+
+    Raises:
+        ValueError: already compressed; no eligible linear; coverage; patterns or overrides that match nothing; NaN or
+            infinite weights (names the module).
+    """
+    if is_low_rank(model):
+        raise ValueError("the model is compressed already; load the dense model to compress it differently")
+    layout = find_layout(model, config.modules_to_not_convert, config.min_coverage)
+    resolve_overrides(config.overrides, list(layout.linears))
+    for name, module in layout.linears.items():
+        weight = module.weight
+        if weight.device.type != "meta" and not bool(torch.isfinite(weight).all()):  # type: ignore[union-attr, arg-type]
+            raise ValueError(f"{name}.weight has NaN or infinite values; the checkpoint is damaged, or its dtype too small")
+    if layout.left_dense:
+        logger.info("left dense: %s", layout.describe_left_dense())
+    return layout
+
+
+def make_plan(
+    config: DobiSVDConfig, layout: Layout, store: StatisticsStore | None, device: torch.device | None = None
+) -> Plan:
+    """Ranks for every target within the byte budget, by the method's allocation."""
+    method = config.resolved_method()
+    allocation = allocation_named(method.allocation)
+    spectra: Mapping[str, Tensor] | None = None
+    if allocation.needs_spectra:
+        spectra = compute_spectra(layout, factorization_named(method.metric), store, device)
+    modules = allocation.function(
+        layout.targets,
+        config.ratio,
+        storage=method.storage,
+        overrides=resolve_overrides(config.overrides, list(layout.linears)),
+        rank_multiple=config.rank_multiple,
+        min_rank=config.min_rank,
+        spectra=spectra,
+    )
+    return Plan(modules=modules, method=config.method, ratio=config.ratio, allocation=method.allocation)
+
+
+def describe_dataset(windows: CalibrationWindows | None) -> str | None:
+    """The calibration text in words, for config.json and the report."""
+    return str(windows.description.get("dataset")) if windows is not None else None
+
+
+def write_beside(folder: str | os.PathLike[str], plan: Plan, report: CompressionReport) -> None:
+    """Plan, report and, where matplotlib is installed, its pictures, beside a checkpoint."""
+    plan.save(Path(folder) / PLAN_NAME)
+    report.save(folder)
+
+
+def load_quantized_model(save_dir: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
+    """Load a compressed model; `AutoModelForCausalLM.from_pretrained(save_dir, **kwargs)` does the same."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(save_dir, **kwargs)
+
+
+def _relative_error(weight: Tensor, factors: Factors, gram: Tensor | None) -> float | None:
+    if gram is None:
+        return None
+    lost, total = output_error(weight, factors, gram)
+    return lost / total if total else 0.0

@@ -1,0 +1,1 @@
+"""What a compression did: figures, tables, pictures."""

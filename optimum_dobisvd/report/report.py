@@ -1,0 +1,127 @@
+"""The figures of one compressed model, as data that can be written to JSON and read back."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..allocation.plan import Target
+from ..nn.dense_linear import is_dense_linear, weight_matrix
+from ..nn.low_rank_linear import LowRankLinear
+from ..storage.atomic import write_text_atomically
+from ..storage.costs import storage_named
+
+REPORT_NAME = "dobisvd_report.json"
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One target matrix: its shape, what became of it, and `||(W-W')X|| / ||WX||` over the calibration tokens.
+
+    `rank` is None where it was left dense; `error` is None where there were no statistics to measure it with.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    rank: int | None
+    storage: str
+    bytes: int
+    dense_bytes: int
+    error: float | None
+
+    @property
+    def kind(self) -> str:
+        """Last component of the name, e.g. `q_proj`."""
+        return self.name.rsplit(".", 1)[-1]
+
+
+@dataclass
+class CompressionReport:
+    """Everything measured while compressing. `*_macs` are multiply-adds per token of all linears, `lm_head` included."""
+
+    model: str
+    method: str
+    ratio: float
+    dataset: dict[str, Any] | None
+    modules: list[ModuleReport]
+    coverage: float
+    left_dense: str
+    dense_macs: int
+    compressed_macs: int
+    dense_model_bytes: int
+    compressed_model_bytes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def target_bytes(self) -> int:
+        """Bytes of the target matrices as stored."""
+        return sum(module.bytes for module in self.modules)
+
+    @property
+    def dense_target_bytes(self) -> int:
+        """Bytes of the same matrices dense."""
+        return sum(module.dense_bytes for module in self.modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, with the three ratios that matter spelt out."""
+        ratios = {
+            "target_bytes": self.target_bytes / self.dense_target_bytes,
+            "model_bytes": self.compressed_model_bytes / self.dense_model_bytes,
+            "macs_per_token": self.compressed_macs / self.dense_macs,
+        }
+        return {**asdict(self), "ratios": {key: round(value, 6) for key, value in ratios.items()}}
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `dobisvd_report.json` into a folder."""
+        path = Path(folder) / REPORT_NAME
+        write_text_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> CompressionReport:
+        """Read the report beside a checkpoint. FileNotFoundError or ValueError name the file and the remedy."""
+        path = Path(folder) / REPORT_NAME
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist: the folder was not written by `optimum-cli dobisvd compress`")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            values.pop("ratios")
+            values["modules"] = [ModuleReport(**module) for module in values["modules"]]
+            return cls(**values)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); compress again to write it anew") from error
+
+
+def module_report(target: Target, rank: int | None, storage: str, error: float | None) -> ModuleReport:
+    """The report row of one target; bytes follow from the storage."""
+    if rank is None:
+        stored = target.dense_bytes
+    else:
+        stored = storage_named(storage).bytes_at(target.out_features, target.in_features, rank, target.element_size)
+    return ModuleReport(
+        target.name, target.out_features, target.in_features, rank, storage, stored, target.dense_bytes, error
+    )
+
+
+def macs_per_token(model: nn.Module) -> int:
+    """Multiply-adds of all linears for one token; a module inside a `LowRankLinear` counts as its factors do."""
+    return sum(weight_matrix(module).numel() for module in model.modules() if is_dense_linear(module))
+
+
+def model_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of distinct parameters; tied ones count once, as on disk."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def is_low_rank(model: nn.Module) -> bool:
+    """Whether any linear of the model has been factorised."""
+    return any(isinstance(module, LowRankLinear) for module in model.modules())

@@ -1,0 +1,166 @@
+"""Watch the linears of a block and sum up what goes into them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.dense_linear import weight_matrix
+from .packing import pack
+
+
+@dataclass
+class InputStatistics:
+    """Statistics of one input, shared by the linears that read it.
+
+    `gram` is the packed upper triangle of `H = X X^T` (float32, `n(n+1)/2`); `abs_mean` is `mean|x_j|` (float32, `n`); `tokens` counts the tokens summed.
+    """
+
+    size: int
+    tokens: int
+    abs_mean: Tensor
+    gram: Tensor
+
+
+@dataclass
+class BlockStatistics:
+    """Statistics of one block: inputs by the name of the first linear that reads them, and each linear's input."""
+
+    inputs: dict[str, InputStatistics] = field(default_factory=dict)
+    leader: dict[str, str] = field(default_factory=dict)
+
+
+class _Accumulator:
+    """Sums in float64; each batch's product is formed in float32 (float64 for float64 models)."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.abs_sum = torch.zeros(size, dtype=torch.float64, device=device)
+        self.gram = torch.zeros(size, size, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """`x` is `tokens x n`."""
+        x = x if x.dtype == torch.float64 else x.float()
+        self.tokens += len(x)
+        self.abs_sum += x.abs().sum(0)
+        self.gram += x.T @ x
+
+    def result(self, name: str) -> InputStatistics:
+        if self.tokens == 0:
+            raise ValueError(
+                f"{name} saw no calibration token (a router may never choose it): calibrate on more text, or list it "
+                "in modules_to_not_convert"
+            )
+        if not bool(torch.isfinite(self.abs_sum).all() and torch.isfinite(self.gram.diagonal()).all()):
+            raise ValueError(
+                f"{name}: its calibration inputs have NaN or infinite values. Check the checkpoint, or load the model in "
+                "float32 or bfloat16 (float16 overflows)"
+            )
+        mean = (self.abs_sum / self.tokens).float().cpu()
+        return InputStatistics(len(self.abs_sum), self.tokens, mean, pack(self.gram.cpu()))
+
+
+class InputCollector:
+    """A block visitor that sums up the inputs of a block's linears and hands each finished block to `finished`.
+
+    Linears that are given the very same tensor (q/k/v, gate/up) share one sum: the first one called leads.
+
+    Args:
+        linears_of: block name -> its linears by full name.
+        finished: called with block name and `BlockStatistics`.
+        wanted: block name -> whether it is still to be collected.
+    """
+
+    def __init__(
+        self,
+        linears_of: Callable[[str], dict[str, nn.Module]],
+        finished: Callable[[str, BlockStatistics], None],
+        wanted: Callable[[str], bool],
+    ) -> None:
+        self._linears_of = linears_of
+        self._finished = finished
+        self._wanted = wanted
+        self._open: dict[str, _OpenBlock] = {}
+
+    def wants(self, name: str) -> bool:
+        return self._wanted(name)
+
+    def enter(self, name: str, block: nn.Module) -> None:
+        self._open[name] = _OpenBlock(self._linears_of(name))
+
+    def start_batch(self, mask: Tensor) -> None:
+        for block in self._open.values():
+            block.start_batch(mask)
+
+    def leave(self, name: str, block: nn.Module) -> None:
+        opened = self._open.pop(name)
+        opened.detach()
+        self._finished(name, opened.statistics())
+
+    def abandon(self) -> None:
+        for opened in self._open.values():
+            opened.detach()
+        self._open.clear()
+
+
+class _OpenBlock:
+    """The hooks and sums of one block while it runs."""
+
+    def __init__(self, linears: dict[str, nn.Module]) -> None:
+        self._linears = linears
+        self._mask: Tensor | None = None
+        self._leader: dict[str, str] = {}
+        self._sums: dict[str, _Accumulator] = {}
+        self._current: dict[str, Tensor] = {}  # leader -> its input in the forward pass under way
+        self._handles = [
+            module.register_forward_pre_hook(partial(self._observe, name), with_kwargs=True)
+            for name, module in linears.items()
+        ]
+
+    def start_batch(self, mask: Tensor) -> None:
+        self._mask = mask
+        self._current = {}
+
+    def _observe(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        if name not in self._leader:
+            self._leader[name] = next((lead for lead, seen in self._current.items() if seen is x), name)
+        leader = self._leader[name]
+        if leader != name:
+            if self._current.get(leader) is not x:
+                raise ValueError(f"{name} and {leader} shared their input in one batch and not in another")
+            return
+        self._current[name] = x
+        if name not in self._sums:
+            self._sums[name] = _Accumulator(weight_matrix(module).shape[1], x.device)
+        self._sums[name].add(self._tokens(name, x.detach()))
+
+    def _tokens(self, name: str, x: Tensor) -> Tensor:
+        """The rows of `x` that are tokens, padding left out: `tokens x n`."""
+        mask = self._mask
+        flat = x.reshape(-1, x.shape[-1])
+        if mask is None or bool(mask.all()):
+            return flat
+        if len(flat) != mask.numel():
+            raise ValueError(
+                f"{name} is given {len(flat)} rows where the batch has {mask.numel()} tokens, so padding cannot be told "
+                "from text; calibrate on windows without padding"
+            )
+        return flat[mask.reshape(-1).to(flat.device)]
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def statistics(self) -> BlockStatistics:
+        unseen = [name for name in self._linears if name not in self._leader]
+        if unseen:
+            raise ValueError(
+                f"{unseen[0]} was never called during calibration ({len(unseen)} such linears in its block): calibrate on "
+                "more text, or list it in modules_to_not_convert"
+            )
+        return BlockStatistics({name: sums.result(name) for name, sums in self._sums.items()}, dict(self._leader))

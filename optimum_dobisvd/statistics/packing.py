@@ -1,0 +1,34 @@
+"""A symmetric matrix as its upper triangle, row after row: half the bytes on disk and in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def packed_length(size: int) -> int:
+    """Elements of the packed triangle of a `size x size` matrix."""
+    return size * (size + 1) // 2
+
+
+def pack(matrix: Tensor) -> Tensor:
+    """`n x n` symmetric -> `n(n+1)/2` float32 values."""
+    size = len(matrix)
+    packed = torch.empty(packed_length(size), dtype=torch.float32)
+    start = 0
+    for row in range(size):  # slices, not an index tensor: that one would be four times the matrix
+        packed[start : start + size - row] = matrix[row, row:]
+        start += size - row
+    return packed
+
+
+def unpack(packed: Tensor, size: int) -> Tensor:
+    """`n(n+1)/2` values -> `n x n` float64. ValueError if the length does not belong to `size`."""
+    if packed.shape != (packed_length(size),):
+        raise ValueError(f"a packed {size} x {size} Gram has {packed_length(size)} values, found {tuple(packed.shape)}")
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    start = 0
+    for row in range(size):
+        matrix[row, row:] = packed[start : start + size - row]
+        start += size - row
+    return matrix + matrix.triu(1).T

@@ -1,0 +1,79 @@
+"""The second pass of Dobi-SVD's IPCA factoriser: every sample's outputs, once the ranks are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor, nn
+
+from ..factorization.dobi_ipca import IncrementalBasis, project, sample_basis
+from ..factorization.factors import Factors
+from ..nn.placement import dense_weight
+
+
+class SampleBasisVisitor:
+    """A block visitor that runs Algorithm 2 on the outputs of each linear and hands the block's factors to `finished`.
+
+    Args:
+        linears_of: block name -> its linears to factorise, by full name.
+        ranks: linear name -> rank.
+        finished: called with block name and factors by linear name.
+    """
+
+    def __init__(
+        self,
+        linears_of: Callable[[str], dict[str, nn.Module]],
+        ranks: dict[str, int],
+        finished: Callable[[str, dict[str, Factors]], None],
+    ) -> None:
+        self._linears_of = linears_of
+        self._ranks = ranks
+        self._finished = finished
+        self._bases: dict[str, IncrementalBasis] = {}
+        self._handles: list = []
+        self._mask: Tensor | None = None
+
+    def wants(self, name: str) -> bool:
+        return bool(self._planned(name))
+
+    def enter(self, name: str, block: nn.Module) -> None:
+        for linear, module in self._planned(name).items():
+            self._bases[linear] = IncrementalBasis(dense_weight(module).shape[0], self._ranks[linear])
+            self._handles.append(module.register_forward_hook(partial(self._observe, linear)))
+
+    def start_batch(self, mask: Tensor) -> None:
+        self._mask = mask
+
+    def leave(self, name: str, block: nn.Module) -> None:
+        factors = {
+            linear: project(dense_weight(module), self._bases.pop(linear).basis())
+            for linear, module in self._planned(name).items()
+        }
+        if not self._bases:
+            self._remove_hooks()
+        self._finished(name, factors)
+
+    def abandon(self) -> None:
+        self._remove_hooks()
+        self._bases.clear()
+
+    def _planned(self, block: str) -> dict[str, nn.Module]:
+        return {name: module for name, module in self._linears_of(block).items() if name in self._ranks}
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _observe(self, linear: str, module: nn.Module, _args: tuple, output: Tensor) -> None:
+        mask = self._mask
+        if mask is None or output.shape[:2] != mask.shape:
+            raise ValueError(
+                f"{linear}: its outputs are not one row per token of each sample, which dobi_ipca needs (routed experts?); "
+                "use factorization='output_pca', or list it in modules_to_not_convert"
+            )
+        bias = module.bias
+        plain = output.detach().double() if bias is None else output.detach().double() - bias.double()  # type: ignore[operator, union-attr]
+        for sample, keep in zip(plain, mask.to(plain.device), strict=True):
+            self._bases[linear].update(sample_basis(sample[keep], self._ranks[linear]))

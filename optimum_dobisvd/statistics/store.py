@@ -1,0 +1,147 @@
+"""The statistics of one model on one set of windows: a folder of safetensors and one JSON, or the same in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..storage.atomic import write_atomically, write_text_atomically
+from .collect import BlockStatistics, InputStatistics
+from .fingerprint import differing_fields
+from .packing import packed_length, unpack
+
+FORMAT_VERSION = 1
+INDEX_NAME = "statistics.json"
+
+
+class StatisticsStore:
+    """Statistics by block. With a folder each finished block is on disk at once, so a killed run resumes after it.
+
+    Files: `statistics.json` (format version, fingerprint, block names), `block-00000.safetensors` per block
+    (`{input}.gram` packed float32 triangle, `{input}.abs_mean`), `spectra-{metric}.safetensors` once computed.
+    """
+
+    def __init__(self, fingerprint: dict[str, Any], blocks: list[str], folder: str | Path | None = None) -> None:
+        """Open the store in `folder` if there is one, else begin one (`folder=None`: in memory).
+
+        Raises:
+            ValueError: the folder holds something else, or a store of other weights, text or settings (says which
+                field differs).
+        """
+        self.fingerprint = fingerprint
+        self._blocks = blocks
+        self._folder = Path(folder) if folder is not None else None
+        self._memory: dict[str, BlockStatistics] = {}
+        self._last: tuple[str, BlockStatistics] | None = None
+        self._spectra: dict[str, dict[str, Tensor]] = {}
+        if self._folder is None:
+            return
+        if (self._folder / INDEX_NAME).exists():
+            self._check_index()
+        elif self._folder.exists() and (not self._folder.is_dir() or any(self._folder.iterdir())):
+            raise ValueError(f"{self._folder} exists and is not a statistics store; name an empty or new folder")
+        else:
+            index = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "blocks": blocks}
+            write_text_atomically(self._folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+
+    def _check_index(self) -> None:
+        path = self._folder / INDEX_NAME  # type: ignore[operator]
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+            version, stored, blocks = index["format_version"], index["fingerprint"], index["blocks"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete the folder to collect the statistics again") from error
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{path} has format {version}, this version reads {FORMAT_VERSION}; use another folder")
+        differences = differing_fields(stored, self.fingerprint)
+        if blocks != self._blocks:
+            differences.append(f"blocks: {len(blocks)} in the store, {len(self._blocks)} now")
+        if differences:
+            raise ValueError(
+                f"the statistics in {self._folder} do not belong to this run. {'; '.join(differences)}. "
+                "Use the settings they were collected with, or another folder"
+            )
+
+    def has(self, block: str) -> bool:
+        """Whether a block's statistics are there."""
+        return block in self._memory if self._folder is None else self._path(block).exists()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every block has been collected."""
+        return all(self.has(block) for block in self._blocks)
+
+    def put(self, block: str, statistics: BlockStatistics) -> None:
+        """Add a finished block."""
+        if self._folder is None:
+            self._memory[block] = statistics
+            return
+        tensors: dict[str, Tensor] = {}
+        for name, inputs in statistics.inputs.items():
+            tensors[f"{name}.abs_mean"] = inputs.abs_mean
+            tensors[f"{name}.gram"] = inputs.gram
+        metadata = {
+            "leader": json.dumps(statistics.leader),
+            "tokens": json.dumps({name: inputs.tokens for name, inputs in statistics.inputs.items()}),
+        }
+        write_atomically(self._path(block), lambda path: save_file(tensors, path, metadata=metadata))
+
+    def block(self, block: str) -> BlockStatistics:
+        """All statistics of one block."""
+        if self._folder is None:
+            return self._memory[block]
+        if self._last is None or self._last[0] != block:
+            self._last = (block, _read_block(self._path(block)))
+        return self._last[1]
+
+    def spectra(self, metric: str) -> Mapping[str, Tensor] | None:
+        """Singular values by linear in a metric, if they were computed before."""
+        if metric not in self._spectra and self._folder is not None:
+            path = self._folder / f"spectra-{metric}.safetensors"
+            if path.exists():
+                self._spectra[metric] = load_file(path)
+        return self._spectra.get(metric)
+
+    def put_spectra(self, metric: str, spectra: dict[str, Tensor]) -> None:
+        """Keep the price list of a metric for the next ratio."""
+        self._spectra[metric] = spectra
+        if self._folder is not None:
+            path = self._folder / f"spectra-{metric}.safetensors"
+            write_atomically(path, lambda beside: save_file({k: v.contiguous() for k, v in spectra.items()}, beside))
+
+    def _path(self, block: str) -> Path:
+        return self._folder / f"block-{self._blocks.index(block):05d}.safetensors"  # type: ignore[operator]
+
+
+def full_gram(inputs: InputStatistics) -> Tensor:
+    """`H`, `n x n`, float64."""
+    return unpack(inputs.gram, inputs.size)
+
+
+def _read_block(path: Path) -> BlockStatistics:
+    """Read one block's file; names and sizes are checked against each other before anything is used."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        try:
+            leader, tokens = json.loads(metadata["leader"]), json.loads(metadata["tokens"])
+        except (KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a statistics file of this format; delete it to collect it again") from error
+        inputs = {}
+        for name, count in tokens.items():
+            try:
+                size = file.get_slice(f"{name}.abs_mean").get_shape()[0]
+                length = file.get_slice(f"{name}.gram").get_shape()
+            except Exception as error:
+                raise ValueError(f"{path} lacks the statistics of {name}; delete it to collect it again") from error
+            if length != [packed_length(size)]:
+                raise ValueError(f"{path}: the Gram of {name} has {length} values for {size} features; delete it")
+            inputs[name] = InputStatistics(
+                size, count, file.get_tensor(f"{name}.abs_mean"), file.get_tensor(f"{name}.gram")
+            )
+    return BlockStatistics(inputs, leader)
