@@ -1,8 +1,18 @@
 """Fixtures that several test folders share."""
 
+import os
+
+# Before anything reads them: tiny models gain nothing from threads, and two test processes on two cores lose by them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
 
 TOKENIZER_TEXT = [
     "The cat sat on the mat while the dog ran over the hill.",

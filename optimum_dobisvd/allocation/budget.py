@@ -105,18 +105,9 @@ def open_budget(
     """
     known = targets_by_name(targets)
     overrides = overrides or {}
-    if not is_keep_ratio(ratio):
-        raise ValueError(f"ratio is {ratio!r}; it is the fraction of the bytes kept, above 0 and at most 1")
-    for option, value in {"rank_multiple": rank_multiple, "min_rank": min_rank}.items():
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{option} is {value!r}; it must be a whole number of at least 1")
-    for name in overrides:
-        if name not in known:
-            raise ValueError(f"override for {name!r}, which is not a matrix to compress; {near_names(name, known)}")
-
-    ladders = {
-        name: _ladder(target, storage_named(storage), rank_multiple, min_rank) for name, target in known.items()
-    }
+    _check_options(known, ratio, overrides, rank_multiple=rank_multiple, min_rank=min_rank)
+    form = storage_named(storage)
+    ladders = {name: _ladder(target, form, rank_multiple, min_rank) for name, target in known.items()}
     settled = {name: _settle(ladders[name], override) for name, override in overrides.items()}
     for name, ladder in ladders.items():
         if ladder.dense_level == 0:
@@ -222,6 +213,20 @@ def top_up(budget: Budget, levels: dict[str, int], priority: Callable[[str, int]
 
 def _exact(ratio: float) -> Fraction:
     return Fraction(repr(ratio))
+
+
+def _check_options(known: Mapping[str, Target], ratio: float, overrides: Mapping[str, Override], **ranks: int) -> None:
+    if not is_keep_ratio(ratio):
+        raise ValueError(f"ratio is {ratio!r}; it is the fraction of the bytes kept, above 0 and at most 1")
+    for option, value in ranks.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{option} is {value!r}; it must be a whole number of at least 1")
+    for name in overrides:
+        if name not in known:
+            raise ValueError(
+                f"there is an override for {name!r}, which is not a matrix to compress; {near_names(name, known)}; "
+                "correct or remove it"
+            )
 
 
 def _ladder(target: Target, storage: Storage, rank_multiple: int, min_rank: int) -> Ladder:

@@ -235,8 +235,8 @@ def _text_tokenizer(tokenizer: Any) -> Any:
     name = os.fspath(tokenizer)
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"could not load the tokenizer {name!r}: {error}. Pass a tokenizer, or its folder") from error
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"could not load the tokenizer {name!r}: pass a tokenizer, or its folder. {error}") from error
 
 
 def _windows_sha256(input_ids: Tensor, attention_mask: Tensor) -> str:

@@ -37,7 +37,7 @@ class Layout:
 
     def linears_of(self, block: str) -> dict[str, nn.Module]:
         """The compressible linears of one block, by full name."""
-        return {name: module for name, module in self.linears.items() if name.startswith(f"{block}.")}
+        return {name: module for name, module in self.linears.items() if f"{name}.".startswith(f"{block}.")}
 
     @property
     def coverage(self) -> float:
@@ -77,9 +77,7 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return best[1]
 
 
-def find_layout(
-    model: nn.Module, modules_to_not_convert: Iterable[str] = (), min_coverage: float = 0.0
-) -> Layout:
+def find_layout(model: nn.Module, modules_to_not_convert: Iterable[str] = (), min_coverage: float = 0.0) -> Layout:
     """Sort the weights of a dense model into what is compressed and what is not. Works on meta tensors.
 
     Raises:
@@ -112,16 +110,13 @@ def find_layout(
     if layout.coverage < min_coverage:
         raise ValueError(
             f"only {layout.coverage:.1%} of the weights in the blocks of {type(model).__name__} can be compressed "
-            f"(min_coverage={min_coverage:g}); left dense: {layout.describe_left_dense()}. Lower min_coverage to accept that"
+            f"(min_coverage={min_coverage:g}); left dense: {layout.describe_left_dense()}. Lower min_coverage to "
+            "accept that"
         )
     return layout
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
-    owners = Counter(
-        id(parameter)
-        for module in model.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
+    """Parameters that go by more than one name, in two modules or in one that stands in two places."""
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     return {identity for identity, count in owners.items() if count > 1}

@@ -1,8 +1,8 @@
 """Dobi-SVD Algorithm 2: one basis for the outputs of all calibration samples, by incremental PCA.
 
-Three things differ from the listing, each on purpose. The samples' bases are not mean-centred (singular vectors have
-arbitrary signs, so their mean means nothing). The running basis carries its singular values: without them a sample seen
-early weighs as much as all later ones together. Memory is one `m x k` basis whatever the number of samples.
+Two things differ from the listing, each on purpose. The samples' bases are not mean-centred: singular vectors have
+arbitrary signs, so their mean means nothing. The running basis carries its singular values: without them the last
+sample weighs as much as all earlier ones together. Memory is one `m x k` basis whatever the number of samples.
 """
 
 from __future__ import annotations
@@ -12,19 +12,24 @@ from torch import Tensor
 
 from .factors import Factors
 
+_ENERGY_FLOOR = 1e-12
+"""Squared singular values below this fraction of the largest are rounding."""
+
 
 def sample_basis(outputs: Tensor, rank: int) -> Tensor:
-    """Top `rank` right singular vectors of one sample's output `A = x W^T` (`T x m`), as columns: `m x min(rank, T, m)`."""
+    """Top right singular vectors of one sample's output `A = x W^T` (`T x m`), as columns, best first: `m x j`.
+
+    `j` is `rank`, or the number of directions with energy where there are fewer: the rest of the singular vectors are
+    arbitrary, and would pull the basis towards nothing.
+    """
     outputs = outputs.double()
     tokens, width = outputs.shape
-    count = min(rank, tokens, width)
-    if tokens >= width:
-        return torch.linalg.eigh(outputs.T @ outputs)[1].flip(1)[:, :count]
-    values, vectors = torch.linalg.eigh(outputs @ outputs.T)
-    values, vectors = values.flip(0)[:count], vectors.flip(1)[:, :count]
-    # A direction without energy has no right singular vector of its own: leave it out instead of dividing by zero.
-    alive = values > values[0].clamp_min(0) * 1e-12
-    return outputs.T @ (vectors[:, alive] / values[alive].sqrt())
+    wide = tokens < width
+    values, vectors = torch.linalg.eigh(outputs @ outputs.T if wide else outputs.T @ outputs)
+    values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
+    alive = values > values[0].clamp_min(0) * _ENERGY_FLOOR
+    values, vectors = values[alive], vectors[:, alive]
+    return outputs.T @ (vectors / values.sqrt()) if wide else vectors
 
 
 class IncrementalBasis:
@@ -38,7 +43,9 @@ class IncrementalBasis:
         self._weighted: Tensor | None = None  # U diag(sigma), m x k
 
     def update(self, basis: Tensor) -> None:
-        """Add one sample's orthonormal basis (`m x j`)."""
+        """Add one sample's orthonormal basis (`m x j`); that of a sample without energy has no columns."""
+        if basis.shape[1] == 0:
+            return
         stacked = basis if self._weighted is None else torch.cat([self._weighted, basis], dim=1)
         if stacked.shape[1] >= self._width:  # the m x m problem is the smaller one
             values, vectors = torch.linalg.eigh(stacked @ stacked.T)
@@ -48,9 +55,9 @@ class IncrementalBasis:
         self._weighted = left[:, : self._rank] * sigma[: self._rank]
 
     def basis(self) -> Tensor:
-        """The orthonormal basis found so far, `m x k`."""
+        """The orthonormal basis found so far, `m x k`; columns beyond the directions that were seen are zero."""
         if self._weighted is None:
-            raise ValueError("no calibration sample was seen")
+            raise ValueError("no calibration sample was seen, or the linear's outputs were zero on all of them")
         norms = torch.linalg.vector_norm(self._weighted, dim=0)
         alive = norms > norms.max() * 1e-12
         columns = self._weighted[:, alive] / norms[alive]
@@ -59,5 +66,5 @@ class IncrementalBasis:
 
 
 def project(weight: Tensor, basis: Tensor) -> Factors:
-    """`W' = V V^T W`: outer factor `V` (`m x k`), inner factor `V^T W` (`k x n`)."""
-    return Factors(basis, basis.T @ weight.double())
+    """`W' = V V^T W`: outer factor `V` (`m x k`), inner factor `V^T W` (`k x n`), on the device of `V`."""
+    return Factors(basis, basis.T @ weight.to(basis))

@@ -60,5 +60,5 @@ class Decomposition:
         return Factors(second, first)
 
     def tail(self, rank: int) -> float:
-        """Error of rank `rank` in the factoriser's own metric (SVD-LLM V2, Theorem 3.1): `sqrt(sum_{i>rank} s_i^2)`."""
+        """Error at a rank in the factoriser's own metric (SVD-LLM V2, Theorem 3.1): `sqrt(sum_{i>rank} s_i^2)`."""
         return float(torch.linalg.vector_norm(self.singular_values[rank:]))

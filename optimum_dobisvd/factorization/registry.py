@@ -20,8 +20,8 @@ class Factorization:
     """One row.
 
     `needs` names the statistic of the input it reads (None: no data). `prepare` turns that statistic into whatever is
-    shared by all linears with the same input (q/k/v, gate/up); `decompose` takes the weight and that. `per_sample` marks
-    a factoriser that reads each calibration sample's outputs in a second pass, after the ranks are known; its
+    shared by all linears with the same input (q/k/v, gate/up); `decompose` takes the weight and that. `per_sample`
+    marks a factoriser that reads each calibration sample's outputs in a second pass, after the ranks are known; its
     `decompose` then only prices ranks.
     """
 

@@ -1,4 +1,4 @@
-"""Closed-form factorisers: truncated SVDs of the weight in one metric or another (ALGORITHMS: svd, asvd, svd_llm, ...).
+"""Closed-form factorisers: truncated SVDs of the weight in one metric or another (svd, asvd, svd_llm, svd_llm_v2, ...).
 
 All take the weight `W` (`m x n`, any float dtype) and return a `Decomposition` in float64.
 """
@@ -21,7 +21,7 @@ def whitened_svd(weight: Tensor, whitening: Whitening | None) -> Decomposition:
     target = weight if whitening is None else whitening.apply(weight)
     left, values, right = torch.linalg.svd(target, full_matrices=False)
     right = right if whitening is None else whitening.undo(right)
-    # The singular value is split evenly so that neither factor carries the whole scale; `Factors.balanced` finishes it.
+    # The singular value is split evenly so that neither factor carries the whole scale; `Factors.balanced` does the rest.
     root = values.sqrt()
     return Decomposition(left * root, root[:, None] * right, values)
 
@@ -30,16 +30,16 @@ def output_pca(weight: Tensor, gram: Tensor) -> Decomposition:
     """Optimal truncation of the stacked activations (Dobi-SVD's premise in closed form, no inverse of anything).
 
     `U` = eigenvectors of `W H W^T` (`m x m`), `W' = U_k U_k^T W`. With `m > n` the same eigenvectors come from
-    the `n x n` problem `R H R^T`, `W = Q R`. Same minimiser of `||(W - W')X||_F` as SVD-LLM V2; outside the range of `H`
-    the two differ. `gram` is `H`, `n x n`.
+    the `n x n` problem `R H R^T`, `W = Q R`. Same minimiser of `||(W - W')X||_F` as SVD-LLM V2; outside the range of
+    `H` the two differ. `gram` is `H`, `n x n`. ValueError if it is zero.
     """
     weight, gram = weight.double(), gram.double()
+    if not float(gram.diagonal().max()) > 0:
+        raise ValueError("the Gram matrix is zero: every calibration input of this linear was zero")
     outer, inner = torch.linalg.qr(weight) if weight.shape[0] > weight.shape[1] else (None, weight)
     energy = inner @ gram @ inner.T
     values, vectors = torch.linalg.eigh((energy + energy.T) / 2)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    if not float(values[0]) > 0:
-        raise ValueError("W H W^T is zero: this linear's output was zero on every calibration token")
     right = vectors.T @ inner
     left = vectors if outer is None else outer @ vectors
     return Decomposition(left, right, values.sqrt())

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 EIGENVALUE_FLOOR = 1e-12
-"""Eigenvalues of a Gram below this fraction of the largest count as zero: a coarser floor breaks Theorem 3.1."""
+"""Eigenvalues below this fraction of the largest count as zero (see `eigen_whitening`): a coarser floor breaks Theorem
+3.1."""
 
 
 @dataclass(frozen=True)
@@ -51,33 +52,40 @@ def cholesky_whitening(gram: Tensor) -> Whitening:
     The repair adds `(-lambda_min + 1e-6) I`. It can still fail; V2 has no such weak point.
     """
     gram = _symmetric(gram)
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     root, failed = torch.linalg.cholesky_ex(gram)
     if int(failed):
         shift = -torch.linalg.eigvalsh(gram)[0] + 1e-6
-        root, failed = torch.linalg.cholesky_ex(gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+        root, failed = torch.linalg.cholesky_ex(gram + shift * identity)
     if int(failed):
         raise ValueError(
             "the Gram matrix is singular and SVD-LLM V1's Cholesky repair was not enough (dead channels, or fewer "
             "calibration tokens than input features); use factorization='svd_llm_v2', which needs no Cholesky, or "
             "calibrate on more text"
         )
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return Whitening(root, torch.linalg.solve_triangular(root, identity, upper=False))
 
 
 def eigen_whitening(gram: Tensor, floor: float = EIGENVALUE_FLOOR) -> Whitening:
-    """SVD-LLM V2: `S = U_s sqrt(S_s)` from `H = U_s S_s U_s^T`, its pseudo-inverse instead of an inverse.
+    """SVD-LLM V2: `S` with `S S^T = H` from an eigendecomposition, and a generalised inverse instead of an inverse.
 
-    Directions whose eigenvalue is below `floor * lambda_max` were never excited by the calibration text; they are left
-    out of the basis, hence projected out of the compressed weight. `gram` is `n x n`; singular ones are welcome.
+    The channels are first brought to one scale: `H = D C D` with `D = sqrt(diag H)`, `C = U C_s U^T`,
+    `S = D U sqrt(C_s)`. Any such `S` has the same optimum, but eigenvalues of `H` itself are only known to about 1e-16
+    of the largest, and one channel a thousand times louder than the others (massive activations) would drown these.
+
+    Directions whose eigenvalue is below `floor` times the largest, and channels that are always zero, were never
+    excited by the calibration text; they are left out of the basis, hence projected out of the compressed weight.
+    `gram` is `H`, `n x n`; singular ones are welcome. ValueError if it is zero.
     """
-    values, vectors = torch.linalg.eigh(_symmetric(gram))
+    gram = _symmetric(gram)
+    scale = gram.diagonal().clamp_min(0).sqrt()
+    inverse_scale = torch.where(scale > 0, 1 / scale.where(scale > 0, 1), 0)
+    values, vectors = torch.linalg.eigh(gram * inverse_scale * inverse_scale[:, None])
     keep = values > floor * values[-1].clamp_min(0)
     if not bool(keep.any()):
         raise ValueError("the Gram matrix is zero: every calibration input of this linear was zero")
-    root = values[keep].sqrt()
-    vectors = vectors[:, keep]
-    return Whitening(vectors * root, (vectors / root).T)
+    root, vectors = values[keep].sqrt(), vectors[:, keep]
+    return Whitening(scale[:, None] * vectors * root, (vectors / root).T * inverse_scale)
 
 
 def _symmetric(gram: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import inspect
+import glob
 import os
 import shutil
 import sys
@@ -12,14 +12,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
-from ..nn import low_rank_linear
 from ..nn.low_rank_linear import LowRankLinear
-from . import remote_code
 
 MODELING_FILE = "modeling_dobisvd.py"
+# In the order in which they need each other.
+_BUNDLED = (
+    "nn/low_rank_linear.py",
+    "nn/dense_linear.py",
+    "integrations/checkpoint.py",
+    "integrations/loading.py",
+    "integrations/bundled_entry.py",
+)
+_ENTRY = "DobiSVDModel"
 _AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM")
 
 
@@ -33,17 +41,17 @@ def tripwire_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def modeling_source() -> str:
-    """`modeling_dobisvd.py`: this package's module and loader in one file that needs torch and transformers only."""
-    layer = inspect.getsource(low_rank_linear)
-    loader = inspect.getsource(remote_code)
-    _, _, loader = loader.partition("# --- bundled from here ---\n")
-    head = (
-        '"""Loads a low-rank compressed checkpoint where optimum-dobisvd is not installed (trust_remote_code=True).\n\n'
-        'Written by optimum-dobisvd when it saved this checkpoint. Apache-2.0.\n"""\n'
-    )
-    future = "from __future__ import annotations\n"
-    layer = layer.partition(future)[2]
-    return head + future + layer + "\n\n" + loader
+    """`modeling_dobisvd.py`: this package's modules and loader in one file that needs torch and transformers only."""
+    root = Path(__file__).parent.parent
+    parts = [
+        '"""Loads this low-rank compressed checkpoint where optimum-dobisvd is not installed (trust_remote_code=True).\n\n'
+        'Written by optimum-dobisvd when it saved the checkpoint. Apache-2.0.\n"""\n\nfrom __future__ import annotations\n'
+    ]
+    for name in _BUNDLED:
+        lines = (root / name).read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if not line.startswith(("from .", "from __future__"))]
+        parts.append("\n".join(kept) + "\n")
+    return "\n\n".join(parts)
 
 
 def with_safe_save(model: nn.Module) -> None:
@@ -54,6 +62,17 @@ def with_safe_save(model: nn.Module) -> None:
     if "save_pretrained" in model.__dict__:
         return
     model.save_pretrained = functools.partial(save_compressed, model)  # type: ignore[assignment]
+
+
+def without_safe_save(model: nn.Module) -> None:
+    """Undo `with_safe_save`: a dense model again, with transformers' own save and nothing of ours in its config."""
+    model.__dict__.pop("save_pretrained", None)
+    auto_map = getattr(model.config, "auto_map", None) or {}  # type: ignore[union-attr]
+    kept = {key: value for key, value in auto_map.items() if not str(value).endswith(f".{_ENTRY}")}
+    if kept:
+        model.config.auto_map = kept  # type: ignore[union-attr]
+    elif auto_map:
+        del model.config.auto_map  # type: ignore[union-attr]
 
 
 def save_compressed(model: nn.Module, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +87,8 @@ def save_compressed(model: nn.Module, save_directory: str | os.PathLike[str], *a
     target.parent.mkdir(parents=True, exist_ok=True)
     push = kwargs.pop("push_to_hub", False)
     original = type(model).save_pretrained
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.saving-", dir=target.parent))
+    _remove_leftovers(target)
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.saving-{os.getpid()}-", dir=target.parent))
     try:
         _declare_remote_code(model)
         original(model, beside, *args, **kwargs)
@@ -77,7 +97,7 @@ def save_compressed(model: nn.Module, save_directory: str | os.PathLike[str], *a
         _carry_over(target, beside, written)
         _flush(beside)
         os.chmod(beside, 0o755)
-        _swap_in(beside, target)
+        swap_in(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     if push:
@@ -86,10 +106,18 @@ def save_compressed(model: nn.Module, save_directory: str | os.PathLike[str], *a
     return None
 
 
+def _remove_leftovers(target: Path) -> None:
+    """Remove what killed processes left beside the target; their process number is in the name."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.saving-*-*"):
+        process = path.name.removeprefix(f".{target.name}.saving-").partition("-")[0]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _declare_remote_code(model: nn.Module) -> None:
     auto_map = dict(getattr(model.config, "auto_map", None) or {})  # type: ignore[union-attr]
     for auto_class in _AUTO_CLASSES:
-        auto_map[auto_class] = f"{MODELING_FILE.removesuffix('.py')}.{remote_code.DobiSVDModel.__name__}"
+        auto_map[auto_class] = f"{MODELING_FILE.removesuffix('.py')}.{_ENTRY}"
     model.config.auto_map = auto_map  # type: ignore[union-attr]
 
 
@@ -120,7 +148,7 @@ def _flush(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def _swap_in(new: Path, target: Path) -> None:
+def swap_in(new: Path, target: Path) -> None:
     """Put `new` in the place of `target`. Afterwards `new` holds the old folder's files, or is gone."""
     if not target.exists():
         os.rename(new, target)

@@ -32,6 +32,20 @@ class LowRankLinear(nn.Module):
         self.first = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.second = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight the factors stand for, formed anew at every read (in the layout of the dense layer).
+
+        For modelling code that looks at a linear's weight: to initialise it, or for its dtype, device or shape.
+        """
+        product = self.second.weight @ self.first.weight
+        return product.T if self.conv1d else product
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, which belongs to `second`."""
+        return self.second.bias
+
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.first(x))
 

@@ -91,7 +91,9 @@ class CompressionReport:
         """Read the report beside a checkpoint. FileNotFoundError or ValueError name the file and the remedy."""
         path = Path(folder) / REPORT_NAME
         if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist: the folder was not written by `optimum-cli dobisvd compress`")
+            raise FileNotFoundError(
+                f"{path} does not exist: the folder was not written by `optimum-cli dobisvd compress`"
+            )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             values.pop("ratios")

@@ -17,7 +17,8 @@ from .packing import pack
 class InputStatistics:
     """Statistics of one input, shared by the linears that read it.
 
-    `gram` is the packed upper triangle of `H = X X^T` (float32, `n(n+1)/2`); `abs_mean` is `mean|x_j|` (float32, `n`); `tokens` counts the tokens summed.
+    `gram` is the packed upper triangle of `H = X X^T` (float32, `n(n+1)/2`); `abs_mean` is `mean|x_j|` (float32, `n`);
+    `tokens` counts the tokens summed.
     """
 
     size: int
@@ -52,13 +53,13 @@ class _Accumulator:
     def result(self, name: str) -> InputStatistics:
         if self.tokens == 0:
             raise ValueError(
-                f"{name} saw no calibration token (a router may never choose it): calibrate on more text, or list it "
-                "in modules_to_not_convert"
+                f"{name} saw no calibration token (a router may never choose it): calibrate on more text, or list it in "
+                "modules_to_not_convert"
             )
         if not bool(torch.isfinite(self.abs_sum).all() and torch.isfinite(self.gram.diagonal()).all()):
             raise ValueError(
-                f"{name}: its calibration inputs have NaN or infinite values. Check the checkpoint, or load the model in "
-                "float32 or bfloat16 (float16 overflows)"
+                f"{name}: its inputs have NaN or infinite values. Check the checkpoint, or load the model in float32 or "
+                "bfloat16 (float16 overflows)"
             )
         mean = (self.abs_sum / self.tokens).float().cpu()
         return InputStatistics(len(self.abs_sum), self.tokens, mean, pack(self.gram.cpu()))
@@ -147,8 +148,8 @@ class _OpenBlock:
             return flat
         if len(flat) != mask.numel():
             raise ValueError(
-                f"{name} is given {len(flat)} rows where the batch has {mask.numel()} tokens, so padding cannot be told "
-                "from text; calibrate on windows without padding"
+                f"{name} is given {len(flat)} rows where the batch has {mask.numel()} tokens, so padding cannot be "
+                "told from text; calibrate on windows without padding"
             )
         return flat[mask.reshape(-1).to(flat.device)]
 
@@ -160,7 +161,7 @@ class _OpenBlock:
         unseen = [name for name in self._linears if name not in self._leader]
         if unseen:
             raise ValueError(
-                f"{unseen[0]} was never called during calibration ({len(unseen)} such linears in its block): calibrate on "
-                "more text, or list it in modules_to_not_convert"
+                f"{unseen[0]} was never called during calibration ({len(unseen)} such linears in its block): calibrate "
+                "on more text, or list it in modules_to_not_convert"
             )
         return BlockStatistics({name: sums.result(name) for name, sums in self._sums.items()}, dict(self._leader))

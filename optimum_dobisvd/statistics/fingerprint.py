@@ -1,50 +1,93 @@
-"""What a set of statistics belongs to: these weights, these tokens."""
+"""What a set of statistics belongs to: these weights under this configuration, these tokens."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibration.dataset import CalibrationWindows
 
+_DECISIVE = ("weights", "tokens", "dtype")
+
+# Fields of a model's configuration that its forward pass over given tokens does not read.
+_IDLE_CONFIG = frozenset(
+    "architectures dtype torch_dtype use_cache transformers_version quantization_config return_dict name_or_path "
+    "output_attentions output_hidden_states id2label label2id problem_type tokenizer_class task_specific_params "
+    "bos_token_id eos_token_id pad_token_id".split()
+)
+
 
 def fingerprint(model: nn.Module, windows: CalibrationWindows) -> dict[str, Any]:
-    """`weights` and `tokens` are sha256 and decide; the rest says in words where a difference comes from."""
+    """JSON values. `weights` and `tokens` are sha256; they, `dtype` and `config.*` decide, the rest says in words where
+    a difference comes from."""
     return {
         "model_class": type(model).__name__,
-        "dtype": str(next(p.dtype for p in model.parameters() if p.is_floating_point())),
+        "dtype": str(next((p.dtype for p in model.parameters() if p.is_floating_point()), None)),
         "weights": weights_sha256(model),
         "tokens": windows.sha256(),
         **windows.description,
+        "config": model_config(model),
     }
 
 
+def model_config(model: nn.Module) -> dict[str, Any]:
+    """What of the model's configuration shapes its activations (rotary base, norm epsilon, ...), as JSON values."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        return {}
+    # One round through JSON, so that what was just computed equals what is read back from a file.
+    return _without_idle(json.loads(json.dumps(config.to_dict(), default=str)))
+
+
 def weights_sha256(model: nn.Module) -> str:
-    """sha256 over all parameters in order of name, offloaded ones included."""
+    """sha256 over all parameters and saved buffers in order of name, offloaded ones included."""
     digest = hashlib.sha256()
     for name, module in sorted(model.named_modules()):
-        if not module._parameters:
+        saved = {key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set}
+        if not module._parameters and not saved:
             continue
         with align_module_device(module, execution_device="cpu"):
-            for key, parameter in sorted(module._parameters.items()):
-                if parameter is None:
-                    continue
-                digest.update(f"{name}.{key} {tuple(parameter.shape)} {parameter.dtype}".encode())
-                data = parameter.detach().cpu().contiguous()
-                digest.update(data.view(-1).view(torch.uint8).numpy())
+            for key, tensor in sorted([*module._parameters.items(), *saved.items()]):
+                if tensor is not None:
+                    digest.update(f"{name}.{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                    digest.update(_bytes_of(tensor))
     return digest.hexdigest()
 
 
 def differing_fields(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """`field: stored -> current` for every field that differs, or nothing if weights, dtype and tokens are the same."""
-    if all(stored.get(key) == current.get(key) for key in ("weights", "tokens", "dtype")):
+    """`field: stored, current` for every field that differs, or nothing if weights, configuration and tokens are equal.
+
+    A field of the model's configuration that only one side has is a newer transformers' default, not a difference.
+    """
+    config = _differing_config(stored.get("config"), current.get("config"), "config")
+    if not config and all(stored.get(key) == current.get(key) for key in _DECISIVE):
         return []
-    return [
+    return config + [
         f"{key}: {stored.get(key)!r} in the store, {current.get(key)!r} now"
         for key in dict.fromkeys([*stored, *current])
-        if stored.get(key) != current.get(key)
+        if key != "config" and stored.get(key) != current.get(key)
     ]
+
+
+def _differing_config(stored: Any, current: Any, name: str) -> list[str]:
+    if isinstance(stored, dict) and isinstance(current, dict):
+        common = [key for key in stored if key in current]
+        return [line for key in common for line in _differing_config(stored[key], current[key], f"{name}.{key}")]
+    return [] if stored == current else [f"{name}: {stored!r} in the store, {current!r} now"]
+
+
+def _without_idle(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_idle(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key not in _IDLE_CONFIG and not key.startswith("_")
+    }
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()

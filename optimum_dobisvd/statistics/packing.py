@@ -25,7 +25,8 @@ def pack(matrix: Tensor) -> Tensor:
 def unpack(packed: Tensor, size: int) -> Tensor:
     """`n(n+1)/2` values -> `n x n` float64. ValueError if the length does not belong to `size`."""
     if packed.shape != (packed_length(size),):
-        raise ValueError(f"a packed {size} x {size} Gram has {packed_length(size)} values, found {tuple(packed.shape)}")
+        expected = packed_length(size)
+        raise ValueError(f"a packed {size} x {size} Gram has {expected} values, found the shape {tuple(packed.shape)}")
     matrix = torch.zeros(size, size, dtype=torch.float64)
     start = 0
     for row in range(size):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..factorization.dobi_ipca import IncrementalBasis, project, sample_basis
 from ..factorization.factors import Factors
@@ -31,49 +32,57 @@ class SampleBasisVisitor:
         self._ranks = ranks
         self._finished = finished
         self._bases: dict[str, IncrementalBasis] = {}
-        self._handles: list = []
+        self._handles: dict[str, list[RemovableHandle]] = {}
         self._mask: Tensor | None = None
 
     def wants(self, name: str) -> bool:
         return bool(self._planned(name))
 
     def enter(self, name: str, block: nn.Module) -> None:
+        handles = self._handles.setdefault(name, [])
         for linear, module in self._planned(name).items():
             self._bases[linear] = IncrementalBasis(dense_weight(module).shape[0], self._ranks[linear])
-            self._handles.append(module.register_forward_hook(partial(self._observe, linear)))
+            handles.append(module.register_forward_hook(partial(self._observe, linear)))
 
     def start_batch(self, mask: Tensor) -> None:
         self._mask = mask
 
     def leave(self, name: str, block: nn.Module) -> None:
-        factors = {
-            linear: project(dense_weight(module), self._bases.pop(linear).basis())
-            for linear, module in self._planned(name).items()
-        }
-        if not self._bases:
-            self._remove_hooks()
+        _remove(self._handles.pop(name))
+        factors = {}
+        for linear, module in self._planned(name).items():
+            try:
+                basis = self._bases.pop(linear).basis()
+            except ValueError as error:
+                raise ValueError(f"{linear}: {error}; list it in modules_to_not_convert") from error
+            factors[linear] = project(dense_weight(module), basis)
         self._finished(name, factors)
 
     def abandon(self) -> None:
-        self._remove_hooks()
+        for handles in self._handles.values():
+            _remove(handles)
+        self._handles.clear()
         self._bases.clear()
 
     def _planned(self, block: str) -> dict[str, nn.Module]:
         return {name: module for name, module in self._linears_of(block).items() if name in self._ranks}
 
-    def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
     def _observe(self, linear: str, module: nn.Module, _args: tuple, output: Tensor) -> None:
         mask = self._mask
-        if mask is None or output.shape[:2] != mask.shape:
+        if mask is None or output.shape[:-1].numel() != mask.numel():
             raise ValueError(
                 f"{linear}: its outputs are not one row per token of each sample, which dobi_ipca needs (routed experts?); "
                 "use factorization='output_pca', or list it in modules_to_not_convert"
             )
-        bias = module.bias
-        plain = output.detach().double() if bias is None else output.detach().double() - bias.double()  # type: ignore[operator, union-attr]
-        for sample, keep in zip(plain, mask.to(plain.device), strict=True):
+        plain = output.detach().double()
+        if isinstance(module.bias, Tensor):
+            plain = plain - module.bias.detach().double()
+        # Some models (OPT) hand their linears all tokens of a batch as one list.
+        samples = plain.reshape(*mask.shape, -1)
+        for sample, keep in zip(samples, mask.to(plain.device), strict=True):
             self._bases[linear].update(sample_basis(sample[keep], self._ranks[linear]))
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -30,47 +30,63 @@ class PreparedInputs:
         """The prepared statistic of that linear's input; None for a factoriser that reads no data."""
         if self._row.needs is None:
             return None
-        leader = self._leader(linear)
+        statistics, leader = self._found(linear)
         if leader not in self._prepared:
-            inputs = self._statistics.inputs[leader]  # type: ignore[union-attr]
-            statistic = self.gram(linear) if self._row.needs == "gram" else inputs.abs_mean
+            statistic = (
+                self._gram(statistics, leader) if self._row.needs == "gram" else statistics.inputs[leader].abs_mean
+            )
             self._prepared[leader] = self._row.prepare(statistic.to(self._device))
         return self._prepared[leader]
 
     def gram(self, linear: str) -> Tensor | None:
         """`H` of that linear's input, `n x n` float64 on the compute device, or None without statistics."""
-        if self._statistics is None:
-            return None
-        leader = self._leader(linear)
+        return None if self._statistics is None else self._gram(*self._found(linear))
+
+    def _gram(self, statistics: BlockStatistics, leader: str) -> Tensor:
         if leader not in self._grams:
-            self._grams[leader] = full_gram(self._statistics.inputs[leader]).to(self._device)
+            self._grams[leader] = full_gram(statistics.inputs[leader]).to(self._device)
         return self._grams[leader]
 
-    def _leader(self, linear: str) -> str:
-        if self._statistics is None or linear not in self._statistics.leader:
-            raise ValueError(f"there are no calibration statistics for {linear}: it was excluded when they were collected")
-        return self._statistics.leader[linear]
+    def _found(self, linear: str) -> tuple[BlockStatistics, str]:
+        """The statistics, and the name under which they have this linear's input."""
+        if self._statistics is None:
+            raise ValueError(f"factorization {self._row.name!r} needs calibration statistics, and there are none")
+        if linear not in self._statistics.leader:
+            raise ValueError(
+                "there are no statistics of it: it was excluded when they were collected; use another folder"
+            )
+        return self._statistics, self._statistics.leader[linear]
 
 
 def compute_spectra(
     layout: Layout, row: Factorization, store: StatisticsStore | None, device: torch.device | None
 ) -> Mapping[str, Tensor]:
-    """Singular values (float64, descending) of every target in the metric of `row`; taken from the store if there."""
+    """All `min(m, n)` singular values (float64, descending) of every target in the metric of `row`.
+
+    They are taken from the store if it has them, and kept there otherwise. ValueError names the linear that has none.
+    """
     known = store.spectra(row.name) if store is not None else None
     if known is not None and all(name in known for name in layout.linears):
         return known
     spectra: dict[str, Tensor] = {}
-    progress = tqdm(total=len(layout.linears), desc="pricing ranks", unit="matrix")
-    for block in layout.blocks:
-        linears: dict[str, nn.Module] = layout.linears_of(block)
-        if not linears:
-            continue
-        prepared = PreparedInputs(row, store.block(block) if store is not None else None, device)
-        for name, module in linears.items():
-            weight = dense_weight(module).to(device)
-            spectra[name] = row.decompose(weight, prepared.of(name)).singular_values.cpu()
-            progress.update()
-    progress.close()
+    with tqdm(total=len(layout.linears), desc="pricing ranks", unit="matrix") as progress:
+        for block in layout.blocks:
+            linears = layout.linears_of(block)
+            if not linears:
+                continue
+            prepared = PreparedInputs(row, store.block(block) if store is not None else None, device)
+            for name, module in linears.items():
+                spectra[name] = _spectrum(name, dense_weight(module).to(device), row, prepared)
+                progress.update()
     if store is not None:
         store.put_spectra(row.name, spectra)
     return spectra
+
+
+def _spectrum(name: str, weight: Tensor, row: Factorization, prepared: PreparedInputs) -> Tensor:
+    try:
+        values = row.decompose(weight, prepared.of(name)).singular_values.cpu()
+    except (ValueError, torch.linalg.LinAlgError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    # A singular Gram leaves fewer directions than the matrix has: the others cost nothing, which is a price, too.
+    return nn.functional.pad(values, (0, min(weight.shape) - len(values)))

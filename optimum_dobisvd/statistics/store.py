@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,7 +28,9 @@ class StatisticsStore:
     (`{input}.gram` packed float32 triangle, `{input}.abs_mean`), `spectra-{metric}.safetensors` once computed.
     """
 
-    def __init__(self, fingerprint: dict[str, Any], blocks: list[str], folder: str | Path | None = None) -> None:
+    def __init__(
+        self, fingerprint: dict[str, Any], blocks: list[str], folder: str | os.PathLike[str] | None = None
+    ) -> None:
         """Open the store in `folder` if there is one, else begin one (`folder=None`: in memory).
 
         Raises:
@@ -42,21 +45,21 @@ class StatisticsStore:
         self._spectra: dict[str, dict[str, Tensor]] = {}
         if self._folder is None:
             return
-        if (self._folder / INDEX_NAME).exists():
-            self._check_index()
-        elif self._folder.exists() and (not self._folder.is_dir() or any(self._folder.iterdir())):
+        path = self._folder / INDEX_NAME
+        if path.exists():
+            self._check_index(path)
+        elif self._folder.exists() and not _is_empty(self._folder):
             raise ValueError(f"{self._folder} exists and is not a statistics store; name an empty or new folder")
         else:
             index = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "blocks": blocks}
-            write_text_atomically(self._folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+            write_text_atomically(path, json.dumps(index, indent=2) + "\n")
 
-    def _check_index(self) -> None:
-        path = self._folder / INDEX_NAME  # type: ignore[operator]
+    def _check_index(self, path: Path) -> None:
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
-            version, stored, blocks = index["format_version"], index["fingerprint"], index["blocks"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); delete the folder to collect the statistics again") from error
+            version, stored, blocks = index["format_version"], dict(index["fingerprint"]), list(index["blocks"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete the folder to collect statistics again") from error
         if version != FORMAT_VERSION:
             raise ValueError(f"{path} has format {version}, this version reads {FORMAT_VERSION}; use another folder")
         differences = differing_fields(stored, self.fingerprint)
@@ -96,16 +99,36 @@ class StatisticsStore:
         """All statistics of one block."""
         if self._folder is None:
             return self._memory[block]
+        if not self.has(block):
+            raise ValueError(f"{self._folder} has no statistics of {block} yet; collect them first")
         if self._last is None or self._last[0] != block:
             self._last = (block, _read_block(self._path(block)))
         return self._last[1]
+
+    def require(self, linears: Mapping[str, Iterable[str]]) -> None:
+        """Make sure that these linears (by block) are in the store, before anything is changed for their sake.
+
+        Raises:
+            ValueError: names one that was excluded when the statistics were collected.
+        """
+        for block, names in linears.items():
+            known = self.block(block).leader
+            lacking = [name for name in names if name not in known]
+            if lacking:
+                raise ValueError(
+                    f"the statistics in {self._folder or 'memory'} lack {lacking[0]} ({len(lacking)} linears of {block}): "
+                    "it was excluded when they were collected; exclude it again, or use another folder"
+                )
 
     def spectra(self, metric: str) -> Mapping[str, Tensor] | None:
         """Singular values by linear in a metric, if they were computed before."""
         if metric not in self._spectra and self._folder is not None:
             path = self._folder / f"spectra-{metric}.safetensors"
             if path.exists():
-                self._spectra[metric] = load_file(path)
+                try:
+                    self._spectra[metric] = load_file(path)
+                except SafetensorError as error:
+                    raise ValueError(f"{path} is damaged ({error}); delete it to compute it again") from error
         return self._spectra.get(metric)
 
     def put_spectra(self, metric: str, spectra: dict[str, Tensor]) -> None:
@@ -116,7 +139,14 @@ class StatisticsStore:
             write_atomically(path, lambda beside: save_file({k: v.contiguous() for k, v in spectra.items()}, beside))
 
     def _path(self, block: str) -> Path:
-        return self._folder / f"block-{self._blocks.index(block):05d}.safetensors"  # type: ignore[operator]
+        if self._folder is None:
+            raise TypeError("a store in memory has no files")
+        return self._folder / f"block-{self._blocks.index(block):05d}.safetensors"
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether there is nothing in it but what a run left that was killed while it wrote the index."""
+    return folder.is_dir() and all(entry.name.startswith(f".{INDEX_NAME}.") for entry in folder.iterdir())
 
 
 def full_gram(inputs: InputStatistics) -> Tensor:
@@ -126,22 +156,21 @@ def full_gram(inputs: InputStatistics) -> Tensor:
 
 def _read_block(path: Path) -> BlockStatistics:
     """Read one block's file; names and sizes are checked against each other before anything is used."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        try:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
             leader, tokens = json.loads(metadata["leader"]), json.loads(metadata["tokens"])
-        except (KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a statistics file of this format; delete it to collect it again") from error
-        inputs = {}
-        for name, count in tokens.items():
-            try:
-                size = file.get_slice(f"{name}.abs_mean").get_shape()[0]
-                length = file.get_slice(f"{name}.gram").get_shape()
-            except Exception as error:
-                raise ValueError(f"{path} lacks the statistics of {name}; delete it to collect it again") from error
-            if length != [packed_length(size)]:
-                raise ValueError(f"{path}: the Gram of {name} has {length} values for {size} features; delete it")
-            inputs[name] = InputStatistics(
-                size, count, file.get_tensor(f"{name}.abs_mean"), file.get_tensor(f"{name}.gram")
-            )
+            if not set(leader.values()) <= tokens.keys():
+                raise ValueError("a linear's input is missing")
+            inputs = {name: _read_input(file, name, count) for name, count in tokens.items()}
+    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete this file to collect its block again") from error
     return BlockStatistics(inputs, leader)
+
+
+def _read_input(file: Any, name: str, tokens: int) -> InputStatistics:
+    shape = file.get_slice(f"{name}.abs_mean").get_shape()
+    length = file.get_slice(f"{name}.gram").get_shape()
+    if len(shape) != 1 or length != [packed_length(shape[0])]:
+        raise ValueError(f"the Gram of {name} has shape {length}, its channel means {shape}")
+    return InputStatistics(shape[0], tokens, file.get_tensor(f"{name}.abs_mean"), file.get_tensor(f"{name}.gram"))

@@ -1,0 +1,155 @@
+"""Targets, spectra and options that the allocation tests share."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from unittest.mock import patch
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from optimum_dobisvd.allocation import Override, PlannedModule, Target
+from optimum_dobisvd.storage import STORAGES, Storage
+
+SMOLLM2_SHAPES = {
+    "self_attn.q_proj": (576, 576),
+    "self_attn.k_proj": (192, 576),
+    "self_attn.v_proj": (192, 576),
+    "self_attn.o_proj": (576, 576),
+    "mlp.gate_proj": (1536, 576),
+    "mlp.up_proj": (1536, 576),
+    "mlp.down_proj": (576, 1536),
+}
+
+# A stand-in for the 8-bit forms: a longer ladder, ties between neighbouring ranks, scales, and a wide gap to dense.
+PACKED = Storage("packed", lambda m, n, k, size: -(-k // 2) * (m + n) + 4 * k, min)
+
+
+@contextmanager
+def packed_storage() -> Iterator[None]:
+    with patch.dict(STORAGES, {PACKED.name: PACKED}):
+        yield
+
+
+def smollm2_targets() -> list[Target]:
+    return [
+        Target(f"model.layers.{layer}.{name}", m, n, element_size=2)
+        for layer in range(30)
+        for name, (m, n) in SMOLLM2_SHAPES.items()
+    ]
+
+
+def random_spectra(targets: Sequence[Target], seed: int) -> dict[str, Tensor]:
+    """Decaying spectra of very different sizes, as those of a model's layers are."""
+    generator = torch.Generator().manual_seed(seed)
+    spectra = {}
+    for target in targets:
+        count = min(target.out_features, target.in_features)
+        scale, decay = torch.rand(2, generator=generator).tolist()
+        values = torch.rand(count, generator=generator) * torch.arange(1, count + 1) ** -(0.2 + decay)
+        spectra[target.name] = (values * 10 ** (9 * scale)).sort(descending=True).values
+    return spectra
+
+
+def dense_sum(targets: Sequence[Target]) -> int:
+    return sum(target.dense_bytes for target in targets)
+
+
+class UnreachableOverride(Exception):
+    """The override's ratio is below the smallest size that its matrix can have."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of an allocator, and what they allow, worked out rank by rank."""
+
+    targets: list[Target]
+    ratio: float
+    storage: str
+    overrides: dict[str, Override]
+    rank_multiple: int
+    min_rank: int
+
+    @property
+    def options(self) -> dict:
+        return {
+            "storage": self.storage,
+            "overrides": self.overrides,
+            "rank_multiple": self.rank_multiple,
+            "min_rank": self.min_rank,
+        }
+
+    @property
+    def budget(self) -> int:
+        return math.floor(Fraction(str(self.ratio)) * dense_sum(self.targets))
+
+    @property
+    def free(self) -> list[Target]:
+        return [target for target in self.targets if target.name not in self.overrides]
+
+    def size(self, target: Target, rank: int | None) -> int:
+        if rank is None:
+            return target.dense_bytes
+        return STORAGES[self.storage].bytes_at(target.out_features, target.in_features, rank, target.element_size)
+
+    def choices(self, target: Target) -> list[int | None]:
+        """Every allowed rank in ascending order, then None for dense."""
+        ranks = range(self.rank_multiple, min(target.out_features, target.in_features) + 1, self.rank_multiple)
+        return [k for k in ranks if k >= self.min_rank and self.size(target, k) < target.dense_bytes] + [None]
+
+    def overridden_rank(self, target: Target) -> int | None:
+        """What the target's override has to give; UnreachableOverride where its ratio is below every choice."""
+        override = self.overrides[target.name]
+        if override.ratio is None:
+            return override.rank
+        within = Fraction(str(override.ratio)) * target.dense_bytes
+        fitting = [rank for rank in self.choices(target) if self.size(target, rank) <= within]
+        if not fitting:
+            raise UnreachableOverride(target.name)
+        return fitting[-1]
+
+    def smallest_total(self) -> int:
+        ranks = {target.name: self.choices(target)[0] for target in self.free}
+        ranks |= {t.name: self.overridden_rank(t) for t in self.targets if t.name in self.overrides}
+        return sum(self.size(target, ranks[target.name]) for target in self.targets)
+
+    def total(self, planned: dict[str, PlannedModule]) -> int:
+        return sum(self.size(target, planned[target.name].rank) for target in self.targets)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Any case; with such small matrices and so many options the budget of most is out of reach."""
+    storage = draw(st.sampled_from(["plain", PACKED.name]))
+    sizes = st.integers(1, 70)
+    shapes = draw(st.lists(st.tuples(sizes, sizes, st.sampled_from([1, 2, 4])), min_size=1, max_size=8))
+    kinds = st.sampled_from(["q_proj", "k_proj", "up_proj"])
+    targets = [Target(f"layers.{i}.{draw(kinds)}", *shape) for i, shape in enumerate(shapes)]
+    ratios = st.integers(1, 1000).map(lambda thousandths: thousandths / 1000)
+    overrides = {}
+    for target in targets:
+        largest = STORAGES[storage].largest_smaller_rank(target.out_features, target.in_features, target.element_size)
+        options = [st.none()] * 4 + [st.builds(Override, ratio=ratios), st.just(Override(dense=True))]
+        if largest:
+            options.append(st.builds(Override, rank=st.integers(1, largest)))
+        override = draw(st.one_of(options))
+        if override is not None:
+            overrides[target.name] = override
+    return Case(targets, draw(ratios), storage, overrides, draw(st.integers(1, 12)), draw(st.integers(1, 9)))
+
+
+@st.composite
+def reachable_cases(draw: st.DrawFn) -> Case:
+    """Cases whose overrides can be honoured and whose budget is enough."""
+    case = draw(cases())
+    for target in case.targets:
+        try:
+            if target.name in case.overrides:
+                case.overridden_rank(target)
+        except UnreachableOverride:
+            case.overrides[target.name] = Override(dense=True)
+    lowest = math.ceil(Fraction(case.smallest_total(), dense_sum(case.targets)) * 1000)
+    return replace(case, ratio=draw(st.integers(lowest, 1000)) / 1000)

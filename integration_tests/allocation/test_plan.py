@@ -1,0 +1,210 @@
+"""The plan file: what is written comes back, and a mistake in it is named."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optimum_dobisvd.allocation import Plan, PlannedModule, Target
+
+Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
+TARGETS = [Target(Q, 64, 64, 2), Target(K, 16, 64, 2)]
+PLAN = Plan(
+    {Q: PlannedModule(12, "plain"), K: PlannedModule(None, "dense")}, method="dobi", ratio=0.8, allocation="uniform"
+)
+
+modules = st.dictionaries(
+    st.text(min_size=1),
+    st.one_of(st.just(PlannedModule(None, "dense")), st.integers(1, 10**6).map(lambda k: PlannedModule(k, "plain"))),
+)
+plans = st.builds(
+    Plan,
+    modules,
+    method=st.text(min_size=1),
+    ratio=st.none() | st.floats(0, 1, exclude_min=True),
+    allocation=st.text(min_size=1),
+)
+
+
+@given(plan=plans)
+def test_dict_round_trip(plan: Plan) -> None:
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_file_round_trip_and_its_form(tmp_path: Path) -> None:
+    PLAN.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == PLAN
+    assert Plan.load(str(tmp_path / "plan.json")) == PLAN
+    assert (tmp_path / "plan.json").read_text() == (
+        '{\n  "format_version": 1,\n  "method": "dobi",\n  "allocation": "uniform",\n  "ratio": 0.8,\n  "modules": {\n'
+        f'    "{Q}": {{"rank": 12, "storage": "plain"}},\n    "{K}": {{"storage": "dense"}}\n  }}\n}}\n'
+    )
+    Plan({}, method="m", ratio=None, allocation="a").save(tmp_path / "empty.json")
+    assert Plan.load(tmp_path / "empty.json").modules == {}
+
+
+@given(plan=plans)
+def test_the_written_text_is_the_dict(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "round_trip.json"
+    plan.save(path)
+    assert json.loads(path.read_text(encoding="utf-8")) == plan.to_dict()
+    assert Plan.load(path) == plan
+
+
+def test_a_failed_save_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    PLAN.save(tmp_path / "plan.json")
+    before = (tmp_path / "plan.json").read_text()
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        Plan({}, method="m", ratio=None, allocation="a").save(tmp_path / "plan.json")
+    assert (tmp_path / "plan.json").read_text() == before
+    assert os.listdir(tmp_path) == ["plan.json"]
+
+
+def test_bytes_and_ratio_count_factors_and_dense_matrices() -> None:
+    assert PLAN.bytes(TARGETS) == 12 * (64 + 64) * 2 + 16 * 64 * 2
+    assert PLAN.ratio_of(TARGETS) == PLAN.bytes(TARGETS) / (64 * 64 * 2 + 16 * 64 * 2)
+    PLAN.check(TARGETS)
+
+
+def test_target_knows_its_bytes_and_kind() -> None:
+    assert (TARGETS[1].dense_bytes, TARGETS[1].kind, Target("fc", 1, 1, 1).kind) == (2048, "k_proj", "fc")
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, True, None])
+@pytest.mark.parametrize("field", ["out_features", "in_features", "element_size"])
+def test_targets_refuse_bad_sizes(field: str, value: object) -> None:
+    sizes = {"out_features": 4, "in_features": 4, "element_size": 2} | {field: value}
+    with pytest.raises(ValueError, match=f"a.b: {field} is {value}; it must be a whole number of at least 1"):
+        Target("a.b", **sizes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"extra": 1}, "the plan has an unknown key 'extra'"),
+        ({"modles": {}}, "unknown key 'modles'; near names: 'modules'; correct or remove it"),
+        ({"format_version": 2}, "format_version is 2, newer than the 1 this version reads; upgrade optimum-dobisvd"),
+        ({"format_version": 2, "extra": 1}, "upgrade optimum-dobisvd"),
+        ({"format_version": 0}, "format_version is 0; expected 1"),
+        ({"format_version": True}, "format_version is True; expected 1"),
+        ({"format_version": "1"}, "format_version is '1'; expected 1"),
+        ({"method": None}, "method is None; it must be a name"),
+        ({"allocation": ""}, "allocation is ''; it must be a name"),
+        ({"ratio": 0}, "ratio is 0; it must be above 0 and at most 1, or null"),
+        ({"ratio": True}, "ratio is True"),
+        ({"ratio": 1.5}, "ratio is 1.5"),
+        ({"ratio": float("nan")}, "ratio is nan"),
+        ({"ratio": "0.8"}, "ratio is '0.8'"),
+        ({"modules": []}, r"'modules' must be a JSON object, got \[\]"),
+    ],
+)
+def test_from_dict_is_strict_about_the_plan(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Plan.from_dict(PLAN.to_dict() | change)
+
+
+@pytest.mark.parametrize("key", ["format_version", "method", "allocation", "ratio", "modules"])
+def test_from_dict_needs_every_key(key: str) -> None:
+    data = PLAN.to_dict()
+    del data[key]
+    with pytest.raises(ValueError, match=f"{key} is None" if key == "format_version" else f"has no '{key}'; add it"):
+        Plan.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (12, "must be a JSON object, got 12"),
+        ({}, "has no 'storage'; add it"),
+        ({"rank": 12}, "has no 'storage'; add it"),
+        ({"rnk": 12, "storage": "plain"}, "unknown key 'rnk'; near names: 'rank'"),
+        ({"rank": 12, "storage": "zip"}, "unknown storage 'zip'; known storages: .*plain"),
+        ({"rank": 12, "storage": ["plain"]}, r"unknown storage \['plain'\]"),
+        ({"rank": 0, "storage": "plain"}, "rank is 0; storage 'plain' needs a whole number"),
+        ({"rank": True, "storage": "plain"}, "rank is True"),
+        ({"rank": 12.0, "storage": "plain"}, "rank is 12.0"),
+        ({"rank": "12", "storage": "plain"}, "rank is '12'"),
+        ({"storage": "plain"}, "rank is None; .*to leave the matrix dense, write only storage 'dense'"),
+        ({"rank": 12, "storage": "dense"}, "storage 'dense' has no rank, got 12; remove the rank"),
+    ],
+)
+def test_from_dict_names_the_module(entry: object, message: str) -> None:
+    data = PLAN.to_dict()
+    data["modules"][Q] = entry
+    with pytest.raises(ValueError, match=f"module '{Q}'.*{message}"):
+        Plan.from_dict(data)
+
+
+def test_only_an_object_is_a_plan() -> None:
+    with pytest.raises(ValueError, match=r"the plan must be a JSON object, got \[\]"):
+        Plan.from_dict([])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{\n  "format_version": 1,\n  "ratio": ,\n}', "plan.json, line 3: invalid JSON, Expecting value; correct"),
+        ("", "plan.json, line 1: invalid JSON"),
+        ('{"format_version": 1, "format_version": 1}', "plan.json: 'format_version' appears twice; keep one"),
+        ("[" * 100_000, "plan.json: nested far deeper than a plan"),
+        ('{"format_version": 9}', "plan.json: .*upgrade optimum-dobisvd"),
+        (json.dumps(PLAN.to_dict()).replace('"rank": 12', '"rank": -1'), f"plan.json: module '{Q}': rank is -1"),
+        (json.dumps(PLAN.to_dict()).replace("12", "1" * 5000), "plan.json: .*digits"),
+    ],
+)
+def test_load_names_the_file(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_load_of_no_file_and_of_no_text(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no plan at .*plan.json; check the path"):
+        Plan.load(tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"plan.json: not a text file .*JSON in UTF-8"):
+        Plan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {Q + "x": PLAN.modules[Q]},
+            f"'{Q}x', which is not one of the 2 matrices .*near names: '{Q}'.*rename or remove",
+        ),
+        ({Q: PlannedModule(65, "plain")}, f"{Q}: rank 65 is above 64, the most a 64x64 matrix has; lower it"),
+        (
+            {Q: PlannedModule(32, "plain")},
+            f"{Q}: at rank 32 .*not smaller than the dense .*at most 31, or leave it dense",
+        ),
+        ({K: PlannedModule(16, "plain")}, f"{K}: at rank 16 .*use at most 12, or leave it dense"),
+    ],
+)
+def test_check_names_what_does_not_fit_the_model(change: dict, message: str) -> None:
+    plan = Plan(PLAN.modules | change, method="m", ratio=None, allocation="a")
+    for use in (plan.check, plan.bytes, plan.ratio_of):
+        with pytest.raises(ValueError, match=message):
+            use(TARGETS)
+
+
+def test_check_wants_every_target_planned() -> None:
+    more = [*TARGETS, Target("model.layers.1.up", 8, 8, 2), Target("model.layers.1.down", 8, 8, 2)]
+    with pytest.raises(ValueError, match=r"nothing about 'model.layers.1.up' and 1 more; add a rank"):
+        PLAN.check(more)
+    with pytest.raises(ValueError, match="given twice"):
+        PLAN.check([*TARGETS, TARGETS[0]])
+
+
+def test_check_of_a_matrix_without_useful_rank_offers_only_dense() -> None:
+    plan = Plan({"a": PlannedModule(1, "plain")}, method="m", ratio=None, allocation="a")
+    with pytest.raises(ValueError, match="dense matrix; leave it dense"):
+        plan.check([Target("a", 2, 2, 2)])

@@ -1,0 +1,203 @@
+"""save_pretrained -> new process -> from_pretrained, bit for bit, and what else a loaded model must be able to do."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, StaticCache
+
+from integration_tests.processes import run_python
+from integration_tests.tiny_models import tiny, tokens
+from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer, LowRankLinear, load_quantized_model
+
+ARCHITECTURES = ("llama", "llama_tied", "qwen2", "mistral", "opt", "gemma", "gemma2", "phi", "gpt_neox", "gpt2")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+LOAD_ALL = """
+import json, sys, torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+for path, out in json.loads(sys.argv[1]):
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        save_file({"logits": model(input_ids=torch.arange(2, 26).view(2, 12)).logits.contiguous()}, out)
+"""
+
+
+def compressed(model, **config):
+    settings = {"method": "output_pca", "ratio": 0.6, "dataset": tokens(6, 24), **config}
+    return DobiSVDQuantizer(DobiSVDConfig(**settings)).quantize_model(model)
+
+
+def logits(model, ids=None):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(2, 26).view(2, 12) if ids is None else ids).logits
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "llama"
+    model = compressed(tiny("llama"))
+    model.save_pretrained(folder)
+    return folder, logits(model)
+
+
+def test_every_architecture_and_dtype_reloads_bit_for_bit_in_a_process_that_never_imports_the_plugin(tmp_path):
+    expected, jobs = {}, []
+    for name in ARCHITECTURES:
+        tiny(name).save_pretrained(tmp_path / name)
+        for dtype in DTYPES:
+            config = DobiSVDConfig(method="output_pca", ratio=0.6, dataset=tokens(6, 24))
+            model = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=dtype, quantization_config=config)
+            path = tmp_path / f"{name}-{str(dtype)[6:]}"
+            model.save_pretrained(path)
+            expected[path.name] = logits(model)
+            jobs.append((str(path), str(tmp_path / f"{path.name}.safetensors")))
+    done = run_python(LOAD_ALL, json.dumps(jobs))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "MISSING" not in done.stderr
+    assert "UNEXPECTED" not in done.stderr
+    for name, wanted in expected.items():
+        found = load_file(tmp_path / f"{name}.safetensors")["logits"]
+        assert found.dtype == wanted.dtype, name
+        assert torch.equal(found, wanted), name
+
+
+def test_compress_on_load_equals_the_quantizer_and_reports(tmp_path):
+    dense = tiny("qwen2")
+    dense.save_pretrained(tmp_path / "dense")
+    config = DobiSVDConfig(method="svd_llm_v2", ratio=0.7, dataset=tokens(6, 24))
+    on_load = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    by_hand = compressed(dense, method="svd_llm_v2", ratio=0.7)
+    assert torch.equal(logits(on_load), logits(by_hand))
+    report = on_load.dobisvd_report
+    assert 10 * report.target_bytes <= 7 * report.dense_target_bytes
+    assert config.modules is None, "the user's own config object must not change"
+
+
+def test_config_json_keeps_nothing_of_the_run(checkpoint):
+    saved = json.loads((checkpoint[0] / "config.json").read_text())["quantization_config"]
+    assert saved["quant_method"] == "dobi_svd"
+    assert saved["dataset"] == "tokens"
+    assert not {"tokenizer", "statistics", "plan", "device", "batch_size"} & set(saved)
+    assert saved["modules"]["model.layers.0.self_attn.q_proj"] == {"rank": 10, "storage": "plain"}
+
+
+def test_saving_again_changes_nothing(checkpoint, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint[0])
+    model.save_pretrained(tmp_path / "again")
+    for name in ("model.safetensors", "config.json", "modeling_dobisvd.py"):
+        assert (tmp_path / "again" / name).read_bytes() == (checkpoint[0] / name).read_bytes(), name
+
+
+def test_sharded_files(checkpoint, tmp_path):
+    model = load_quantized_model(checkpoint[0])
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 2
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "sharded")), checkpoint[1])
+    # and back to one file: the old shards must not stay behind
+    model.save_pretrained(tmp_path / "sharded")
+    assert [p.name for p in (tmp_path / "sharded").glob("model*.safetensors*")] == ["model.safetensors"]
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "sharded")), checkpoint[1])
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_device_maps(checkpoint, device_map):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint[0], device_map=device_map)
+    assert torch.equal(logits(model), checkpoint[1])
+
+
+OFFLOAD = {
+    "model.embed_tokens": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.layers.2": "disk",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "cpu",
+}
+
+
+def test_cpu_and_disk_offload(checkpoint, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint[0], device_map=OFFLOAD, offload_folder=tmp_path / "offload")
+    assert model.model.layers[1].mlp.up_proj.first.weight.device.type == "meta"
+    assert torch.equal(logits(model), checkpoint[1])
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), checkpoint[1])
+
+
+def test_compress_on_load_under_disk_offload(checkpoint, tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "dense")
+    config = DobiSVDConfig(method="output_pca", ratio=0.6, dataset=tokens(6, 24))
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=config, device_map=OFFLOAD, offload_folder=tmp_path / "offload"
+    )
+    assert isinstance(model.model.layers[1].mlp.up_proj, LowRankLinear)
+    assert torch.allclose(logits(model), checkpoint[1], atol=1e-5)
+    model.save_pretrained(tmp_path / "out")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gpt_neox"])
+def test_dequantize_gives_a_plain_dense_model_of_the_same_function(name, tmp_path):
+    model = compressed(tiny(name))
+    before = logits(model)
+    dense = model.dequantize()
+    assert not any(isinstance(module, LowRankLinear) for module in dense.modules())
+    assert torch.allclose(logits(dense), before, atol=1e-4)
+    dense.save_pretrained(tmp_path / "dense")
+    saved = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert "quantization_config" not in saved
+    assert "auto_map" not in saved
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert type(reloaded) is type(tiny(name))
+    assert torch.equal(logits(reloaded), logits(dense))
+
+
+def test_the_headless_model_reads_the_same_checkpoint(checkpoint):
+    whole = AutoModelForCausalLM.from_pretrained(checkpoint[0])
+    body = AutoModel.from_pretrained(checkpoint[0])
+    assert isinstance(body.layers[0].self_attn.q_proj, LowRankLinear)
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad():
+        assert torch.equal(body(input_ids=ids).last_hidden_state, whole.model(input_ids=ids).last_hidden_state)
+
+
+def test_dtype_can_be_chosen_at_load(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint[0], dtype=torch.bfloat16)
+    assert model.model.layers[0].mlp.up_proj.second.weight.dtype == torch.bfloat16
+
+
+def test_generate_with_a_static_cache_equals_generate_without(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint[0])
+    ids = torch.arange(2, 10)[None]
+    plain = model.generate(ids, max_new_tokens=8, do_sample=False, min_new_tokens=8)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    static = model.generate(ids, max_new_tokens=8, do_sample=False, min_new_tokens=8, past_key_values=cache)
+    assert torch.equal(plain, static)
+
+
+def test_compiled_forward_without_graph_breaks(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint[0])
+    layer = torch.compile(model.model.layers[0].mlp, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), model.model.layers[0].mlp(x), atol=1e-5)
+
+
+def test_children_are_exactly_linear_and_the_head_stays(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint[0])
+    layer = model.model.layers[0].self_attn.q_proj
+    assert [type(child) for child in layer.children()] == [torch.nn.Linear, torch.nn.Linear]
+    assert layer.first.bias is None
+    assert type(model.lm_head) is torch.nn.Linear
+
+
+def test_factors_can_be_trained(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint[0]).train()
+    assert model.hf_quantizer.is_trainable
+    assert model.hf_quantizer.is_qat_trainable
+    ids = torch.arange(2, 26).view(2, 12)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert float(model.model.layers[0].mlp.up_proj.first.weight.grad.abs().sum()) > 0

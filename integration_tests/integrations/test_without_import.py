@@ -1,0 +1,176 @@
+"""A checkpoint in processes that know nothing of it: it loads, or it fails loudly; never random weights."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from integration_tests.processes import run_python, site_without_package
+from integration_tests.tiny_models import tiny, tokens
+from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
+
+LOAD = """
+import sys
+from transformers import AutoModel, AutoModelForCausalLM
+import torch
+trust = len(sys.argv) > 2 or None
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=trust)
+with torch.no_grad():
+    print("SUM", model(input_ids=torch.arange(2, 14)[None]).logits.double().sum().item())
+print("LAYER", type(model.model.layers[0].mlp.up_proj).__name__, type(model).__name__)
+print("PACKAGE", "optimum_dobisvd" in sys.modules)
+body = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=trust)
+print("BODY", type(body.layers[0].mlp.up_proj).__name__)
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "llama"
+    config = DobiSVDConfig(method="output_pca", ratio=0.6, dataset=tokens(6, 24))
+    model = DobiSVDQuantizer(config).quantize_model(tiny("llama"))
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        return str(folder), model(input_ids=torch.arange(2, 14)[None]).logits.double().sum().item()
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    return tmp_path_factory.mktemp("bare")
+
+
+def loaded(done, expected):
+    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+    return (
+        done.returncode == 0
+        and float(lines["SUM"]) == expected
+        and lines["LAYER"] == "LowRankLinear LlamaForCausalLM"
+        and lines["BODY"] == "LowRankLinear"
+    )
+
+
+def test_installed_but_never_imported(checkpoint):
+    done = run_python(LOAD, checkpoint[0])
+    assert loaded(done, checkpoint[1]), done.stderr[-2000:]
+    assert "PACKAGE True" in done.stdout
+
+
+def test_not_installed_fails_loudly(checkpoint, bare):
+    done = run_python(LOAD, checkpoint[0], without_package_in=bare)
+    assert done.returncode != 0
+    assert "SUM" not in done.stdout
+    assert "RuntimeError" in done.stderr
+    assert "dobi_svd" in done.stderr, "the message must name what is missing"
+
+
+def test_not_installed_loads_with_trust_remote_code(checkpoint, bare):
+    done = run_python(LOAD, checkpoint[0], "trust", without_package_in=bare)
+    assert loaded(done, checkpoint[1]), done.stderr[-2000:]
+    assert "PACKAGE False" in done.stdout
+
+
+def test_not_installed_a_damaged_checkpoint_is_refused_all_the_same(checkpoint, bare, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for path in Path(checkpoint[0]).iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.first.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    done = run_python(LOAD, str(folder), "trust", without_package_in=bare)
+    assert done.returncode != 0
+    assert "lacks model.layers.1.mlp.up_proj.first.weight" in done.stderr
+
+
+def test_autoload_switched_off_fails_loudly_and_an_import_mends_it(checkpoint):
+    done = run_python(LOAD, checkpoint[0], TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert done.returncode != 0
+    assert "SUM" not in done.stdout
+    for code in ("import optimum_dobisvd\n" + LOAD, LOAD.replace("import torch\n", "import torch, optimum_dobisvd\n")):
+        done = run_python(code, checkpoint[0], TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+        assert loaded(done, checkpoint[1]), done.stderr[-2000:]
+
+
+def test_installed_and_trusted_uses_the_package(checkpoint):
+    done = run_python(LOAD, checkpoint[0], "trust")
+    assert loaded(done, checkpoint[1]), done.stderr[-2000:]
+    assert "PACKAGE True" in done.stdout
+
+
+CHECK = "\nfrom transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as q, AUTO_QUANTIZATION_CONFIG_MAPPING as c\n"
+CHECK += "import transformers.modeling_utils\nassert 'dobi_svd' in q and 'dobi_svd' in c, 'not registered'\n"
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import torch",
+        "import transformers",
+        "import torch; from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM; import torch",
+        "import transformers.modeling_utils",
+        "import transformers.quantizers.auto",
+        "import accelerate; import peft",
+        "import optimum_dobisvd",
+        "import transformers.modeling_utils; import optimum_dobisvd",
+        "import optimum_dobisvd; import torch; import optimum_dobisvd.config",
+        "from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer",
+    ],
+)
+def test_registered_in_every_order_of_imports(first):
+    if "peft" in first:
+        pytest.importorskip("peft", reason="peft is not installed")
+    done = run_python(first + CHECK)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_importing_torch_alone_does_not_import_transformers():
+    done = run_python("import torch, sys; print([m for m in sys.modules if m.split('.')[0] in ('transformers', 'accelerate')])")
+    assert done.stdout.strip() == "[]", done.stdout
+
+
+def test_importing_the_package_alone_imports_neither_torch_nor_transformers():
+    done = run_python("import optimum_dobisvd, sys; print('torch' in sys.modules, 'transformers' in sys.modules)")
+    assert done.stdout.strip() == "False False"
+
+
+@pytest.mark.parametrize(
+    "sabotage",
+    [
+        # the plugin's own modules break
+        "sys.modules['optimum_dobisvd.config'] = None",
+        # transformers has changed beyond recognition
+        "import types; sys.modules['transformers.quantizers.auto'] = types.ModuleType('transformers.quantizers.auto')",
+    ],
+)
+def test_nothing_that_goes_wrong_in_the_plugin_breaks_import_torch(sabotage):
+    done = run_python(f"import sys\n{sabotage}\nimport torch\nprint('TORCH', torch.ones(2).sum().item())")
+    assert "TORCH 2.0" in done.stdout, done.stderr[-2000:]
+
+
+def test_a_plugin_that_cannot_register_leaves_loading_loud(checkpoint):
+    done = run_python("import sys\nsys.modules['optimum_dobisvd.config'] = None\n" + LOAD, checkpoint[0])
+    assert done.returncode != 0
+    assert "SUM" not in done.stdout
+    assert "optimum-dobisvd does not work with the installed transformers" in done.stderr
+
+
+def test_the_wheel_registers_as_the_editable_install_does(checkpoint, bare, tmp_path):
+    pytest.importorskip("build", reason="the `build` package is not installed")
+    project = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(project)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr[-2000:]
+    site = tmp_path / "site"
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(next(tmp_path.glob("*.whl"))), str(site)], check=True)
+    assert (site / "optimum/commands/register/register_dobisvd.py").exists()
+    code = f"import sys; sys.path.insert(0, {str(site)!r})\n" + LOAD
+    done = run_python(code, checkpoint[0], without_package_in=bare)
+    assert loaded(done, checkpoint[1]), done.stderr[-2000:]
+    assert str(site) in run_python(
+        code + "\nimport optimum_dobisvd; print(optimum_dobisvd.__file__)", checkpoint[0], without_package_in=bare
+    ).stdout

@@ -1,0 +1,1 @@
+"""`optimum-cli dobisvd`: one file per subcommand. Importing them costs nothing; torch is imported when one runs."""

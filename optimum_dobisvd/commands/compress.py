@@ -1,0 +1,167 @@
+"""`optimum-cli dobisvd compress`: a dense model and a text in, a compressed checkpoint out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .options import CommandSpec, Option
+from .running import RUNNING
+from .shared_options import CALIBRATION, METHOD, MODEL, compression_config, with_method_resolved
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console
+    from torch import nn
+
+    from ..quantizer import DobiSVDQuantizer
+
+_GROUPS = {
+    "output": (
+        Option("out", "folder of the compressed checkpoint", positional=True, required=True, metavar="OUT"),
+        Option(
+            "overwrite",
+            "replace OUT even if it holds other files, which are deleted (an earlier output is replaced anyway)",
+            kind=bool,
+            default=False,
+            transient=True,
+        ),
+    ),
+    "model": MODEL,
+    "compression": METHOD,
+    "calibration": CALIBRATION,
+    "evaluation": (
+        Option(
+            "eval_dataset",
+            "measure the perplexity of the dense and the compressed model on these texts (named as for --dataset; of "
+            "wikitext2, c4 and ptb the test split)",
+            many=True,
+            default=[],
+            metavar="TEXT",
+        ),
+        Option("eval_seqlen", "tokens in a window there", kind=int, default=1024, metavar="N"),
+        Option("eval_windows", "at most so many windows of each text (default: all)", kind=int, metavar="N"),
+    ),
+    "running": RUNNING,
+}
+
+_EXAMPLES = """\
+  optimum-cli dobisvd compress --model meta-llama/Llama-3.2-1B --ratio 0.8 --dataset wikitext2 llama-0.8
+  optimum-cli dobisvd compress --model ./llama --method svd --ratio 0.9 --override 'down_proj:{"dense": true}' OUT
+  optimum-cli dobisvd compress --model ./llama --statistics stats --plan llama-0.8/dobisvd_plan.json \\
+      --dataset c4 --eval-dataset wikitext2 --eval-windows 40 OUT"""
+
+
+def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Compress and save; returns the report as JSON values.
+
+    Raises whatever a bad option, model or text raises; then OUT is as it was.
+    """
+    from .output_folder import check_target, staged_output
+    from .saved_recipe import save_recipe
+    from .sources import calibration_dataset
+
+    target = check_target(options["out"], options["overwrite"])
+    options = with_method_resolved(options)
+    config = compression_config(options, calibration_dataset(options["dataset"]))
+    with staged_output(target) as folder:
+        quantizer, dtype = _compress_into(folder, config, options)
+        save_recipe(folder, SPEC, {**options, "dtype": dtype})
+    report = quantizer.report
+    if report is None:
+        raise RuntimeError("the compression ended without a report")
+    from ..report.table import print_report
+
+    print_report(report, console)
+    console.print(f"\nsaved to {options['out']}")
+    return {**report.to_dict(), "out": options["out"]}
+
+
+SPEC = CommandSpec(
+    name="compress",
+    summary="Compress a model, and save it as a checkpoint that from_pretrained loads.",
+    groups=_GROUPS,
+    examples=_EXAMPLES,
+    execute=execute,
+)
+
+
+def _compress_into(folder: Path, config: Any, options: dict[str, Any]) -> tuple[DobiSVDQuantizer, str]:
+    """Everything of the checkpoint but its recipe; returns the quantizer with its report, and the dtype in words."""
+    from ..quantizer import DobiSVDQuantizer
+    from ..report.measure import Stages
+    from ..report.write import write_beside
+    from .load_dense import load_dense, load_tokenizer
+    from .sources import model_source
+
+    texts = _evaluation_texts(options)
+    quantizer = DobiSVDQuantizer(config)
+    source = model_source(options["model"], options["gguf_file"])
+    trust = options["trust_remote_code"]
+    stages = Stages()
+    with stages.stage("total"):
+        with stages.stage("loading"):
+            tokenizer = load_tokenizer(source, trust_remote_code=trust)
+            model = load_dense(
+                source, dtype=options["dtype"], device_map=options["device_map"], trust_remote_code=trust
+            )
+        with stages.stage("perplexity, dense"):
+            dense = _perplexities(model, tokenizer, texts, options)
+        quantizer.quantize_model(model, tokenizer)
+        with stages.stage("perplexity, compressed"):
+            compressed = _perplexities(model, tokenizer, texts, options)
+        _remember_dataset(quantizer, model, options["dataset"])
+        with stages.stage("saving"):
+            model.save_pretrained(folder)  # type: ignore[operator]
+            tokenizer.save_pretrained(folder)
+    report = quantizer.report
+    if report is None or quantizer.plan is None:
+        raise RuntimeError("the compression ended without a plan or a report")
+    report.perplexity = {name: {"dense": dense[name], "compressed": compressed[name]} for name in texts}
+    unused = set() if texts else {"perplexity, dense", "perplexity, compressed"}
+    _add_stages(report.seconds, stages.seconds, unused)
+    _add_stages(report.peak_bytes, stages.peak_bytes, unused)
+    write_beside(folder, quantizer.plan, report)
+    return quantizer, str(model.dtype).removeprefix("torch.")
+
+
+def _evaluation_texts(options: dict[str, Any]) -> dict[str, str]:
+    """The texts by name, read before anything long is begun."""
+    from .sources import text_of
+
+    return {name: text_of(name, "test") for name in options["eval_dataset"]}
+
+
+def _perplexities(
+    model: nn.Module, tokenizer: Any, texts: dict[str, str], options: dict[str, Any]
+) -> dict[str, float]:
+    from ..report.perplexity import perplexity
+
+    return {
+        name: perplexity(
+            model,
+            tokenizer,
+            text,
+            seqlen=options["eval_seqlen"],
+            windows=options["eval_windows"],
+            progress=f"perplexity on {name}",
+        )
+        for name, text in texts.items()
+    }
+
+
+def _remember_dataset(quantizer: DobiSVDQuantizer, model: nn.Module, typed: str | None) -> None:
+    """Texts read from a glob or a package reach the quantizer as strings; put back the words they were asked for by."""
+    if quantizer.report is not None and quantizer.report.dataset and quantizer.report.dataset["kind"] == "texts":
+        quantizer.report.dataset["dataset"] = typed
+        model.config.quantization_config.dataset = typed  # type: ignore[union-attr]
+
+
+def _add_stages(into: dict[str, Any], measured: dict[str, Any], unused: set[str]) -> None:
+    """Bring the stages around the quantizer's own into the order they ran in."""
+    own = dict(into)
+    into.clear()
+    before, after = ("loading", "perplexity, dense"), ("perplexity, compressed", "saving", "total")
+    into.update({name: measured[name] for name in before if name not in unused})
+    into.update(own)
+    into.update({name: measured[name] for name in after if name not in unused})

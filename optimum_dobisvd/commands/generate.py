@@ -1,0 +1,95 @@
+"""A step of recipes: a sentence from the compressed model in a new process, beside one from the dense model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .options import CommandSpec, Option
+from .running import RUNNING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console
+
+_GROUPS = {
+    "input": (
+        Option("out", "folder of a compressed checkpoint", positional=True, required=True, metavar="OUT"),
+        Option("prompt", "text to continue", required=True, metavar="TEXT"),
+        Option("max_new_tokens", "tokens to generate", kind=int, default=40, metavar="N"),
+        Option("device", "where both models run", default="cpu"),
+    ),
+    "running": RUNNING,
+}
+
+
+def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Generate greedily from the compressed model in a new process, and from the dense model its recipe names.
+
+    Raises:
+        RuntimeError: the new process failed; the message has its last line.
+    """
+    from pathlib import Path
+
+    from .saved_recipe import compress_options
+
+    folder = Path(options["out"])
+    made_with = compress_options(folder)
+    result: dict[str, Any] = {"prompt": options["prompt"]}
+    if made_with is not None:
+        result["dense"] = _dense_text(made_with, options)
+        console.print(f"dense:      {options['prompt']}{result['dense']}", soft_wrap=True)
+    result["compressed"] = _text_from_new_process(folder, options)
+    console.print(f"compressed: {options['prompt']}{result['compressed']}", soft_wrap=True)
+    console.print(
+        "(the compressed model: from_pretrained in a new process that imports transformers and nothing else)"
+    )
+    return result
+
+
+SPEC = CommandSpec(
+    name="generate",
+    summary="Continue a text with the compressed model, loaded in a new process, and with the dense one.",
+    groups=_GROUPS,
+    examples="",
+    execute=execute,
+)
+
+
+def _text_from_new_process(folder: Path, options: dict[str, Any]) -> str:
+    import json
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    script = Path(__file__).with_name("fresh_process.py").read_text(encoding="utf-8")
+    request = {
+        "model": str(folder),
+        "tokenizer": str(folder),
+        **{key: options[key] for key in ("prompt", "max_new_tokens", "device")},
+    }
+    # -c and not the file's path: that would put this folder, with its inspect.py, before the standard library.
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=json.dumps(request), capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"the checkpoint in {folder} did not load in a new process: {last}")
+    return json.loads(done.stdout.strip().splitlines()[-1])["text"]
+
+
+def _dense_text(made_with: dict[str, Any], options: dict[str, Any]) -> str:
+    import torch
+
+    from .load_dense import load_dense, load_tokenizer
+    from .sources import model_source
+
+    source = model_source(made_with["model"], made_with.get("gguf_file"))
+    tokenizer = load_tokenizer(source)
+    model = load_dense(source, dtype=made_with["dtype"], device_map=options["device"])
+    inputs = tokenizer(options["prompt"], return_tensors="pt").to(model.device)
+    with torch.inference_mode():
+        tokens = model.generate(  # type: ignore[operator]
+            **inputs, max_new_tokens=options["max_new_tokens"], do_sample=False, pad_token_id=tokenizer.eos_token_id
+        )
+    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

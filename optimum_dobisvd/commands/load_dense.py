@@ -1,0 +1,88 @@
+"""Dense models, and their outlines without weights, ready to be compressed and saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .sources import ModelSource
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_dense(
+    source: ModelSource, *, dtype: str = "auto", device_map: Any = None, trust_remote_code: bool = False
+) -> nn.Module:
+    """The dense causal language model, in evaluation mode, its weights in a floating-point dtype.
+
+    A GGUF file is unpacked, and the marks of its quantisation taken off: transformers would refuse to save the model.
+
+    Args:
+        source: where from.
+        dtype: one of `DTYPES`; "auto" is the checkpoint's own.
+        device_map: as in `from_pretrained`.
+        trust_remote_code: whether code beside the checkpoint may be run.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        source.location,
+        dtype=_dtype(dtype),
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+        **_gguf_arguments(source),
+    ).eval()
+    if source.gguf_file is not None:
+        _forget_gguf(model)
+    # What reports call it. The location may be a cache folder of this machine, which means nothing elsewhere.
+    model.name_or_path = source.typed
+    return model
+
+
+def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    gguf = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+    return AutoTokenizer.from_pretrained(source.location, trust_remote_code=trust_remote_code, **gguf)
+
+
+def load_skeleton(source: ModelSource, *, dtype: str = "auto", trust_remote_code: bool = False) -> nn.Module:
+    """The same model on the meta device, built from its config alone: shapes and dtypes, no memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    gguf = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+    config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **gguf)
+    wanted = _dtype(dtype)
+    if wanted == "auto":
+        wanted = getattr(config, "dtype", None) or torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+    model.name_or_path = source.typed
+    return model.eval()
+
+
+def _dtype(name: str) -> Any:
+    return name if name == "auto" else getattr(torch, name)
+
+
+def _gguf_arguments(source: ModelSource) -> dict[str, Any]:
+    if source.gguf_file is None:
+        return {}
+    arguments: dict[str, Any] = {"gguf_file": source.gguf_file}
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return arguments  # releases without it always unpack
+    # Newer releases keep the weights packed where they have kernels for them; factors are made of plain matrices.
+    return {**arguments, "quantization_config": GgufConfig(dequantize=True)}
+
+
+def _forget_gguf(model: nn.Module) -> None:
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for name in ("hf_quantizer", "quantization_method"):
+        model.__dict__.pop(name, None)
+    model.is_quantized = False  # type: ignore[assignment]

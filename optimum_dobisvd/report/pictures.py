@@ -1,0 +1,192 @@
+"""A report as pictures: ranks by layer and type, errors by layer and type."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..storage.atomic import write_atomically
+from .grid import Grid, grid_of
+from .report import CompressionReport, ModuleReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+RANKS_PICTURE = "dobisvd_ranks.png"
+ERRORS_PICTURE = "dobisvd_errors.png"
+
+_ANNOTATED_LAYERS = 40  # with more, the numbers in the cells are too small to read
+_DENSE_COLOUR = "#d9d9d9"
+
+
+def matplotlib_is_installed() -> bool:
+    """Whether pictures can be drawn."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def ranks_picture(report: CompressionReport, path: str | os.PathLike[str]) -> Path:
+    """A heat map, layers along x and types along y, of the kept rank over the full rank `min(m, n)`.
+
+    Cells hold the rank itself where there is room; matrices left dense are grey and hatched.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    grid = grid_of(report.modules)
+    values = {key: _mean_fraction(found) for key, found in grid.cells.items()}
+    labels = {key: _rank_label(found) for key, found in grid.cells.items() if values[key] is not None}
+    return _heat_map(
+        report,
+        grid,
+        values,
+        labels,
+        path,
+        title="rank kept, by layer and type of matrix",
+        scale="rank / full rank min(m, n)",
+        colours="viridis",
+    )
+
+
+def errors_picture(report: CompressionReport, path: str | os.PathLike[str]) -> Path:
+    """A heat map, layers along x and types along y, of `||(W-W')X|| / ||WX||` on the calibration text in per cent.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: the report holds no errors.
+    """
+    if all(module.error is None for module in report.modules):
+        raise ValueError("the report holds no errors: the compression read no calibration text")
+    grid = grid_of(report.modules)
+    values = {key: _mean_error(found) for key, found in grid.cells.items()}
+    labels = {
+        key: f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" for key, value in values.items() if value is not None
+    }
+    return _heat_map(
+        report,
+        grid,
+        values,
+        labels,
+        path,
+        title="relative error of the output, by layer and type of matrix",
+        scale="‖(W − W′)X‖ / ‖WX‖  in %",
+        colours="magma_r",
+    )
+
+
+def _mean_fraction(modules: list[ModuleReport]) -> float | None:
+    fractions = [m.rank / min(m.out_features, m.in_features) for m in modules if m.rank is not None]
+    return sum(fractions) / len(fractions) if fractions else None
+
+
+def _rank_label(modules: list[ModuleReport]) -> str:
+    ranks = [module.rank for module in modules if module.rank is not None]
+    mean = round(sum(ranks) / len(ranks))
+    return str(mean) if len(modules) == 1 else f"~{mean}"
+
+
+def _mean_error(modules: list[ModuleReport]) -> float | None:
+    """In per cent, over the low-rank matrices; None where there are none or nothing was measured."""
+    errors = [module.error for module in modules if module.error is not None and module.rank is not None]
+    return 100 * sum(errors) / len(errors) if errors else None
+
+
+def _heat_map(
+    report: CompressionReport,
+    grid: Grid,
+    values: dict[tuple[str, int], float | None],
+    labels: dict[tuple[str, int], str],
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    scale: str,
+    colours: str,
+) -> Path:
+    figure, axes = _canvas(len(grid.layers), len(grid.types))
+    rows = [[_or_nan(values.get((kind, layer))) for layer in grid.layers] for kind in grid.types]
+    image = axes.imshow(rows, aspect="auto", cmap=colours, interpolation="nearest", **_limits(values))
+    for y, kind in enumerate(grid.types):
+        for x, layer in enumerate(grid.layers):
+            modules = grid.cells.get((kind, layer))
+            if modules and all(module.rank is None for module in modules):
+                _mark_dense(axes, x, y)
+            elif (kind, layer) in labels and len(grid.layers) <= _ANNOTATED_LAYERS:
+                _annotate(axes, image, x, y, _or_nan(values[kind, layer]), labels[kind, layer])
+    _name_axes(axes, grid)
+    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
+    bar.set_label(scale)
+    axes.set_title(_title(report, title), loc="left", fontsize=10)
+    _add_legend(axes, report)
+    write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=150))
+    return Path(path)
+
+
+def _canvas(layers: int, types: int) -> tuple[Figure, Axes]:
+    """A figure with room for its cells. No pyplot: it keeps figures alive and may look for a display."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'optimum-dobisvd[plots]'") from error
+    cell = 0.36 if layers <= _ANNOTATED_LAYERS else 0.17
+    figure = Figure(figsize=(max(6.5, 2.6 + cell * layers), max(2.6, 1.6 + 0.36 * types)), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _limits(values: dict[tuple[str, int], float | None]) -> dict[str, float]:
+    known = [value for value in values.values() if value is not None]
+    if not known:
+        return {"vmin": 0.0, "vmax": 1.0}
+    low, high = min(known), max(known)
+    # Nearly equal values must look equal, not be blown up to both ends of the colour scale.
+    margin = max(0.0, 0.1 * high - (high - low)) / 2
+    return {"vmin": low - margin, "vmax": high + margin or 1.0}
+
+
+def _mark_dense(axes: Axes, x: int, y: int) -> None:
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=_DENSE_COLOUR, edgecolor="white", hatch="////", lw=0))
+
+
+def _annotate(axes: Axes, image: Any, x: int, y: int, value: float, label: str) -> None:
+    red, green, blue, _ = image.cmap(image.norm(value))
+    light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.55
+    axes.text(x, y, label, ha="center", va="center", fontsize=6.5, color="black" if light else "white")
+
+
+def _name_axes(axes: Axes, grid: Grid) -> None:
+    step = next(
+        step for step in (1, 2, 5, 10, 20, 50, 100) if len(grid.layers) / step <= _ANNOTATED_LAYERS or step == 100
+    )
+    axes.set_xticks(range(0, len(grid.layers), step), [str(layer) for layer in grid.layers[::step]])
+    axes.set_yticks(range(len(grid.types)), grid.types)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("type of matrix")
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _title(report: CompressionReport, what: str) -> str:
+    kept = report.target_bytes / report.dense_target_bytes if report.dense_target_bytes else math.nan
+    return f"{report.model}: {what}\n{report.method}, {kept:.1%} of the targets' bytes kept"
+
+
+def _add_legend(axes: Axes, report: CompressionReport) -> None:
+    if all(module.rank is not None for module in report.modules):
+        return
+    from matplotlib.patches import Patch
+
+    dense = Patch(facecolor=_DENSE_COLOUR, edgecolor="white", hatch="////", label="left dense")
+    axes.legend(
+        handles=[dense], loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8, borderaxespad=0.2
+    )
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -1,0 +1,154 @@
+"""A report as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from .grid import grid_of
+from .report import CompressionReport, ModuleReport
+
+
+def print_report(report: CompressionReport, console: Console, *, modules: bool = False) -> None:
+    """Print what a person wants to know first; with `modules` also a line for every matrix."""
+    if modules:
+        console.print(module_table(report))
+    console.print(kind_table(report))
+    if report.seconds:
+        console.print(stage_table(report))
+    console.print(summary_table(report))
+    console.print(coverage_line(report))
+
+
+def summary_table(report: CompressionReport) -> Table:
+    """Dense against compressed: bytes of the targets and of the model, arithmetic per token, perplexities."""
+    table = Table(title=f"{report.model}, {report.method}, asked to keep {report.ratio:g}", title_justify="left")
+    table.add_column("")
+    for heading in ("dense", "compressed", "ratio"):
+        table.add_column(heading, justify="right")
+    table.add_row(
+        "target matrices",
+        bytes_text(report.dense_target_bytes),
+        bytes_text(report.target_bytes),
+        ratio_text(report.target_bytes, report.dense_target_bytes),
+    )
+    table.add_row(
+        "whole checkpoint",
+        bytes_text(report.dense_model_bytes),
+        bytes_text(report.compressed_model_bytes),
+        ratio_text(report.compressed_model_bytes, report.dense_model_bytes),
+    )
+    table.add_row(
+        "FLOPs per token",
+        count_text(2 * report.dense_macs),
+        count_text(2 * report.compressed_macs),
+        ratio_text(report.compressed_macs, report.dense_macs),
+    )
+    for name, found in report.perplexity.items():
+        dense, compressed = found.get("dense"), found.get("compressed")
+        table.add_row(
+            f"perplexity, {name}",
+            "" if dense is None else f"{dense:.2f}",
+            "" if compressed is None else f"{compressed:.2f}",
+            "" if dense is None or compressed is None else f"{compressed / dense:.2f}",
+        )
+    return table
+
+
+def stage_table(report: CompressionReport) -> Table:
+    """Seconds and memory of every stage."""
+    table = Table(title="stages", title_justify="left")
+    table.add_column("stage")
+    table.add_column("seconds", justify="right")
+    table.add_column("peak memory above its start", justify="right")
+    for name, seconds in report.seconds.items():
+        memory = report.peak_bytes.get(name)
+        table.add_row(name, f"{seconds:,.1f}", "" if memory is None else bytes_text(memory))
+    return table
+
+
+def kind_table(report: CompressionReport) -> Table:
+    """One line per type of matrix."""
+    grid = grid_of(report.modules)
+    table = Table(title="by type of matrix", title_justify="left")
+    table.add_column("type")
+    for heading in ("matrices", "left dense", "shape", "ranks", "bytes", "kept", "mean error", "worst error"):
+        table.add_column(heading, justify="right")
+    for kind in grid.types:
+        found = grid.of_type(kind)
+        ranks = [module.rank for module in found if module.rank is not None]
+        errors = [module.error for module in found if module.error is not None]
+        table.add_row(
+            kind,
+            str(len(found)),
+            str(len(found) - len(ranks)) if len(found) > len(ranks) else "",
+            _joined(f"{module.out_features}×{module.in_features}" for module in found),
+            f"{min(ranks)}-{max(ranks)}" if ranks else "",
+            bytes_text(sum(module.bytes for module in found)),
+            ratio_text(sum(module.bytes for module in found), sum(module.dense_bytes for module in found)),
+            f"{sum(errors) / len(errors):.2%}" if errors else "",
+            f"{max(errors):.2%}" if errors else "",
+        )
+    return table
+
+
+def module_table(report: CompressionReport) -> Table:
+    """One line per matrix."""
+    table = Table(title="matrices (error: ‖(W−W′)X‖ / ‖WX‖ on the calibration text)", title_justify="left")
+    table.add_column("name", overflow="fold")
+    for heading in ("shape", "rank", "storage", "bytes", "kept", "error"):
+        table.add_column(heading, justify="right")
+    for module in report.modules:
+        table.add_row(*_module_cells(module))
+    return table
+
+
+def coverage_line(report: CompressionReport) -> str:
+    """What share of the blocks' weights were targets, and what was not."""
+    return f"targets are {report.coverage:.1%} of the weights in the blocks; left dense: {report.left_dense}"
+
+
+def bytes_text(count: float) -> str:
+    """Bytes for people, in powers of 1000: `1.23 GB`."""
+    return _scaled(count, ("B", "kB", "MB", "GB", "TB"))
+
+
+def count_text(count: float) -> str:
+    """A large number for people: `1.23 G`."""
+    return _scaled(count, ("", "k", "M", "G", "T", "P"))
+
+
+def ratio_text(part: float, whole: float) -> str:
+    """`part / whole`, or nothing where it makes no sense."""
+    return f"{part / whole:.4f}" if whole else ""
+
+
+def _module_cells(module: ModuleReport) -> tuple[str, ...]:
+    return (
+        module.name,
+        f"{module.out_features}×{module.in_features}",
+        "dense" if module.rank is None else str(module.rank),
+        "" if module.rank is None else module.storage,
+        bytes_text(module.bytes),
+        ratio_text(module.bytes, module.dense_bytes),
+        "" if module.error is None else f"{module.error:.2%}",
+    )
+
+
+def _joined(values: Iterable[str]) -> str:
+    """The distinct values; more than two are summed up."""
+    distinct = list(dict.fromkeys(values))
+    return ", ".join(distinct) if len(distinct) <= 2 else f"{distinct[0]}, ... ({len(distinct)})"
+
+
+def _scaled(count: float, units: tuple[str, ...]) -> str:
+    value, unit = float(count), units[0]
+    for unit in units:
+        if abs(value) < 999.5 or unit == units[-1]:
+            break
+        value /= 1000
+    if unit == units[0]:
+        return f"{value:.0f} {unit}".strip()
+    return f"{value:.{max(0, 2 - (len(str(int(abs(value)))) - 1))}f} {unit}"

@@ -1,0 +1,39 @@
+"""What is put beside every checkpoint for people: the plan, the report, the pictures."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from ..allocation.plan import Plan
+from .pictures import ERRORS_PICTURE, RANKS_PICTURE, errors_picture, matplotlib_is_installed, ranks_picture
+from .report import CompressionReport
+
+logger = logging.getLogger(__name__)
+
+PLAN_NAME = "dobisvd_plan.json"
+
+
+def write_beside(
+    folder: str | os.PathLike[str], plan: Plan, report: CompressionReport, pictures: bool = True
+) -> list[Path]:
+    """Write plan, report and, where matplotlib is installed, the pictures into a folder; returns the files."""
+    folder = Path(folder)
+    plan.save(folder / PLAN_NAME)
+    written = [folder / PLAN_NAME, report.save(folder)]
+    if pictures:
+        written += write_pictures(folder, report)
+    return written
+
+
+def write_pictures(folder: str | os.PathLike[str], report: CompressionReport) -> list[Path]:
+    """The pictures alone; none, and a line in the log, where matplotlib is missing."""
+    if not matplotlib_is_installed():
+        logger.info("no pictures: matplotlib is not installed (pip install 'optimum-dobisvd[plots]')")
+        return []
+    folder = Path(folder)
+    written = [ranks_picture(report, folder / RANKS_PICTURE)]
+    if any(module.error is not None for module in report.modules):
+        written.append(errors_picture(report, folder / ERRORS_PICTURE))
+    return written
