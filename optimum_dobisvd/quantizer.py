@@ -55,6 +55,7 @@ class DobiSVDQuantizer:
         self.config = config if config is not None else DobiSVDConfig.from_dict(kwargs)
         if self.config.is_compressed:
             raise ValueError("this config describes a compressed model; start from one without `modules`")
+        self._windows: CalibrationWindows | None = None
         self.plan: Plan | None = None
         self.report: CompressionReport | None = None
 
@@ -75,10 +76,8 @@ class DobiSVDQuantizer:
         Raises:
             ValueError: a model, dataset, plan or setting that cannot work; said before any long computation.
         """
-        layout = check_model(model, self.config)
+        layout, given, windows = self.prepare(model, tokenizer)
         stages = Stages()
-        given = self._given_plan(layout)
-        windows = self._windows(model, tokenizer)
         before = (macs_per_token(model), model_bytes(model.parameters()))
         with stages.stage("statistics"):
             store = self._statistics(model, layout, windows)
@@ -110,6 +109,19 @@ class DobiSVDQuantizer:
         attach(model, self.config.with_plan(plan, dataset=describe_dataset(windows)))
         return model
 
+    def prepare(
+        self, model: nn.Module, tokenizer: Any = None
+    ) -> tuple[Layout, Plan | None, CalibrationWindows | None]:
+        """All that can be refused before weights are read: works on a model on meta; the windows are kept for later.
+
+        Returns the layout, the plan if the config gives one, and the calibration windows if it names a dataset.
+        """
+        layout = check_model(model, self.config)
+        given = self._given_plan(layout)
+        if self._windows is None:
+            self._windows = self._load_windows(model, tokenizer)
+        return layout, given, self._windows
+
     def save(self, model: nn.Module, save_dir: str | os.PathLike[str], **kwargs: Any) -> None:
         """`model.save_pretrained(save_dir, **kwargs)`, with plan, report and pictures beside the checkpoint."""
         if self.plan is None or self.report is None:
@@ -128,7 +140,7 @@ class DobiSVDQuantizer:
         plan.check(layout.targets)
         return plan
 
-    def _windows(self, model: nn.Module, tokenizer: Any) -> CalibrationWindows | None:
+    def _load_windows(self, model: nn.Module, tokenizer: Any) -> CalibrationWindows | None:
         config = self.config
         if config.dataset is None:
             if config.resolved_method().needs_data:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -98,7 +97,7 @@ def _factored(name: str, storage: str, shapes: dict[str, tuple[list[int], int]])
         (out_features, inner), _ = shapes[f"{name}.second.weight"]
     except (KeyError, ValueError) as error:
         raise ValueError(
-            f"the checkpoint lacks the factors of {name}, which config.json promises; copy it again"
+            f"the checkpoint lacks the factors of {name}, listed in config.json; copy it again"
         ) from error
     if inner != rank:
         raise ValueError(f"{name}: first has rank {rank} and second {inner}; files of two compressions were mixed")

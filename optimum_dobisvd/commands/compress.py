@@ -151,7 +151,7 @@ def _perplexities(
 
 
 def _remember_dataset(quantizer: DobiSVDQuantizer, model: nn.Module, typed: str | None) -> None:
-    """Texts read from a glob or a package reach the quantizer as strings; put back the words they were asked for by."""
+    """Texts read from a glob or a package reach the quantizer as strings; put back the words that named them."""
     if quantizer.report is not None and quantizer.report.dataset and quantizer.report.dataset["kind"] == "texts":
         quantizer.report.dataset["dataset"] = typed
         model.config.quantization_config.dataset = typed  # type: ignore[union-attr]

@@ -15,7 +15,7 @@ tokenizer = AutoTokenizer.from_pretrained(request["tokenizer"])
 model = AutoModelForCausalLM.from_pretrained(request["model"], device_map=request["device"])
 inputs = tokenizer(request["prompt"], return_tensors="pt").to(model.device)
 with torch.inference_mode():
-    tokens = model.generate(
+    tokens = model.generate(  # type: ignore[misc]
         **inputs, max_new_tokens=request["max_new_tokens"], do_sample=False, pad_token_id=tokenizer.eos_token_id
     )
 new = tokens[0, inputs["input_ids"].shape[1] :]

@@ -49,6 +49,15 @@ class Option:
         return "--" + self.key.replace("_", "-")
 
 
+# What YAML may give for each kind, and its name in messages.
+_KINDS: dict[type, tuple[tuple[type, ...], str]] = {
+    float: ((float, int), "a number"),
+    int: ((int,), "a whole number"),
+    str: ((str,), "text"),
+    bool: ((bool,), "true or false"),
+    dict: ((dict,), "a mapping"),
+}
+
 OptionGroups = Mapping[str, tuple[Option, ...]]
 
 
@@ -184,10 +193,9 @@ def _checked(command: str, option: Option, value: Any) -> Any:
 
 
 def _scalar(command: str, option: Option, value: Any) -> Any:
-    allowed = {float: (int, float), str: (str,), int: (int,), bool: (bool,), dict: (dict,)}[option.kind]
+    allowed, name = _KINDS[option.kind]
     if not isinstance(value, allowed) or (isinstance(value, bool) and option.kind is not bool):
-        names = {float: "a number", str: "text", int: "a whole number", bool: "true or false", dict: "a mapping"}
-        raise UsageError(f"{command}: {option.key} must be {names[option.kind]}, got {value!r}")
+        raise UsageError(f"{command}: {option.key} must be {name}, got {value!r}")
     if option.choices is not None and value not in option.choices:
         raise UsageError(f"{command}: {option.key} must be one of {', '.join(option.choices)}, got {value!r}")
-    return float(value) if option.kind is float else value
+    return option.kind(value)

@@ -71,8 +71,8 @@ def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     if "out of memory" in text.lower() or "can't allocate memory" in text or isinstance(error, MemoryError):
         return (
-            f"out of memory ({text[:200]}): `optimum-cli dobisvd plan` tells what a run needs; lower batch_size or seqlen, "
-            "name a statistics folder, or let device_map place the model"
+            f"out of memory ({text[:200]}): `optimum-cli dobisvd plan` tells what a run needs; lower batch_size or "
+            "seqlen, name a statistics folder, or let device_map place the model"
         )
     if isinstance(error, ValueError | OSError | TypeError | UsageError) and text:
         return text

@@ -35,7 +35,7 @@ METHOD = (
     Option("plan", "take ranks from this plan instead of allocating them", metavar="FILE"),
     Option(
         "overrides",
-        'settings of single modules by name or re: pattern, {"PATTERN": {"ratio": R} or {"rank": K} or {"dense": true}}',
+        'settings of modules by name or re: pattern, {"PATTERN": {"ratio": R} or {"rank": K} or {"dense": true}}',
         kind=dict,
         default={},
         item_flag="--override",
@@ -70,10 +70,8 @@ CALIBRATION = (
     Option("device_map", "where to put the weights: cpu, cuda, auto, ... (default: cpu)", metavar="MAP"),
 )
 
-_CONFIG_KEYS = (
-    "method ratio allocation factorization storage plan overrides modules_to_not_convert rank_multiple min_rank "
-    "min_coverage nsamples seqlen seed batch_size statistics device"
-).split()
+# Fields of `DobiSVDConfig`, by the same names; the text is read before it gets there, the map is for loading.
+_CONFIG_KEYS = [option.key for option in METHOD + CALIBRATION if option.key not in ("dataset", "device_map")]
 
 
 def compression_config(options: dict[str, Any], dataset: Any) -> DobiSVDConfig:

@@ -64,7 +64,7 @@ def text_files(source: str) -> list[str] | None:
 
 
 def text_of(source: str, split: str = "train", *, streamed_characters: int = 4_000_000) -> str:
-    """The text of a dataset's name, a file, a glob, or files inside a package; several files are joined by blank lines.
+    """The text of a dataset's name, a file, a glob, or files inside a package; several are joined by blank lines.
 
     Raises what `text_files` and `read_text` raise.
     """

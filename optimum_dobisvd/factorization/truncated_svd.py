@@ -1,4 +1,4 @@
-"""Closed-form factorisers: truncated SVDs of the weight in one metric or another (svd, asvd, svd_llm, svd_llm_v2, ...).
+"""Closed-form factorisers: truncated SVDs of the weight in one metric or another (svd, asvd, svd_llm, ...).
 
 All take the weight `W` (`m x n`, any float dtype) and return a `Decomposition` in float64.
 """
@@ -21,7 +21,7 @@ def whitened_svd(weight: Tensor, whitening: Whitening | None) -> Decomposition:
     target = weight if whitening is None else whitening.apply(weight)
     left, values, right = torch.linalg.svd(target, full_matrices=False)
     right = right if whitening is None else whitening.undo(right)
-    # The singular value is split evenly so that neither factor carries the whole scale; `Factors.balanced` does the rest.
+    # The singular value is split evenly so that neither factor carries the whole scale; `balanced` does the rest.
     root = values.sqrt()
     return Decomposition(left * root, root[:, None] * right, values)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 
 from safetensors import safe_open
 from torch import nn
@@ -65,6 +66,18 @@ def check_factors(model: nn.Module, files: list[str], conversions: list) -> None
             owner = tensor.rsplit(".", 2)[0]
             if model_has(model, owner) and not model_has(model, tensor.rsplit(".", 1)[0]):
                 raise ValueError(f"the checkpoint holds {tensor}, but config.json does not list {owner} as compressed")
+    _check_nothing_else_is_missing(model, shapes)
+
+
+def _check_nothing_else_is_missing(model: nn.Module, shapes: dict[str, list[int]]) -> None:
+    """Other weights must be there too, if this is the class that was saved: a new head on an old body may be untrained."""
+    if type(model).__name__ not in (model.config.architectures or ()):  # type: ignore[union-attr]
+        return
+    tied = set(model.all_tied_weights_keys)  # type: ignore[arg-type]
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]  # type: ignore[union-attr]
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if name not in shapes and name not in tied and not any(pattern.search(name) for pattern in optional):
+            raise ValueError(f"the checkpoint lacks {name}: it is incomplete, copy it again")
 
 
 def model_has(model: nn.Module, name: str) -> bool:

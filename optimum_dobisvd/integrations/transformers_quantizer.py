@@ -21,6 +21,7 @@ class DobiSVDHfQuantizer(LowRankLoader):
 
     def __init__(self, quantization_config: DobiSVDConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self._config = quantization_config
         if self.pre_quantized and not quantization_config.is_compressed:
             raise ValueError("config.json says dobi_svd but lists no compressed modules: it is damaged or was edited")
         if not self.pre_quantized and quantization_config.is_compressed:
@@ -34,20 +35,19 @@ class DobiSVDHfQuantizer(LowRankLoader):
     ) -> Any:
         if self.pre_quantized:
             return super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
-        from ..quantizer import check_model  # calibration is not imported by those who only load
+        from ..quantizer import DobiSVDQuantizer  # calibration is not imported by those who only load
 
-        check_model(model, self.quantization_config)
+        self._compressor = DobiSVDQuantizer(self._config)
+        with torch.device("cpu"):  # transformers builds models under torch.device("meta"), and calibration text is real
+            self._compressor.prepare(model)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
-            attach(model, self.quantization_config)
+            attach(model, self._config)
             return model
-        from ..quantizer import DobiSVDQuantizer
-
-        quantizer = DobiSVDQuantizer(self.quantization_config)
-        quantizer.quantize_model(model)
-        model.dobisvd_plan, model.dobisvd_report = quantizer.plan, quantizer.report
+        self._compressor.quantize_model(model)
+        model.dobisvd_plan, model.dobisvd_report = self._compressor.plan, self._compressor.report
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

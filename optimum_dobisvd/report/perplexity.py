@@ -24,7 +24,7 @@ def perplexity(
 ) -> float:
     """exp of the mean negative log-likelihood per predicted token, in float32.
 
-    The whole text is tokenised at once and cut into consecutive windows of `seqlen` tokens that do not overlap; what is
+    The whole text is tokenised at once and cut into consecutive windows of `seqlen` tokens without overlap; what is
     left over at the end is not used. The first token of a window is not predicted. Nothing else is left out.
 
     Args:
@@ -48,7 +48,7 @@ def perplexity(
             loss = _summed_loss(model, window)
             if not math.isfinite(loss):
                 raise ValueError(
-                    f"the loss on window {index} of {len(ids)} is {loss}: the model gives NaN or infinite logits there; "
+                    f"the loss on window {index} of {len(ids)} is {loss}: its logits are NaN or infinite there; "
                     "check its weights, or load it in float32 or bfloat16 (float16 overflows)"
                 )
             total += loss
@@ -67,7 +67,8 @@ def window_ids(tokenizer: Any, text: str, *, seqlen: int, windows: int | None = 
     available = len(ids) // seqlen
     if available == 0:
         raise ValueError(
-            f"the text has {len(ids)} tokens, less than one window of seqlen={seqlen}: use a longer text or a shorter seqlen"
+            f"the text has {len(ids)} tokens, less than one window of seqlen={seqlen}: use a longer text "
+            "or a shorter seqlen"
         )
     return ids[: available * seqlen].view(available, seqlen)[:windows]
 

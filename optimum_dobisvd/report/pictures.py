@@ -107,7 +107,8 @@ def _heat_map(
 ) -> Path:
     figure, axes = _canvas(len(grid.layers), len(grid.types))
     rows = [[_or_nan(values.get((kind, layer))) for layer in grid.layers] for kind in grid.types]
-    image = axes.imshow(rows, aspect="auto", cmap=colours, interpolation="nearest", **_limits(values))
+    low, high = _limits(values)
+    image = axes.imshow(rows, aspect="auto", cmap=colours, interpolation="nearest", vmin=low, vmax=high)
     for y, kind in enumerate(grid.types):
         for x, layer in enumerate(grid.layers):
             modules = grid.cells.get((kind, layer))
@@ -137,14 +138,14 @@ def _canvas(layers: int, types: int) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _limits(values: dict[tuple[str, int], float | None]) -> dict[str, float]:
+def _limits(values: dict[tuple[str, int], float | None]) -> tuple[float, float]:
     known = [value for value in values.values() if value is not None]
     if not known:
-        return {"vmin": 0.0, "vmax": 1.0}
+        return 0.0, 1.0
     low, high = min(known), max(known)
     # Nearly equal values must look equal, not be blown up to both ends of the colour scale.
     margin = max(0.0, 0.1 * high - (high - low)) / 2
-    return {"vmin": low - margin, "vmax": high + margin or 1.0}
+    return low - margin, high + margin or 1.0
 
 
 def _mark_dense(axes: Axes, x: int, y: int) -> None:

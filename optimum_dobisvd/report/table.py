@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -13,18 +14,19 @@ from .report import CompressionReport, ModuleReport
 
 def print_report(report: CompressionReport, console: Console, *, modules: bool = False) -> None:
     """Print what a person wants to know first; with `modules` also a line for every matrix."""
-    if modules:
-        console.print(module_table(report))
-    console.print(kind_table(report))
+    tables = [module_table(report)] if modules else []
+    tables.append(kind_table(report))
     if report.seconds:
-        console.print(stage_table(report))
-    console.print(summary_table(report))
+        tables.append(stage_table(report))
+    for table in (*tables, summary_table(report)):
+        console.print(table)
+        console.print()
     console.print(coverage_line(report))
 
 
 def summary_table(report: CompressionReport) -> Table:
     """Dense against compressed: bytes of the targets and of the model, arithmetic per token, perplexities."""
-    table = Table(title=f"{report.model}, {report.method}, asked to keep {report.ratio:g}", title_justify="left")
+    table = _table(f"{report.model}, {report.method}, asked to keep {report.ratio:g}")
     table.add_column("")
     for heading in ("dense", "compressed", "ratio"):
         table.add_column(heading, justify="right")
@@ -59,7 +61,7 @@ def summary_table(report: CompressionReport) -> Table:
 
 def stage_table(report: CompressionReport) -> Table:
     """Seconds and memory of every stage."""
-    table = Table(title="stages", title_justify="left")
+    table = _table("stages")
     table.add_column("stage")
     table.add_column("seconds", justify="right")
     table.add_column("peak memory above its start", justify="right")
@@ -72,20 +74,20 @@ def stage_table(report: CompressionReport) -> Table:
 def kind_table(report: CompressionReport) -> Table:
     """One line per type of matrix."""
     grid = grid_of(report.modules)
-    table = Table(title="by type of matrix", title_justify="left")
+    table = _table("by type of matrix")
     table.add_column("type")
     for heading in ("matrices", "left dense", "shape", "ranks", "bytes", "kept", "mean error", "worst error"):
         table.add_column(heading, justify="right")
     for kind in grid.types:
         found = grid.of_type(kind)
         ranks = [module.rank for module in found if module.rank is not None]
-        errors = [module.error for module in found if module.error is not None]
+        errors = [module.error for module in found if module.error is not None and module.rank is not None]
         table.add_row(
             kind,
             str(len(found)),
             str(len(found) - len(ranks)) if len(found) > len(ranks) else "",
             _joined(f"{module.out_features}×{module.in_features}" for module in found),
-            f"{min(ranks)}-{max(ranks)}" if ranks else "",
+            _range_text(ranks),
             bytes_text(sum(module.bytes for module in found)),
             ratio_text(sum(module.bytes for module in found), sum(module.dense_bytes for module in found)),
             f"{sum(errors) / len(errors):.2%}" if errors else "",
@@ -96,7 +98,7 @@ def kind_table(report: CompressionReport) -> Table:
 
 def module_table(report: CompressionReport) -> Table:
     """One line per matrix."""
-    table = Table(title="matrices (error: ‖(W−W′)X‖ / ‖WX‖ on the calibration text)", title_justify="left")
+    table = _table("matrices (error: ‖(W−W′)X‖ / ‖WX‖ on the calibration text)")
     table.add_column("name", overflow="fold")
     for heading in ("shape", "rank", "storage", "bytes", "kept", "error"):
         table.add_column(heading, justify="right")
@@ -107,7 +109,7 @@ def module_table(report: CompressionReport) -> Table:
 
 def coverage_line(report: CompressionReport) -> str:
     """What share of the blocks' weights were targets, and what was not."""
-    return f"targets are {report.coverage:.1%} of the weights in the blocks; left dense: {report.left_dense}"
+    return f"targets are {report.coverage:.1%} of the weights in the blocks; not among them: {report.left_dense}"
 
 
 def bytes_text(count: float) -> str:
@@ -125,6 +127,10 @@ def ratio_text(part: float, whole: float) -> str:
     return f"{part / whole:.4f}" if whole else ""
 
 
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+
+
 def _module_cells(module: ModuleReport) -> tuple[str, ...]:
     return (
         module.name,
@@ -135,6 +141,12 @@ def _module_cells(module: ModuleReport) -> tuple[str, ...]:
         ratio_text(module.bytes, module.dense_bytes),
         "" if module.error is None else f"{module.error:.2%}",
     )
+
+
+def _range_text(ranks: list[int]) -> str:
+    if not ranks:
+        return ""
+    return str(ranks[0]) if min(ranks) == max(ranks) else f"{min(ranks)}-{max(ranks)}"
 
 
 def _joined(values: Iterable[str]) -> str:

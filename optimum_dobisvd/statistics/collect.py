@@ -53,13 +53,13 @@ class _Accumulator:
     def result(self, name: str) -> InputStatistics:
         if self.tokens == 0:
             raise ValueError(
-                f"{name} saw no calibration token (a router may never choose it): calibrate on more text, or list it in "
-                "modules_to_not_convert"
+                f"{name} saw no calibration token (a router may never choose it): calibrate on more text, or list it "
+                "in modules_to_not_convert"
             )
         if not bool(torch.isfinite(self.abs_sum).all() and torch.isfinite(self.gram.diagonal()).all()):
             raise ValueError(
-                f"{name}: its inputs have NaN or infinite values. Check the checkpoint, or load the model in float32 or "
-                "bfloat16 (float16 overflows)"
+                f"{name}: its inputs have NaN or infinite values. Check the checkpoint, or load the model in float32 "
+                "or bfloat16 (float16 overflows)"
             )
         mean = (self.abs_sum / self.tokens).float().cpu()
         return InputStatistics(len(self.abs_sum), self.tokens, mean, pack(self.gram.cpu()))
@@ -161,7 +161,7 @@ class _OpenBlock:
         unseen = [name for name in self._linears if name not in self._leader]
         if unseen:
             raise ValueError(
-                f"{unseen[0]} was never called during calibration ({len(unseen)} such linears in its block): calibrate "
-                "on more text, or list it in modules_to_not_convert"
+                f"{unseen[0]} was never called during calibration ({len(unseen)} such linears in its block): "
+                "calibrate on more text, or list it in modules_to_not_convert"
             )
         return BlockStatistics({name: sums.result(name) for name, sums in self._sums.items()}, dict(self._leader))

@@ -15,16 +15,18 @@ from ..calibration.dataset import CalibrationWindows
 _DECISIVE = ("weights", "tokens", "dtype")
 
 # Fields of a model's configuration that its forward pass over given tokens does not read.
-_IDLE_CONFIG = frozenset(
-    "architectures dtype torch_dtype use_cache transformers_version quantization_config return_dict name_or_path "
-    "output_attentions output_hidden_states id2label label2id problem_type tokenizer_class task_specific_params "
-    "bos_token_id eos_token_id pad_token_id".split()
-)
+_IDLE_CONFIG = {
+    *("architectures", "dtype", "torch_dtype", "use_cache", "transformers_version", "quantization_config"),
+    *("name_or_path", "return_dict", "output_attentions", "output_hidden_states", "id2label", "label2id"),
+    *("problem_type", "tokenizer_class", "task_specific_params", "bos_token_id", "eos_token_id", "pad_token_id"),
+}
 
 
 def fingerprint(model: nn.Module, windows: CalibrationWindows) -> dict[str, Any]:
-    """JSON values. `weights` and `tokens` are sha256; they, `dtype` and `config.*` decide, the rest says in words where
-    a difference comes from."""
+    """JSON values. `weights`, `tokens` (sha256), `dtype` and `config` decide.
+
+    The rest says in words where a difference comes from.
+    """
     return {
         "model_class": type(model).__name__,
         "dtype": str(next((p.dtype for p in model.parameters() if p.is_floating_point()), None)),
@@ -60,7 +62,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def differing_fields(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """`field: stored, current` for every field that differs, or nothing if weights, configuration and tokens are equal.
+    """Every field that differs, with both values; nothing if weights, dtype, configuration and tokens are equal.
 
     A field of the model's configuration that only one side has is a newer transformers' default, not a difference.
     """

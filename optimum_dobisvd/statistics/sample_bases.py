@@ -71,8 +71,8 @@ class SampleBasisVisitor:
         mask = self._mask
         if mask is None or output.shape[:-1].numel() != mask.numel():
             raise ValueError(
-                f"{linear}: its outputs are not one row per token of each sample, which dobi_ipca needs (routed experts?); "
-                "use factorization='output_pca', or list it in modules_to_not_convert"
+                f"{linear}: its outputs are not one row per token of each sample, which dobi_ipca needs (routed "
+                "experts?); use factorization='output_pca', or list it in modules_to_not_convert"
             )
         plain = output.detach().double()
         if isinstance(module.bias, Tensor):

@@ -17,7 +17,7 @@ from .store import StatisticsStore, full_gram
 
 
 class PreparedInputs:
-    """What a factoriser makes of an input's statistic (an eigendecomposition, say), once for all linears that share it."""
+    """What a factoriser makes of an input's statistic (an eigendecomposition, say), once for all that share it."""
 
     def __init__(self, row: Factorization, statistics: BlockStatistics | None, device: torch.device | None) -> None:
         self._row = row

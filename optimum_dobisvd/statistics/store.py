@@ -116,8 +116,8 @@ class StatisticsStore:
             lacking = [name for name in names if name not in known]
             if lacking:
                 raise ValueError(
-                    f"the statistics in {self._folder or 'memory'} lack {lacking[0]} ({len(lacking)} linears of {block}): "
-                    "it was excluded when they were collected; exclude it again, or use another folder"
+                    f"the statistics in {self._folder or 'memory'} lack {lacking[0]} ({len(lacking)} linears of "
+                    f"{block}): it was excluded when they were collected; exclude it again, or use another folder"
                 )
 
     def spectra(self, metric: str) -> Mapping[str, Tensor] | None:

@@ -1,0 +1,159 @@
+"""Damaged or mixed-up checkpoints are refused from their headers, before any weight is read."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from integration_tests.tiny_models import tiny, tokens
+from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
+
+Q = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    config = DobiSVDConfig(method="output_pca", ratio=0.6, dataset=tokens(6, 24))
+    DobiSVDQuantizer(config).quantize_model(tiny("qwen2")).save_pretrained(tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def no_reading_later(monkeypatch):
+    """Once called, any attempt to read weights fails the test: the refusal has to come first."""
+
+    def read(*args, **kwargs):
+        raise AssertionError("weights were read before the checkpoint was refused")
+
+    return lambda: monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", read)
+
+
+@pytest.fixture
+def no_reading(no_reading_later):
+    no_reading_later()
+
+
+def edit_tensors(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder, edit):
+    values = json.loads((folder / "config.json").read_text())
+    edit(values["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+TENSOR_DAMAGE = {
+    "missing factor": (lambda t: t.pop(f"{Q}.first.weight"), f"lacks {Q}.first.weight"),
+    "missing bias": (lambda t: t.pop(f"{Q}.second.bias"), f"lacks {Q}.second.bias"),
+    "wrong rank": (
+        lambda t: t.update({f"{Q}.second.weight": t[f"{Q}.second.weight"][:, :-1]}),
+        rf"{Q}.second.weight has shape \[32, 9\] in the checkpoint and \[32, 10\]",
+    ),
+    "extra factor": (
+        lambda t: t.update({"lm_head.first.weight": torch.ones(2, 32)}),
+        "holds lm_head.first.weight, but config.json does not list lm_head",
+    ),
+    "dense weight left in": (lambda t: t.update({f"{Q}.weight": torch.ones(32, 32)}), f"dense {Q}.weight beside its factors"),
+}
+
+
+@pytest.mark.parametrize("damage", TENSOR_DAMAGE)
+def test_damaged_tensors(folder, damage, no_reading):
+    edit, message = TENSOR_DAMAGE[damage]
+    edit_tensors(folder, edit)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+CONFIG_DAMAGE = {
+    "newer format": (lambda c: c.update(format_version=2), "pip install -U optimum-dobisvd"),
+    "format is no number": (lambda c: c.update(format_version="1"), "format_version must be"),
+    "unknown key": (lambda c: c.update(ratoi=0.5), "unknown key 'ratoi'.*did you mean 'ratio'"),
+    "unknown storage": (lambda c: c["modules"][Q].update(storage="int3"), f"{Q}: storage 'int3' is not known"),
+    "rank is no number": (lambda c: c["modules"][Q].update(rank="9"), f"{Q}: rank must be an integer"),
+    "rank zero": (lambda c: c["modules"][Q].update(rank=0), f"{Q}: rank must be at least 1"),
+    "rank too large": (lambda c: c["modules"][Q].update(rank=33), f"{Q}: rank 33 .* above its largest possible rank 32"),
+    "no modules": (lambda c: c.update(modules={}), "lists no compressed modules"),
+    "modules missing": (lambda c: c.pop("modules"), "lists no compressed modules"),
+    "module of another model": (
+        lambda c: c["modules"].update({"model.layers.9.self_attn.q_proj": {"rank": 4, "storage": "plain"}}),
+        "model.layers.9.self_attn.q_proj, which Qwen2ForCausalLM does not have",
+    ),
+    "module is no linear": (
+        lambda c: c["modules"].update({"model.norm": {"rank": 4, "storage": "plain"}}),
+        "model.norm as compressed, and in Qwen2ForCausalLM it is a Qwen2RMSNorm",
+    ),
+    "unlisted module": (lambda c: c["modules"].pop(Q), f"holds {Q}.(first|second).* does not list {Q}"),
+}
+
+
+@pytest.mark.parametrize("damage", CONFIG_DAMAGE)
+def test_damaged_config(folder, damage, no_reading):
+    edit, message = CONFIG_DAMAGE[damage]
+    edit_config(folder, edit)
+    with pytest.raises((ValueError, TypeError), match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_missing_shard_is_refused(folder, no_reading_later):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    no_reading_later()
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {k: v for k, v in index["weight_map"].items() if v != shard.name}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    shard.unlink()
+    with pytest.raises(ValueError, match="the checkpoint lacks model"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_used_config_on_a_dense_checkpoint_is_refused(folder, tmp_path, no_reading):
+    tiny("qwen2").save_pretrained(tmp_path / "dense")
+    config = DobiSVDConfig.from_dict(json.loads((folder / "config.json").read_text())["quantization_config"])
+    with pytest.raises(ValueError, match="pass a fresh DobiSVDConfig"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+
+
+ON_LOAD_REFUSALS = {
+    "pattern that matches nothing": ({"modules_to_not_convert": ["nothing_like_this"]}, "nothing_like_this"),
+    "override that matches nothing": ({"overrides": {"re:.*w_proj": {"ratio": 0.9}}}, "w_proj"),
+}
+
+
+@pytest.mark.parametrize("case", ON_LOAD_REFUSALS)
+def test_compress_on_load_refuses_before_weights_are_read(tmp_path, case, no_reading):
+    tiny("llama").save_pretrained(tmp_path / "dense")
+    settings, message = ON_LOAD_REFUSALS[case]
+    config = DobiSVDConfig(method="output_pca", dataset=tokens(6, 24), **settings)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+
+
+def test_compress_on_load_refuses_a_model_it_hardly_covers(tmp_path, no_reading):
+    tiny("mixtral").save_pretrained(tmp_path / "moe")
+    with pytest.raises(ValueError, match=r"only .*% of the weights .* can be compressed.*MixtralExperts"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "moe", quantization_config=DobiSVDConfig(method="output_pca", dataset=tokens(6, 24))
+        )
+
+
+@pytest.mark.parametrize("ids", [torch.zeros(0, 8, dtype=torch.long), torch.ones(2, 8)])
+def test_compress_on_load_refuses_bad_tokens_before_reading(tmp_path, ids, no_reading):
+    tiny("llama").save_pretrained(tmp_path / "dense")
+    config = DobiSVDConfig(method="output_pca", dataset=ids)
+    with pytest.raises((ValueError, TypeError), match=r"empty|integer"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+
+
+def test_compress_on_load_needs_text_and_says_so_before_reading(tmp_path, no_reading):
+    tiny("llama").save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="needs calibration text"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "dense", quantization_config=DobiSVDConfig(method="output_pca")
+        )
