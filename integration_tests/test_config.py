@@ -81,7 +81,8 @@ def test_nothing_of_the_run_is_written():
 )
 def test_round_trip_through_json(ratio, method, ranks):
     plan = Plan(
-        modules={name: PlannedModule(rank, "plain") for name, rank in ranks.items()} | {"z": PlannedModule(None, "dense")},
+        modules={name: PlannedModule(rank, "plain") for name, rank in ranks.items()}
+        | {"z": PlannedModule(None, "dense")},
         method=method,
         ratio=ratio,
         allocation="uniform",

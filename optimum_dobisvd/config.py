@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .methods import method_named
+from .methods import Method, method_named
 
 if TYPE_CHECKING:
     from .allocation.plan import Plan
 
 QUANT_METHOD = "dobi_svd"
 FORMAT_VERSION = 1
-"""Version of what is written to config.json and of the tensors beside it. Raised when an old reader would misread it."""
+"""Version of what is written to config.json and of the tensors; raised when an old reader would misread it."""
 
 # Inputs of a compression run: they may hold tensors, tokenizers or paths of one machine, and mean nothing to a reader.
 _RUN_ONLY = ("tokenizer", "batch_size", "statistics", "plan", "device")
@@ -29,10 +29,10 @@ class DobiSVDConfig(QuantizationConfigMixin):
 
     Args:
         method: row of `METHODS`: `svd`, `asvd`, `svd_llm`, `svd_llm_v2`, `output_pca`, `dobi_ipca`.
-        ratio: fraction of the bytes of the compressed matrices that is **kept**, `0 < ratio <= 1`. Removing 20 % is 0.8.
+        ratio: fraction of the bytes of the compressed matrices that is **kept**, `0 < ratio <= 1`. 20 % removed is 0.8.
         allocation, factorization, storage: replace one column of the method's row.
-        dataset: calibration text: a name (`wikitext2`, `c4`, `ptb`), a path to .txt/.jsonl/.parquet (gz too), a list of
-            strings, or token tensors. Not needed by `svd`.
+        dataset: calibration text: a name (`wikitext2`, `c4`, `ptb`), a path to .txt/.jsonl/.parquet (gz too), a list
+            of strings, or token tensors. Not needed by `svd`.
         tokenizer: a tokenizer, its name or path; by default the model's own.
         nsamples, seqlen, seed: that many windows of that many tokens, drawn with that seed.
         batch_size: windows per forward pass; changes speed and memory only.
@@ -88,7 +88,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
         if self.modules is not None:
             _check_modules(self.modules)
 
-    def resolved_method(self):
+    def resolved_method(self) -> Method:
         """The method's row with the overridden columns put in; ValueError names an unknown name and the known ones."""
         return method_named(
             self.method, allocation=self.allocation, factorization=self.factorization, storage=self.storage
@@ -109,8 +109,8 @@ class DobiSVDConfig(QuantizationConfigMixin):
             for name, planned in plan.modules.items()
             if planned.rank is not None
         }
-        defaults = {f.name: f.default for f in fields(self) if f.name in _RUN_ONLY}
-        return replace(self, modules=modules, dataset=dataset, **defaults)
+        blank: dict[str, Any] = {f.name: f.default for f in fields(self) if f.name in _RUN_ONLY}
+        return replace(self, modules=modules, dataset=dataset, **blank)
 
     def to_dict(self) -> dict[str, Any]:
         """What goes into config.json: everything but the inputs of the run; a dataset by its name only."""
@@ -176,7 +176,7 @@ def _check_modules(modules: dict[str, dict[str, Any]]) -> None:
         raise ValueError("config.json lists no compressed modules: the checkpoint's quantization_config is damaged")
     for name, entry in modules.items():
         if not isinstance(entry, dict) or set(entry) != {"rank", "storage"}:
-            raise ValueError(f"{name}: expected {{'rank': int, 'storage': str}} in quantization_config.modules, got {entry!r}")
+            raise ValueError(f"quantization_config.modules: {name}: expected a rank and a storage, got {entry!r}")
         _check_integer(f"{name}: rank", entry["rank"], at_least=1)
         if entry["storage"] != "plain":
             raise ValueError(f"{name}: storage {entry['storage']!r} is not known to this version; it reads 'plain'")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .allocation import allocation_named
@@ -22,9 +21,11 @@ from .config import DobiSVDConfig
 from .factorization.errors import output_error
 from .factorization.factors import Factors
 from .factorization.registry import factorization_named
+from .nn.dense_linear import weight_matrix
 from .nn.placement import dense_weight, replace_with_factors
 from .report.measure import Stages
 from .report.report import CompressionReport, is_low_rank, macs_per_token, model_bytes, module_report
+from .report.write import write_beside
 from .statistics.collect import InputCollector
 from .statistics.fingerprint import fingerprint
 from .statistics.sample_bases import SampleBasisVisitor
@@ -32,8 +33,6 @@ from .statistics.spectra import PreparedInputs, compute_spectra
 from .statistics.store import StatisticsStore
 
 logger = logging.getLogger(__name__)
-
-PLAN_NAME = "dobisvd_plan.json"
 
 
 class DobiSVDQuantizer:
@@ -68,7 +67,7 @@ class DobiSVDQuantizer:
         """Inverse of `to_dict`."""
         return cls(DobiSVDConfig.from_dict(config_dict))
 
-    def quantize_model(self, model: nn.Module, tokenizer: Any = None) -> nn.Module:
+    def quantize_model(self, model: Any, tokenizer: Any = None) -> Any:
         """Calibrate, allocate, factorise, and replace the model's linears by `LowRankLinear`.
 
         Returns the same model. `plan` and `report` of this object are set.
@@ -92,7 +91,9 @@ class DobiSVDQuantizer:
             ratio=self.config.ratio,
             dataset=windows.description if windows is not None else None,
             modules=[
-                module_report(target, plan.modules[target.name].rank, plan.modules[target.name].storage, errors[target.name])
+                module_report(
+                    target, plan.modules[target.name].rank, plan.modules[target.name].storage, errors[target.name]
+                )
                 for target in layout.targets
             ],
             coverage=layout.coverage,
@@ -109,9 +110,7 @@ class DobiSVDQuantizer:
         attach(model, self.config.with_plan(plan, dataset=describe_dataset(windows)))
         return model
 
-    def prepare(
-        self, model: nn.Module, tokenizer: Any = None
-    ) -> tuple[Layout, Plan | None, CalibrationWindows | None]:
+    def prepare(self, model: Any, tokenizer: Any = None) -> tuple[Layout, Plan | None, CalibrationWindows | None]:
         """All that can be refused before weights are read: works on a model on meta; the windows are kept for later.
 
         Returns the layout, the plan if the config gives one, and the calibration windows if it names a dataset.
@@ -122,11 +121,11 @@ class DobiSVDQuantizer:
             self._windows = self._load_windows(model, tokenizer)
         return layout, given, self._windows
 
-    def save(self, model: nn.Module, save_dir: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save(self, model: Any, save_dir: str | os.PathLike[str], **kwargs: Any) -> None:
         """`model.save_pretrained(save_dir, **kwargs)`, with plan, report and pictures beside the checkpoint."""
         if self.plan is None or self.report is None:
             raise ValueError("nothing was compressed yet: call quantize_model first")
-        model.save_pretrained(save_dir, **kwargs)  # type: ignore[operator]
+        model.save_pretrained(save_dir, **kwargs)
         write_beside(save_dir, self.plan, self.report)
 
     def _device(self) -> torch.device | None:
@@ -140,13 +139,13 @@ class DobiSVDQuantizer:
         plan.check(layout.targets)
         return plan
 
-    def _load_windows(self, model: nn.Module, tokenizer: Any) -> CalibrationWindows | None:
+    def _load_windows(self, model: Any, tokenizer: Any) -> CalibrationWindows | None:
         config = self.config
         if config.dataset is None:
             if config.resolved_method().needs_data:
                 raise ValueError(
-                    f"method {config.method!r} needs calibration text: pass dataset= (a name such as 'wikitext2', a file, "
-                    "a list of strings, or token tensors), or use method='svd', which needs none"
+                    f"method {config.method!r} needs calibration text: pass dataset= (a name such as 'wikitext2', a "
+                    "file, a list of strings, or token tensors), or use method='svd', which needs none"
                 )
             return None
         tokenizer = tokenizer or config.tokenizer or getattr(model, "name_or_path", None) or None
@@ -154,9 +153,7 @@ class DobiSVDQuantizer:
             config.dataset, tokenizer, nsamples=config.nsamples, seqlen=config.seqlen, seed=config.seed
         )
 
-    def _statistics(
-        self, model: nn.Module, layout: Layout, windows: CalibrationWindows | None
-    ) -> StatisticsStore | None:
+    def _statistics(self, model: Any, layout: Layout, windows: CalibrationWindows | None) -> StatisticsStore | None:
         if windows is None:
             return None
         identity = fingerprint(model, windows)
@@ -166,30 +163,29 @@ class DobiSVDQuantizer:
             self._runner(model, layout, windows).run(collector)
         return store
 
-    def _runner(self, model: nn.Module, layout: Layout, windows: CalibrationWindows) -> BlockRunner:
-        return BlockRunner(
-            model, layout.blocks, windows, batch_size=self.config.batch_size, device=self.config.device
-        )
+    def _runner(self, model: Any, layout: Layout, windows: CalibrationWindows) -> BlockRunner:
+        return BlockRunner(model, layout.blocks, windows, batch_size=self.config.batch_size, device=self.config.device)
 
     def _factorize(
         self,
-        model: nn.Module,
+        model: Any,
         layout: Layout,
         plan: Plan,
         store: StatisticsStore | None,
         windows: CalibrationWindows | None,
     ) -> dict[str, float | None]:
-        """Replace every planned linear; returns the relative output error by name (dense ones 0, unknown ones None)."""
+        """Replace every planned linear; returns relative output errors by name (dense ones 0, unknown ones None)."""
         row = factorization_named(self.config.resolved_method().factorization)
         device = self._device()
         ranks = {name: entry.rank for name, entry in plan.modules.items() if entry.rank is not None}
         errors: dict[str, float | None] = {name: 0.0 for name in plan.modules if name not in ranks}
+        weight_dtype = {name: weight_matrix(layout.linears[name]).dtype for name in ranks}
         progress = tqdm(total=len(ranks), desc="factorising", unit="matrix")
 
         def put(name: str, weight: Tensor, factors: Factors, gram: Tensor | None) -> None:
-            dtype = layout.linears[name].weight.dtype  # type: ignore[union-attr]
+            dtype = weight_dtype[name]
             balanced = factors.balanced()
-            stored = Factors(balanced.second.to(dtype), balanced.first.to(dtype))  # type: ignore[arg-type]
+            stored = Factors(balanced.second.to(dtype), balanced.first.to(dtype))
             errors[name] = _relative_error(weight, stored, gram)
             replace_with_factors(model, name, stored)
             progress.update()
@@ -218,7 +214,7 @@ class DobiSVDQuantizer:
         return errors
 
 
-def check_model(model: nn.Module, config: DobiSVDConfig) -> Layout:
+def check_model(model: Any, config: DobiSVDConfig) -> Layout:
     """Everything about a dense model that can be refused before calibration; returns its layout.
 
     Raises:
@@ -230,9 +226,11 @@ def check_model(model: nn.Module, config: DobiSVDConfig) -> Layout:
     layout = find_layout(model, config.modules_to_not_convert, config.min_coverage)
     resolve_overrides(config.overrides, list(layout.linears))
     for name, module in layout.linears.items():
-        weight = module.weight
-        if weight.device.type != "meta" and not bool(torch.isfinite(weight).all()):  # type: ignore[union-attr, arg-type]
-            raise ValueError(f"{name}.weight has NaN or infinite values; the checkpoint is damaged, or its dtype too small")
+        weight = weight_matrix(module)
+        if weight.device.type != "meta" and not bool(torch.isfinite(weight).all()):
+            raise ValueError(
+                f"{name}.weight has NaN or infinite values; the checkpoint is damaged, or its dtype too small"
+            )
     if layout.left_dense:
         logger.info("left dense: %s", layout.describe_left_dense())
     return layout
@@ -264,13 +262,7 @@ def describe_dataset(windows: CalibrationWindows | None) -> str | None:
     return str(windows.description.get("dataset")) if windows is not None else None
 
 
-def write_beside(folder: str | os.PathLike[str], plan: Plan, report: CompressionReport) -> None:
-    """Plan, report and, where matplotlib is installed, its pictures, beside a checkpoint."""
-    plan.save(Path(folder) / PLAN_NAME)
-    report.save(folder)
-
-
-def load_quantized_model(save_dir: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
+def load_quantized_model(save_dir: str | os.PathLike[str], **kwargs: Any) -> Any:
     """Load a compressed model; `AutoModelForCausalLM.from_pretrained(save_dir, **kwargs)` does the same."""
     from transformers import AutoModelForCausalLM
 

@@ -6,7 +6,15 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-KINDS = ("full", "rank_deficient", "few_tokens", "dead_channels", "dead_and_few", "badly_scaled", "scaled_and_deficient")
+KINDS = (
+    "full",
+    "rank_deficient",
+    "few_tokens",
+    "dead_channels",
+    "dead_and_few",
+    "badly_scaled",
+    "scaled_and_deficient",
+)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def sample_outputs(count: int, tokens: int, width: int, seed: int = 0) -> list[T
     for _ in range(count):
         own = torch.linalg.qr(normal(generator, width, width))[0]
         mixed = normal(generator, tokens, width) * decay @ common.T
-        samples.append(mixed + 0.6 * normal(generator, tokens, width) * decay @ own.T)
+        samples.append(mixed + 0.8 * normal(generator, tokens, width) * decay @ own.T)
     return samples
 
 
@@ -55,11 +55,11 @@ def best_basis(bases: Sequence[Tensor], rank: int) -> Tensor:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_it_comes_near_the_optimum_and_the_listing_does_not(seed: int) -> None:
-    rank, width = 8, 32
+    rank, width = 12, 64
     bases = [sample_basis(outputs, rank) for outputs in sample_outputs(64, 48, width, seed)]
     best = objective(best_basis(bases, rank), bases)
     assert objective(streamed(bases, width, rank), bases) >= 0.95 * best
-    assert objective(listing(bases, rank), bases) < 0.9 * best
+    assert objective(listing(bases, rank), bases) < 0.88 * best
 
 
 @given(seed=st.integers(0, 2**20))

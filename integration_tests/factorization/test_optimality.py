@@ -102,7 +102,8 @@ def test_the_methods_really_differ() -> None:
     case = make_case("badly_scaled", 12, 16, 64, seed=2)
     best = float(case.best_losses()[4])
     losses = {
-        name: case.loss(decompose(name, case).truncate(4).product()) for name in ("svd", "asvd", "svd_llm", "svd_llm_v2")
+        name: case.loss(decompose(name, case).truncate(4).product())
+        for name in ("svd", "asvd", "svd_llm", "svd_llm_v2")
     }
     assert losses["svd"] > 1.5 * best
     assert losses["asvd"] > 1.0001 * best

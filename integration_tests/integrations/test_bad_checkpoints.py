@@ -58,7 +58,10 @@ TENSOR_DAMAGE = {
         lambda t: t.update({"lm_head.first.weight": torch.ones(2, 32)}),
         "holds lm_head.first.weight, but config.json does not list lm_head",
     ),
-    "dense weight left in": (lambda t: t.update({f"{Q}.weight": torch.ones(32, 32)}), f"dense {Q}.weight beside its factors"),
+    "dense weight left in": (
+        lambda t: t.update({f"{Q}.weight": torch.ones(32, 32)}),
+        f"dense {Q}.weight beside its factors",
+    ),
 }
 
 
@@ -77,7 +80,10 @@ CONFIG_DAMAGE = {
     "unknown storage": (lambda c: c["modules"][Q].update(storage="int3"), f"{Q}: storage 'int3' is not known"),
     "rank is no number": (lambda c: c["modules"][Q].update(rank="9"), f"{Q}: rank must be an integer"),
     "rank zero": (lambda c: c["modules"][Q].update(rank=0), f"{Q}: rank must be at least 1"),
-    "rank too large": (lambda c: c["modules"][Q].update(rank=33), f"{Q}: rank 33 .* above its largest possible rank 32"),
+    "rank too large": (
+        lambda c: c["modules"][Q].update(rank=33),
+        f"{Q}: rank 33 .* above its largest possible rank 32",
+    ),
     "no modules": (lambda c: c.update(modules={}), "lists no compressed modules"),
     "modules missing": (lambda c: c.pop("modules"), "lists no compressed modules"),
     "module of another model": (

@@ -120,7 +120,9 @@ OFFLOAD = {
 
 
 def test_cpu_and_disk_offload(checkpoint, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(checkpoint[0], device_map=OFFLOAD, offload_folder=tmp_path / "offload")
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint[0], device_map=OFFLOAD, offload_folder=tmp_path / "offload"
+    )
     assert model.model.layers[1].mlp.up_proj.first.weight.device.type == "meta"
     assert torch.equal(logits(model), checkpoint[1])
     model.save_pretrained(tmp_path / "again")

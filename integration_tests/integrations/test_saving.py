@@ -106,7 +106,9 @@ def test_bytes_on_disk_are_what_the_report_says(saved):
     quantizer.save(model, saved[0])
     with open(saved[0] / "model.safetensors", "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    sizes = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items() if name[0] != "_"}
+    sizes = {
+        name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items() if name[0] != "_"
+    }
     targets = sum(size for name, size in sizes.items() if ".first." in name or ".second.weight" in name)
     assert targets == quantizer.report.target_bytes
     assert sum(sizes.values()) == quantizer.report.compressed_model_bytes

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from integration_tests.processes import run_python, site_without_package
+from integration_tests.processes import run_python
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
 
@@ -101,7 +101,9 @@ def test_installed_and_trusted_uses_the_package(checkpoint):
     assert "PACKAGE True" in done.stdout
 
 
-CHECK = "\nfrom transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as q, AUTO_QUANTIZATION_CONFIG_MAPPING as c\n"
+CHECK = (
+    "\nfrom transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as q, AUTO_QUANTIZATION_CONFIG_MAPPING as c\n"
+)
 CHECK += "import transformers.modeling_utils\nassert 'dobi_svd' in q and 'dobi_svd' in c, 'not registered'\n"
 
 
@@ -129,7 +131,9 @@ def test_registered_in_every_order_of_imports(first):
 
 
 def test_importing_torch_alone_does_not_import_transformers():
-    done = run_python("import torch, sys; print([m for m in sys.modules if m.split('.')[0] in ('transformers', 'accelerate')])")
+    done = run_python(
+        "import torch, sys; print([m for m in sys.modules if m.split('.')[0] in ('transformers', 'accelerate')])"
+    )
     assert done.stdout.strip() == "[]", done.stdout
 
 
@@ -171,6 +175,9 @@ def test_the_wheel_registers_as_the_editable_install_does(checkpoint, bare, tmp_
     code = f"import sys; sys.path.insert(0, {str(site)!r})\n" + LOAD
     done = run_python(code, checkpoint[0], without_package_in=bare)
     assert loaded(done, checkpoint[1]), done.stderr[-2000:]
-    assert str(site) in run_python(
-        code + "\nimport optimum_dobisvd; print(optimum_dobisvd.__file__)", checkpoint[0], without_package_in=bare
-    ).stdout
+    assert (
+        str(site)
+        in run_python(
+            code + "\nimport optimum_dobisvd; print(optimum_dobisvd.__file__)", checkpoint[0], without_package_in=bare
+        ).stdout
+    )

@@ -1,7 +1,7 @@
 """Registers the quantizer with transformers as soon as transformers can take it, without importing anything early.
 
-`install` is the entry point `torch.backends`, which `import torch` calls: from then on, checkpoints of this format load
-through plain `from_pretrained` in processes that never import this package. An exception here would break
+`install` is the entry point `torch.backends`, which `import torch` calls: from then on, checkpoints of this format
+load through plain `from_pretrained` in processes that never import this package. An exception here would break
 `import torch`, so nothing below may raise.
 """
 

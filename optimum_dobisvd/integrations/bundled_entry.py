@@ -26,7 +26,7 @@ class CheckpointConfig(QuantizationConfigMixin):
         self.__dict__.update({"quant_method": "dobi_svd", **values})
         if values.get("format_version", SUPPORTED_FORMAT) > SUPPORTED_FORMAT:
             raise ValueError(
-                f"this checkpoint has dobi_svd format {values['format_version']}, newer than the loader beside it reads: "
+                f"this checkpoint has dobi_svd format {values['format_version']}, newer than its loader reads: "
                 "pip install -U optimum-dobisvd"
             )
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
+from typing import Any
 
 from safetensors import safe_open
-from torch import nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..nn.low_rank_linear import LowRankLinear
 
 
-def module_names_in(model: nn.Module, names: list[str]) -> dict[str, str]:
+def module_names_in(model: Any, names: list[str]) -> dict[str, str]:
     """Map module names of config.json to names in this model.
 
-    They are the same, unless a headless model (`AutoModel`) reads a checkpoint of one with a head or the other way round;
+    They are the same, unless a headless model (`AutoModel`) reads a checkpoint of one with a head, or the reverse;
     then the base model's prefix comes off or on. ValueError names a module that is nowhere.
     """
     present = dict(model.named_modules())
@@ -35,8 +35,8 @@ def module_names_in(model: nn.Module, names: list[str]) -> dict[str, str]:
     return mapped
 
 
-def check_factors(model: nn.Module, files: list[str], conversions: list) -> None:
-    """Every factor of every `LowRankLinear` is in the files, with its shape, and no factor is there that has no module.
+def check_factors(model: Any, files: list[str], conversions: list) -> None:
+    """Every factor of every `LowRankLinear` is in the files, with its shape, and no factor is without a module.
 
     Raises:
         ValueError: names the tensor, what is wrong with it, and the remedy. Nothing has been allocated by then.
@@ -53,15 +53,19 @@ def check_factors(model: nn.Module, files: list[str], conversions: list) -> None
                 expected[f"{name}.{key}"] = list(parameter.shape)
     for tensor, shape in expected.items():
         if tensor not in shapes:
-            raise ValueError(f"the checkpoint lacks {tensor}, which config.json promises: it is incomplete, copy it again")
+            raise ValueError(
+                f"the checkpoint lacks {tensor}, which config.json promises: it is incomplete, copy it again"
+            )
         if shapes[tensor] != shape:
             raise ValueError(
-                f"{tensor} has shape {shapes[tensor]} in the checkpoint and {shape} by config.json: one of the two belongs "
-                "to another compression; copy both from the same one"
+                f"{tensor} has shape {shapes[tensor]} in the checkpoint and {shape} by config.json: one of the "
+                "two belongs to another compression; copy both from the same one"
             )
     for tensor in shapes:
         if tensor in dense and 0 not in shapes[tensor]:
-            raise ValueError(f"the checkpoint holds a dense {tensor} beside its factors: files of two models were mixed")
+            raise ValueError(
+                f"the checkpoint holds a dense {tensor} beside its factors: files of two models were mixed"
+            )
         if tensor.endswith((".first.weight", ".second.weight", ".second.bias")) and tensor not in expected:
             owner = tensor.rsplit(".", 2)[0]
             if model_has(model, owner) and not model_has(model, tensor.rsplit(".", 1)[0]):
@@ -69,18 +73,18 @@ def check_factors(model: nn.Module, files: list[str], conversions: list) -> None
     _check_nothing_else_is_missing(model, shapes)
 
 
-def _check_nothing_else_is_missing(model: nn.Module, shapes: dict[str, list[int]]) -> None:
-    """Other weights must be there too, if this is the class that was saved: a new head on an old body may be untrained."""
-    if type(model).__name__ not in (model.config.architectures or ()):  # type: ignore[union-attr]
+def _check_nothing_else_is_missing(model: Any, shapes: dict[str, list[int]]) -> None:
+    """Other weights must be there too, if this is the class that was saved: a new head may well be untrained."""
+    if type(model).__name__ not in (model.config.architectures or ()):
         return
-    tied = set(model.all_tied_weights_keys)  # type: ignore[arg-type]
-    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]  # type: ignore[union-attr]
+    tied = set(model.all_tied_weights_keys)
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     for name, _ in model.named_parameters(remove_duplicate=False):
         if name not in shapes and name not in tied and not any(pattern.search(name) for pattern in optional):
             raise ValueError(f"the checkpoint lacks {name}: it is incomplete, copy it again")
 
 
-def model_has(model: nn.Module, name: str) -> bool:
+def model_has(model: Any, name: str) -> bool:
     """Whether the model has a submodule of that name."""
     try:
         model.get_submodule(name)
@@ -89,7 +93,7 @@ def model_has(model: nn.Module, name: str) -> bool:
     return True
 
 
-def _shapes_by_model_name(model: nn.Module, files: list[str], conversions: list) -> dict[str, list[int]]:
+def _shapes_by_model_name(model: Any, files: list[str], conversions: list) -> dict[str, list[int]]:
     """Shapes of all tensors in the files, under the names transformers will load them to."""
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]

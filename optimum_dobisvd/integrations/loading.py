@@ -18,7 +18,7 @@ from .checkpoint import check_factors, module_names_in
 
 
 class LowRankLoader(HfQuantizer):
-    """Builds the modules on meta from the ranks in config.json, and checks the files' headers before a byte is read."""
+    """Builds the modules on meta from the ranks in config.json, and checks the files' headers before reading."""
 
     _checkpoint_files: list[str] | None = None
 

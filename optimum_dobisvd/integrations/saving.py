@@ -27,6 +27,13 @@ _BUNDLED = (
     "integrations/loading.py",
     "integrations/bundled_entry.py",
 )
+_BUNDLE_HEAD = '''"""Loads this low-rank compressed checkpoint where optimum-dobisvd is not installed (trust_remote_code=True).
+
+Written by optimum-dobisvd when it saved the checkpoint. Apache-2.0.
+"""
+
+from __future__ import annotations
+'''
 _ENTRY = "DobiSVDModel"
 _AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM")
 
@@ -37,16 +44,15 @@ def tripwire_tensors(model: nn.Module) -> dict[str, Tensor]:
     A reader that does not know the format would build the dense model, find no weights and fill them at random with a
     warning. With these it finds a weight of the wrong size, and stops.
     """
-    return {f"{name}.weight": torch.empty(0) for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    return {
+        f"{name}.weight": torch.empty(0) for name, module in model.named_modules() if isinstance(module, LowRankLinear)
+    }
 
 
 def modeling_source() -> str:
     """`modeling_dobisvd.py`: this package's modules and loader in one file that needs torch and transformers only."""
     root = Path(__file__).parent.parent
-    parts = [
-        '"""Loads this low-rank compressed checkpoint where optimum-dobisvd is not installed (trust_remote_code=True).\n\n'
-        'Written by optimum-dobisvd when it saved the checkpoint. Apache-2.0.\n"""\n\nfrom __future__ import annotations\n'
-    ]
+    parts = [_BUNDLE_HEAD]
     for name in _BUNDLED:
         lines = (root / name).read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if not line.startswith(("from .", "from __future__"))]
@@ -54,32 +60,32 @@ def modeling_source() -> str:
     return "\n\n".join(parts)
 
 
-def with_safe_save(model: nn.Module) -> None:
+def with_safe_save(model: Any) -> None:
     """Give the model a `save_pretrained` that writes beside the folder and puts it in place when it is whole.
 
     On the instance and not on a subclass, because transformers writes the class name into config.json.
     """
     if "save_pretrained" in model.__dict__:
         return
-    model.save_pretrained = functools.partial(save_compressed, model)  # type: ignore[assignment]
+    model.save_pretrained = functools.partial(save_compressed, model)
 
 
-def without_safe_save(model: nn.Module) -> None:
+def without_safe_save(model: Any) -> None:
     """Undo `with_safe_save`: a dense model again, with transformers' own save and nothing of ours in its config."""
     model.__dict__.pop("save_pretrained", None)
-    auto_map = getattr(model.config, "auto_map", None) or {}  # type: ignore[union-attr]
+    auto_map = getattr(model.config, "auto_map", None) or {}
     kept = {key: value for key, value in auto_map.items() if not str(value).endswith(f".{_ENTRY}")}
     if kept:
-        model.config.auto_map = kept  # type: ignore[union-attr]
+        model.config.auto_map = kept
     elif auto_map:
-        del model.config.auto_map  # type: ignore[union-attr]
+        del model.config.auto_map
 
 
-def save_compressed(model: nn.Module, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
     """transformers' `save_pretrained` into a folder beside `save_directory`, then swapped in as one.
 
-    Other files of an existing folder (a tokenizer, say) are kept. A crash, a kill or a full disk leaves the old folder as
-    it was. `modeling_dobisvd.py` and its `auto_map` entry are added.
+    Other files of an existing folder (a tokenizer, say) are kept. A crash, a kill or a full disk leaves the old folder
+    as it was. `modeling_dobisvd.py` and its `auto_map` entry are added.
     """
     target = Path(os.fspath(save_directory))
     if target.is_file():
@@ -114,11 +120,11 @@ def _remove_leftovers(target: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _declare_remote_code(model: nn.Module) -> None:
-    auto_map = dict(getattr(model.config, "auto_map", None) or {})  # type: ignore[union-attr]
+def _declare_remote_code(model: Any) -> None:
+    auto_map = dict(getattr(model.config, "auto_map", None) or {})
     for auto_class in _AUTO_CLASSES:
         auto_map[auto_class] = f"{MODELING_FILE.removesuffix('.py')}.{_ENTRY}"
-    model.config.auto_map = auto_map  # type: ignore[union-attr]
+    model.config.auto_map = auto_map
 
 
 def _carry_over(old: Path, new: Path, written: set[str]) -> None:
@@ -168,7 +174,9 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
-def _upload(folder: Path, repo_id: str, token: Any = None, commit_message: str | None = None, create_pr: bool = False) -> None:
+def _upload(
+    folder: Path, repo_id: str, token: Any = None, commit_message: str | None = None, create_pr: bool = False
+) -> None:
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)

@@ -26,7 +26,7 @@ class DobiSVDHfQuantizer(LowRankLoader):
             raise ValueError("config.json says dobi_svd but lists no compressed modules: it is damaged or was edited")
         if not self.pre_quantized and quantization_config.is_compressed:
             raise ValueError(
-                "this DobiSVDConfig describes an already compressed model (it has `modules`) and the checkpoint is dense; "
+                "this DobiSVDConfig describes a compressed model (it has `modules`) and the checkpoint is dense; "
                 "pass a fresh DobiSVDConfig(method=..., ratio=..., dataset=...)"
             )
 
@@ -38,7 +38,9 @@ class DobiSVDHfQuantizer(LowRankLoader):
         from ..quantizer import DobiSVDQuantizer  # calibration is not imported by those who only load
 
         self._compressor = DobiSVDQuantizer(self._config)
-        with torch.device("cpu"):  # transformers builds models under torch.device("meta"), and calibration text is real
+        with torch.device(
+            "cpu"
+        ):  # transformers builds models under torch.device("meta"), and calibration text is real
             self._compressor.prepare(model)
         return model
 

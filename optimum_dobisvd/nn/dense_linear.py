@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -13,13 +15,13 @@ def is_dense_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module) is Conv1D
 
 
-def weight_matrix(module: nn.Module) -> Tensor:
+def weight_matrix(module: Any) -> Tensor:
     """The weight as `out_features x in_features`, a view."""
-    weight: Tensor = module.weight.detach()  # type: ignore[assignment, operator, union-attr]
+    weight: Tensor = module.weight.detach()
     return weight.T if type(module) is Conv1D else weight
 
 
-def empty_low_rank(module: nn.Module, rank: int, device: str | None = None) -> LowRankLinear:
+def empty_low_rank(module: Any, rank: int, device: str | None = None) -> LowRankLinear:
     """A `LowRankLinear` of the same shape, bias and dtype as a dense linear, its weights not set."""
     out_features, in_features = weight_matrix(module).shape
     return LowRankLinear(
@@ -28,8 +30,8 @@ def empty_low_rank(module: nn.Module, rank: int, device: str | None = None) -> L
         rank,
         bias=module.bias is not None,
         conv1d=type(module) is Conv1D,
-        device=device if device is not None else module.weight.device,  # type: ignore[arg-type, union-attr]
-        dtype=module.weight.dtype,  # type: ignore[arg-type, union-attr]
+        device=device if device is not None else module.weight.device,
+        dtype=module.weight.dtype,
     )
 
 
@@ -38,7 +40,7 @@ def to_dense(module: LowRankLinear) -> nn.Module:
     weight = (module.second.weight.float() @ module.first.weight.float()).to(module.second.weight.dtype)
     bias = module.second.bias
     if module.conv1d:
-        dense: nn.Module = Conv1D(module.out_features, module.in_features)
+        dense: Any = Conv1D(module.out_features, module.in_features)
         dense.weight = nn.Parameter(weight.T.contiguous())
         dense.bias = nn.Parameter(bias.detach().clone())
         return dense

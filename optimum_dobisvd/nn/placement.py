@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from accelerate import cpu_offload
@@ -15,9 +16,9 @@ from .dense_linear import empty_low_rank, weight_matrix
 from .low_rank_linear import LowRankLinear
 
 
-def dense_weight(module: nn.Module) -> Tensor:
+def dense_weight(module: Any) -> Tensor:
     """A dense linear's weight, `m x n`, brought back from cpu or disk offload if need be."""
-    if module.weight.device.type != "meta":  # type: ignore[union-attr]
+    if module.weight.device.type != "meta":
         return weight_matrix(module)
     with align_module_device(module, execution_device="cpu"):
         return weight_matrix(module).clone()
@@ -25,23 +26,25 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 def replace_with_factors(model: nn.Module, name: str, factors: Factors) -> LowRankLinear:
     """Put `LowRankLinear` in the place of the linear `name`, on its device, in its dtype, offloaded if it was."""
-    module = model.get_submodule(name)
+    module: Any = model.get_submodule(name)
     hook = _align_hook(module)
     with align_module_device(module, execution_device="cpu") if hook is not None and hook.offload else nullcontext():
-        device = module.weight.device  # type: ignore[union-attr]
+        device = module.weight.device
         new = empty_low_rank(module, factors.first.shape[0], device="meta")
-        dtype = module.weight.dtype  # type: ignore[union-attr]
+        dtype = module.weight.dtype
         _set(new.first, "weight", factors.first, device, dtype)
         _set(new.second, "weight", factors.second, device, dtype)
         if module.bias is not None:
-            _set(new.second, "bias", module.bias.detach().clone(), device, dtype)  # type: ignore[union-attr, operator]
+            _set(new.second, "bias", module.bias.detach().clone(), device, dtype)
     new.train(module.training)
     if hook is not None:
         remove_hook_from_module(module)
         if hook.offload:
             cpu_offload(new, execution_device=hook.execution_device)
         else:
-            add_hook_to_module(new, AlignDevicesHook(execution_device=hook.execution_device, io_same_device=hook.io_same_device))
+            add_hook_to_module(
+                new, AlignDevicesHook(execution_device=hook.execution_device, io_same_device=hook.io_same_device)
+            )
     model.set_submodule(name, new)
     return new
 
@@ -49,7 +52,9 @@ def replace_with_factors(model: nn.Module, name: str, factors: Factors) -> LowRa
 def _set(linear: nn.Linear, key: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> None:
     data = value.detach().to(device=device, dtype=dtype).contiguous()
     if not bool(torch.isfinite(data).all()):
-        raise ValueError(f"a factor does not fit into {dtype}: its values overflow; load the model in bfloat16 or float32")
+        raise ValueError(
+            f"a factor does not fit into {dtype}: its values overflow; load the model in bfloat16 or float32"
+        )
     setattr(linear, key, nn.Parameter(data))
 
 

@@ -44,7 +44,7 @@ class ModuleReport:
 
 @dataclass
 class CompressionReport:
-    """Everything measured while compressing. `*_macs` are multiply-adds per token of all linears, `lm_head` included."""
+    """All that was measured while compressing. `*_macs`: multiply-adds per token of all linears, `lm_head` too."""
 
     model: str
     method: str

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file beside `path`, flush it to disk, and rename it into place. On any error nothing is left."""
+    """Let `write` fill a file beside `path`, flush it to disk, rename it into place. On an error nothing is left."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
