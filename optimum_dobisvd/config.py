@@ -29,7 +29,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
 
     Args:
         method: row of `METHODS`: `svd`, `asvd`, `svd_llm`, `svd_llm_v2`, `output_pca`, `dobi_ipca`.
-        ratio: fraction of the bytes of the compressed matrices that is **kept**, `0 < ratio <= 1`. 20 % removed is 0.8.
+        ratio: fraction of the compressed matrices' bytes that is **kept**, `0 < ratio <= 1`. 20 % removed is 0.8.
         allocation, factorization, storage: replace one column of the method's row.
         dataset: calibration text: a name (`wikitext2`, `c4`, `ptb`), a path to .txt/.jsonl/.parquet (gz too), a list
             of strings, or token tensors. Not needed by `svd`.

@@ -27,7 +27,7 @@ _BUNDLED = (
     "integrations/loading.py",
     "integrations/bundled_entry.py",
 )
-_BUNDLE_HEAD = '''"""Loads this low-rank compressed checkpoint where optimum-dobisvd is not installed (trust_remote_code=True).
+_BUNDLE_HEAD = '''"""Loads this low-rank checkpoint where optimum-dobisvd is not installed (trust_remote_code=True).
 
 Written by optimum-dobisvd when it saved the checkpoint. Apache-2.0.
 """

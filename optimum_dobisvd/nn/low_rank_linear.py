@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class LowRankLinear(nn.Module):
-    """`y = second(first(x))`; `first` maps `in_features` to `rank`, `second` maps `rank` to `out_features` with the bias.
+    """`y = second(first(x))`: `first` maps `in_features` to `rank`, `second` the `rank` to `out_features`, with bias.
 
     Both children are exactly `nn.Linear`, because bitsandbytes, GPTQ and PEFT find their layers by that type.
     `conv1d` remembers that the dense layer was transformers' `Conv1D` (GPT-2), whose weight is stored transposed, so

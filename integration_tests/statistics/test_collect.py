@@ -1,0 +1,145 @@
+"""The collected statistics are those of the whole model's forward pass, for every kind of architecture."""
+
+import pytest
+import torch
+from torch import nn
+
+from integration_tests.statistics.collecting import assert_gram_close, collect, grams_of, inputs_by_linear
+from integration_tests.tiny_models import MODEL_TYPES, tiny, tokens
+from optimum_dobisvd.calibration.layout import find_layout
+
+# Inputs per block, each shared by the linears that are given the same tensor: usually q/k/v, o, gate/up and down.
+INPUTS = dict.fromkeys(MODEL_TYPES, 4) | {
+    "phi": 3,  # fc1 reads the same normalised states as q/k/v
+    "mixtral": 2,  # the experts are no linears
+}
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_grams_block_by_block_are_those_of_whole_forward_passes(model_type: str) -> None:
+    model = tiny(model_type)
+    layout = find_layout(model)
+    ids = tokens(5, 24)  # the last batch is smaller
+    store = collect(model, ids)
+    found = grams_of(store, layout.blocks)
+    expected = inputs_by_linear(model, layout.linears, ids)
+    assert found.keys() == layout.linears.keys()
+    for name, x in expected.items():
+        assert_gram_close(found[name], x @ x.T)
+    for block in layout.blocks:
+        statistics = store.block(block)
+        assert len(statistics.inputs) == INPUTS[model_type]
+        for name, inputs in statistics.inputs.items():
+            assert statistics.leader[name] == name
+            assert inputs.tokens == 5 * 24
+            torch.testing.assert_close(inputs.abs_mean.double(), expected[name].abs().mean(1), rtol=1e-5, atol=1e-7)
+
+
+def test_the_linears_that_share_an_input_are_the_ones_that_should() -> None:
+    model = tiny("llama")
+    leader = collect(model, tokens(2, 16)).block("model.layers.1").leader
+    short = {name.rsplit(".", 1)[1]: lead.rsplit(".", 1)[1] for name, lead in leader.items()}
+    assert short == {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "q_proj"),
+        "o_proj": "o_proj",
+        **dict.fromkeys(("gate_proj", "up_proj"), "gate_proj"),
+        "down_proj": "down_proj",
+    }
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
+def test_the_blocks_of_the_tiny_gemmas_really_get_different_arguments(model_type: str) -> None:
+    """Guards the comparison above: with one mask for all blocks it would say nothing about masks by layer."""
+    model = tiny(model_type)
+    masks = []
+    for block in find_layout(model).blocks.values():
+        block.register_forward_pre_hook(
+            lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+    model(tokens(1, 24))
+    kinds = {None if mask is None else int(mask.bool().sum()) for mask in masks}
+    assert len(kinds) == 2
+
+
+# GPT-2 counts its absolute positions from the padding on: padded on the left it computes something else.
+@pytest.mark.parametrize(
+    ("model_type", "side"),
+    [(name, "right") for name in ("llama", "mistral", "gemma2", "gemma3_text", "opt", "gpt2", "gpt_neox")]
+    + [(name, "left") for name in ("llama", "mistral", "gemma2", "gemma3_text", "opt", "gpt_neox")],
+)
+def test_padding_leaves_no_trace(model_type: str, side: str) -> None:
+    """Padded windows give the statistics of the same tokens run one by one without padding."""
+    model = tiny(model_type)
+    layout = find_layout(model)
+    lengths = [24, 9, 17, 1]
+    ids, mask = tokens(4, 24), torch.zeros(4, 24, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        mask[row, slice(0, length) if side == "right" else slice(24 - length, 24)] = True
+    store = collect(model, ids, mask, batch_size=3)
+    found = grams_of(store, layout.blocks)
+    alone = [inputs_by_linear(model, layout.linears, ids[row : row + 1, mask[row]]) for row in range(4)]
+    for name in layout.linears:
+        x = torch.cat([each[name] for each in alone], 1)
+        assert_gram_close(found[name], x @ x.T, tolerance=2e-4)  # other kernels for other lengths
+    for block in layout.blocks:
+        for name, inputs in store.block(block).inputs.items():
+            assert inputs.tokens == sum(lengths)
+            expected = torch.cat([each[name] for each in alone], 1).abs().mean(1)
+            torch.testing.assert_close(inputs.abs_mean.double(), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_sums_are_not_formed_in_the_models_precision(dtype: torch.dtype) -> None:
+    model = tiny("llama", dtype=dtype)
+    layout = find_layout(model)
+    ids = tokens(4, 32)
+    found = grams_of(collect(model, ids), layout.blocks)
+    for name, x in inputs_by_linear(model, layout.linears, ids).items():
+        assert_gram_close(found[name], x @ x.T)
+
+
+def test_batch_size_changes_nothing_but_rounding() -> None:
+    model = tiny("qwen2")
+    blocks = find_layout(model).blocks
+    one, other = (grams_of(collect(model, tokens(6, 16), batch_size=size), blocks) for size in (1, 6))
+    for name, gram in one.items():
+        assert_gram_close(other[name], gram)
+
+
+def test_excluded_linears_are_not_watched() -> None:
+    model = tiny("llama")
+    store = collect(model, tokens(2, 16), exclude=["q_proj", "layers.1"])
+    assert store.block("model.layers.0").leader["model.layers.0.self_attn.k_proj"].endswith("k_proj")
+    assert not any(name.endswith("q_proj") for name in store.block("model.layers.0").leader)
+    assert store.block("model.layers.1").inputs == {}
+    assert store.block("model.layers.2").inputs
+
+
+def test_a_linear_that_is_never_called_is_an_error_that_names_it() -> None:
+    model = tiny("llama")
+    model.model.layers[1].mlp.spare = nn.Linear(32, 32)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.spare was never called .* modules_to_not_convert"):
+        collect(model, tokens(2, 16))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    collect(model, tokens(2, 16), exclude=["spare"])
+
+
+def test_rows_that_are_not_tokens_cannot_be_told_from_padding() -> None:
+    """A router hands an expert some tokens only: with padding about, their rows would be counted wrongly."""
+
+    class Halved(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x[:, ::2]).repeat_interleave(2, 1)[:, : x.shape[1]]
+
+    model = tiny("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = Halved(mlp.up_proj)
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    assert collect(model, tokens(2, 16), mask).block("model.layers.0").inputs["model.layers.0.mlp.up_proj.inner"].tokens == 16
+    mask[1, 9:] = False
+    with pytest.raises(ValueError, match=r"mlp\.up_proj\.inner is given 16 rows where the batch has 32 tokens"):
+        collect(model, tokens(2, 16), mask)

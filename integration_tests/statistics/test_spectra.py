@@ -1,0 +1,120 @@
+"""The price list of ranks: the singular values of every matrix in a metric, computed once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from integration_tests.statistics.collecting import collect, inputs_by_linear
+from integration_tests.tiny_models import tiny, tokens
+from optimum_dobisvd.calibration.layout import find_layout
+from optimum_dobisvd.factorization.registry import Factorization, factorization_named
+from optimum_dobisvd.nn.dense_linear import weight_matrix
+from optimum_dobisvd.statistics.spectra import PreparedInputs, compute_spectra
+
+METRICS = ("svd", "asvd", "svd_llm_v2", "output_pca")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_spectrum_is_that_of_the_outputs(model_type: str) -> None:
+    model = tiny(model_type)
+    layout = find_layout(model)
+    ids = tokens(6, 32)
+    store = collect(model, ids)
+    inputs = inputs_by_linear(model, layout.linears, ids)
+    spectra = compute_spectra(layout, factorization_named("svd_llm_v2"), store, None)
+    assert spectra.keys() == layout.linears.keys()
+    for name, x in inputs.items():
+        weight = weight_matrix(layout.linears[name]).double()
+        expected = torch.linalg.svdvals(weight @ x)[: min(weight.shape)]
+        torch.testing.assert_close(spectra[name], expected, rtol=0, atol=1e-3 * float(expected[0]))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_metric_prices_every_rank_even_where_tokens_are_fewer_than_features(metric: str) -> None:
+    """An allocator reads min(m, n) values, descending: directions without inputs are free, and not missing."""
+    model = tiny("llama")
+    layout = find_layout(model)
+    spectra = compute_spectra(layout, factorization_named(metric), collect(model, tokens(1, 7)), None)
+    for name, module in layout.linears.items():
+        values = spectra[name]
+        assert values.shape == (min(weight_matrix(module).shape),)
+        assert values.dtype == torch.float64
+        assert bool((values[1:] <= values[:-1]).all())
+        assert float(values[-1]) >= 0
+        if metric in ("svd_llm_v2", "output_pca"):
+            assert float(values[7:].norm()) <= 1e-3 * float(values[0])
+
+
+def test_no_data_needs_no_store() -> None:
+    model = tiny("llama")
+    layout = find_layout(model)
+    spectra = compute_spectra(layout, factorization_named("svd"), None, None)
+    name = "model.layers.1.mlp.up_proj"
+    torch.testing.assert_close(spectra[name], torch.linalg.svdvals(layout.linears[name].weight.detach().double()))
+
+
+def counting(name: str, calls: list[Any]) -> Factorization:
+    row = factorization_named("svd_llm_v2")
+
+    def prepare(statistic: Tensor) -> Any:
+        calls.append("prepare")
+        return row.prepare(statistic)
+
+    def decompose(weight: Tensor, prepared: Any) -> Any:
+        calls.append("decompose")
+        return row.decompose(weight, prepared)
+
+    return Factorization(name, "gram", prepare, decompose)
+
+
+def test_a_shared_input_is_prepared_once_and_a_price_list_computed_once(tmp_path: Path) -> None:
+    model = tiny("llama")
+    layout = find_layout(model)
+    calls: list[str] = []
+    row = counting("counted", calls)
+    first = compute_spectra(layout, row, collect(model, tokens(2, 40), folder=tmp_path), None)
+    assert calls.count("prepare") == 4 * 3
+    assert calls.count("decompose") == 7 * 3
+    calls.clear()
+    again = compute_spectra(layout, row, collect(model, tokens(2, 40), folder=tmp_path), None)
+    assert calls == []
+    assert all(torch.equal(again[name], first[name]) for name in first)
+    compute_spectra(layout, counting("another", calls), collect(model, tokens(2, 40), folder=tmp_path), None)
+    assert calls
+
+
+def test_a_price_list_that_lacks_a_linear_is_made_again() -> None:
+    model = tiny("llama")
+    store = collect(model, tokens(2, 40))
+    row = factorization_named("svd_llm_v2")
+    some = compute_spectra(find_layout(model, ["down_proj"]), row, store, None)
+    layout = find_layout(model)
+    complete = compute_spectra(layout, row, store, None)
+    assert complete.keys() == layout.linears.keys()
+    assert all(torch.equal(complete[name], values) for name, values in some.items())
+
+
+def test_errors_name_the_linear() -> None:
+    model = tiny("llama")
+    model.model.layers[1].post_attention_layernorm.weight.data.zero_()
+    store = collect(model, tokens(2, 16))
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.gate_proj: .* every calibration input"):
+        compute_spectra(find_layout(model), factorization_named("svd_llm_v2"), store, None)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj: .* needs calibration statistics"):
+        compute_spectra(find_layout(model), factorization_named("svd_llm_v2"), None, None)
+    fewer = collect(model, tokens(2, 16), exclude=["v_proj"])
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.v_proj: .* excluded when they were collected"):
+        compute_spectra(find_layout(model), factorization_named("svd_llm_v2"), fewer, None)
+
+
+def test_prepared_inputs_give_the_gram_or_nothing() -> None:
+    model = tiny("llama")
+    name = "model.layers.0.mlp.down_proj"
+    statistics = collect(model, tokens(2, 16)).block("model.layers.0")
+    for metric in METRICS:
+        assert PreparedInputs(factorization_named(metric), statistics, None).gram(name).shape == (48, 48)
+    assert PreparedInputs(factorization_named("svd"), None, None).gram(name) is None
+    assert PreparedInputs(factorization_named("svd"), None, None).of(name) is None

@@ -1,0 +1,93 @@
+"""Perplexity of every method at several ratios, all from one calibration pass: the table in the README.
+
+    python recipes/benchmarks/reference_table.py --model DIR_OR_ID --dataset TRAIN_TEXT \
+        --eval-dataset wiki.test.raw c4.jsonl.gz --out results.jsonl [--work DIR]
+
+Statistics are collected once and kept in the work folder, with the price lists of ranks. Each finished row is appended
+to the results; rows that are there already are skipped, so a killed run goes on where it was. Ends with a table.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
+from optimum_dobisvd.calibration.dataset import read_text
+from optimum_dobisvd.report.perplexity import perplexity
+
+# Name in the table -> what it changes in the config. `svd_llm_v2, uniform` has the factors of V2 without its ranks.
+ROWS = {
+    "svd": {"method": "svd"},
+    "asvd": {"method": "asvd"},
+    "svd_llm": {"method": "svd_llm"},
+    "svd_llm_v2, uniform": {"method": "svd_llm_v2", "allocation": "uniform"},
+    "output_pca": {"method": "output_pca"},
+    "svd_llm_v2": {"method": "svd_llm_v2"},
+}
+
+
+def measure(model_id: str, row: dict, ratio: float, texts: dict[str, str], args: argparse.Namespace) -> dict:
+    """Compress once; perplexities by text, seconds and ratio of bytes."""
+    tokenizer = AutoTokenizer.from_pretrained(model_id)
+    model = AutoModelForCausalLM.from_pretrained(model_id, dtype=getattr(torch, args.dtype)).to(args.device)
+    calibration = {"nsamples": args.nsamples, "seqlen": args.seqlen, "seed": args.seed, "dataset": args.dataset}
+    quantizer = DobiSVDQuantizer(
+        DobiSVDConfig(**row, ratio=ratio, **calibration, statistics=str(args.work / "statistics"))
+    )
+    started = time.perf_counter()
+    quantizer.quantize_model(model, tokenizer)
+    seconds = round(time.perf_counter() - started, 1)
+    report = quantizer.report
+    found = {
+        name: round(perplexity(model, tokenizer, text, seqlen=1024, windows=args.eval_windows), 2)
+        for name, text in texts.items()
+    }
+    return {"perplexity": found, "seconds": seconds, "bytes": report.target_bytes / report.dense_target_bytes}
+
+
+def print_table(rows: list[dict], texts: list[str], ratios: list[float]) -> None:
+    """Markdown: a line per method, a column per text, ratios side by side."""
+    by_key = {(row["row"], row["ratio"]): row["perplexity"] for row in rows}
+    heads = [f"{text}, keep {' / '.join(f'{ratio:g}' for ratio in ratios)}" for text in texts]
+    print("| method | " + " | ".join(heads) + " |")
+    print("|---" * (len(heads) + 1) + "|")
+    for name in ROWS:
+        cells = [" / ".join(f"{by_key[name, ratio][text]:.4g}" for ratio in ratios) for text in texts]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dataset", required=True, help="calibration text (train)")
+    parser.add_argument("--eval-dataset", nargs="+", required=True)
+    parser.add_argument("--out", type=Path, required=True, help="results, one JSON object a line")
+    parser.add_argument("--work", type=Path, default=Path("reference-table-work"))
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.8, 0.6, 0.4])
+    parser.add_argument("--nsamples", type=int, default=96)
+    parser.add_argument("--seqlen", type=int, default=1024)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eval-windows", type=int, default=8)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+
+    texts = {Path(name).name: read_text(name, "test") for name in args.eval_dataset}
+    rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    for ratio in args.ratios:
+        for name, row in ROWS.items():
+            if any(done["row"] == name and done["ratio"] == ratio for done in rows):
+                continue
+            rows.append({"row": name, "ratio": ratio, **measure(args.model, row, ratio, texts, args)})
+            with open(args.out, "a", encoding="utf-8") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+            print(json.dumps(rows[-1]), flush=True)
+    print_table(rows, list(texts), args.ratios)
+
+
+if __name__ == "__main__":
+    main()
