@@ -100,7 +100,7 @@ def test_a_damaged_block_file_is_named_with_the_remedy(folder: Path, damage: str
     path = folder / "block-00001.safetensors"
     data = path.read_bytes()
     tensors = load_file(path)
-    metadata = {"leader": '{"a": "a"}', "tokens": '{"a": 4}'}
+    metadata = {"statistics": '{"leader": {"a": "a"}, "tokens": {"a": 4}}'}
     if damage == "truncated":
         path.write_bytes(data[: len(data) // 2])
     elif damage == "empty":
@@ -114,7 +114,7 @@ def test_a_damaged_block_file_is_named_with_the_remedy(folder: Path, damage: str
     elif damage == "misshapen":
         save_file({"a.abs_mean": torch.zeros(3), "a.gram": torch.zeros(7)}, path, metadata=metadata)
     else:
-        save_file(tensors, path, metadata={"leader": '{"a": "b"}', "tokens": "{}"})
+        save_file(tensors, path, metadata={"statistics": '{"leader": {"a": "b"}, "tokens": {}}'})
     store = reopen(folder)
     store.block(BLOCKS[0])
     with pytest.raises(ValueError, match=r"block-00001\.safetensors is damaged .* delete this file"):

@@ -44,6 +44,9 @@ class BlockVisitor(Protocol):
         """Called instead of `leave` when something failed: take the hooks off."""
 
 
+_INPUT = "{}: its input, the embeddings,"
+
+
 class _Recorded(Exception):
     """Raised inside the last block of a recording pass: nothing after it is needed."""
 
@@ -103,6 +106,8 @@ class BlockRunner:
 
     def _walk(self, visitor: BlockVisitor, description: str) -> None:
         self._record(self._batches)
+        for hidden, (_, mask) in zip(self._hidden, self._batches, strict=True):
+            _check_finite(_INPUT.format(next(iter(self._blocks))), hidden, mask)
         for name, block in tqdm(self._blocks.items(), desc=description, unit="block"):
             watched = visitor.wants(name)
             with on_device(block, self._device):
@@ -213,7 +218,7 @@ class BlockRunner:
         def before(name: str, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             if not called:
                 hidden = args[0] if args else kwargs.get("hidden_states")
-                _check_finite(f"{name}: its input, the embeddings,", hidden, mask)
+                _check_finite(_INPUT.format(name), hidden, mask)
 
         def after(name: str, _module: nn.Module, _args: tuple, output: Any) -> None:
             nonlocal last

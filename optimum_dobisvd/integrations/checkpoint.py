@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from safetensors import safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..nn.low_rank_linear import LowRankLinear
@@ -35,7 +36,7 @@ def module_names_in(model: Any, names: list[str]) -> dict[str, str]:
     return mapped
 
 
-def check_factors(model: Any, files: list[str], conversions: list) -> None:
+def check_factors(model: Any, files: list[str]) -> None:
     """Every factor of every `LowRankLinear` is in the files, with its shape, and no factor is without a module.
 
     Raises:
@@ -43,7 +44,7 @@ def check_factors(model: Any, files: list[str], conversions: list) -> None:
     """
     if any(not str(file).endswith(".safetensors") for file in files):
         raise ValueError(f"a dobi_svd checkpoint is stored in safetensors, found {files[0]}")
-    shapes = _shapes_by_model_name(model, files, conversions)
+    shapes = _shapes_by_model_name(model, files)
     expected: dict[str, list[int]] = {}
     dense = set()
     for name, module in model.named_modules():
@@ -93,8 +94,10 @@ def model_has(model: Any, name: str) -> bool:
     return True
 
 
-def _shapes_by_model_name(model: Any, files: list[str], conversions: list) -> dict[str, list[int]]:
+def _shapes_by_model_name(model: Any, files: list[str]) -> dict[str, list[int]]:
     """Shapes of all tensors in the files, under the names transformers will load them to."""
+    # Private, all of it, but only transformers knows how this architecture's keys are renamed on load.
+    conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     expected = model.state_dict()
@@ -102,7 +105,6 @@ def _shapes_by_model_name(model: Any, files: list[str], conversions: list) -> di
     for file in files:
         with safe_open(file, framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict
-                # Private, but the only place that knows how this architecture's keys are renamed on load.
                 name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
                 shapes[name] = handle.get_slice(key).get_shape()
     return shapes

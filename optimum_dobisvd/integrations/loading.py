@@ -20,12 +20,9 @@ from .checkpoint import check_factors, module_names_in
 class LowRankLoader(HfQuantizer):
     """Builds the modules on meta from the ranks in config.json, and checks the files' headers before reading."""
 
-    _checkpoint_files: list[str] | None = None
-
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
-        self._checkpoint_files = checkpoint_files
         modules = self.quantization_config.modules  # type: ignore[attr-defined]
         names = module_names_in(model, list(modules))
         for listed, name in names.items():
@@ -43,14 +40,9 @@ class LowRankLoader(HfQuantizer):
         ignored = {re.escape(f"{name}.weight") + "$" for pair in names.items() for name in pair}
         # Private, but there is no other way to say which keys are expected to be left over.
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
+        if checkpoint_files:
+            check_factors(model, checkpoint_files)
         return model
-
-    def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
-        # The first hook that knows model, files and renamings; nothing has been allocated yet.
-        if self._checkpoint_files is not None:
-            check_factors(model, self._checkpoint_files, weight_conversions)
-            self._checkpoint_files = None
-        return super().update_weight_conversions(weight_conversions, model)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         for name, module in list(model.named_modules()):

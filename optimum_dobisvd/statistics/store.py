@@ -89,10 +89,9 @@ class StatisticsStore:
         for name, inputs in statistics.inputs.items():
             tensors[f"{name}.abs_mean"] = inputs.abs_mean
             tensors[f"{name}.gram"] = inputs.gram
-        metadata = {
-            "leader": json.dumps(statistics.leader),
-            "tokens": json.dumps({name: inputs.tokens for name, inputs in statistics.inputs.items()}),
-        }
+        tokens = {name: inputs.tokens for name, inputs in statistics.inputs.items()}
+        # One key: safetensors writes several in an order of chance, and a resumed run must give the same bytes.
+        metadata = {"statistics": json.dumps({"leader": statistics.leader, "tokens": tokens})}
         write_atomically(self._path(block), lambda path: save_file(tensors, path, metadata=metadata))
 
     def block(self, block: str) -> BlockStatistics:
@@ -158,8 +157,8 @@ def _read_block(path: Path) -> BlockStatistics:
     """Read one block's file; names and sizes are checked against each other before anything is used."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            leader, tokens = json.loads(metadata["leader"]), json.loads(metadata["tokens"])
+            described = json.loads((file.metadata() or {})["statistics"])
+            leader, tokens = described["leader"], described["tokens"]
             if not set(leader.values()) <= tokens.keys():
                 raise ValueError("a linear's input is missing")
             inputs = {name: _read_input(file, name, count) for name, count in tokens.items()}
