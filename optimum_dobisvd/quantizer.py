@@ -70,7 +70,8 @@ class DobiSVDQuantizer:
     def quantize_model(self, model: Any, tokenizer: Any = None) -> Any:
         """Calibrate, allocate, factorise, and replace the model's linears by `LowRankLinear`.
 
-        Returns the same model. `plan` and `report` of this object are set.
+        Returns the same model. `plan` and `report` of this object are set, and `dobisvd_plan` and `dobisvd_report` of
+        the model, which its `save_pretrained` writes beside the checkpoint.
 
         Raises:
             ValueError: a model, dataset, plan or setting that cannot work; said before any long computation.
@@ -105,6 +106,7 @@ class DobiSVDQuantizer:
             seconds=stages.seconds,
             peak_bytes=stages.peak_bytes,
         )
+        model.dobisvd_plan, model.dobisvd_report = plan, self.report
         from .integrations.transformers_quantizer import attach
 
         attach(model, self.config.with_plan(plan, dataset=describe_dataset(windows)))

@@ -1,6 +1,6 @@
 """Small models whose blocks cannot be run one after the other, each for a reason of its own."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class LeavesStateBehind(Plain):
     """A later block reads what an earlier one wrote; right for the latest window and wrong for all others."""
 
     class block(Block):
-        board: list[Tensor] = []
+        board: ClassVar[list[Tensor]] = []
 
         def forward(self, hidden_states: Tensor, extra: Tensor | None = None) -> Tensor:
             if len(self.board) == 1:
@@ -74,7 +74,7 @@ class OverwritesState(LeavesStateBehind):
     """The same without a reset: the first block always overwrites, so that one window alone looks right."""
 
     class block(Block):
-        board: list[Tensor] = []
+        board: ClassVar[list[Tensor]] = []
         first = False
 
         def forward(self, hidden_states: Tensor, extra: Tensor | None = None) -> Tensor:

@@ -123,7 +123,9 @@ def test_a_pattern_that_matches_no_linear_is_an_error(pattern: str) -> None:
 
 
 def test_excluding_everything_leaves_no_eligible_linear() -> None:
-    with pytest.raises(ValueError, match=r"no eligible linear in LlamaForCausalLM: .*excluded by modules_to_not_convert"):
+    with pytest.raises(
+        ValueError, match=r"no eligible linear in LlamaForCausalLM: .*excluded by modules_to_not_convert"
+    ):
         find_layout(tiny("llama"), ["re:.*"])
 
 
@@ -172,6 +174,9 @@ def test_the_blocks_are_the_list_with_most_weights_and_not_a_list_inside_it() ->
         return nn.ModuleDict({"parts": nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])})
 
     model = nn.ModuleDict(
-        {"encoder": nn.ModuleList([nn.Linear(8, 9)]), "decoder": nn.ModuleDict({"h": nn.ModuleList([block(), block()])})}
+        {
+            "encoder": nn.ModuleList([nn.Linear(8, 9)]),
+            "decoder": nn.ModuleDict({"h": nn.ModuleList([block(), block()])}),
+        }
     )
     assert list(find_blocks(model)) == ["decoder.h.0", "decoder.h.1"]

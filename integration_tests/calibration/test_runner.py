@@ -165,19 +165,27 @@ def test_a_block_goes_home_after_an_error(monkeypatch: pytest.MonkeyPatch) -> No
     assert residence.resident == set()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_weights_of_one_block_at_a_time_are_on_the_gpu() -> None:
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("device", ["cpu:0", pytest.param("cuda", marks=NEEDS_CUDA)])
+def test_another_compute_device_gives_the_same_statistics(device: str) -> None:
     model = tiny("llama")
-    expected = grams_of(collect(model, tokens(4, 16)), find_layout(model).blocks)
-    on_gpu: list[set[str]] = []
-    for layer in model.model.layers:
+    ids = tokens(4, 16)
+    layout = find_layout(model)
+    expected = grams_of(collect(model, ids), layout.blocks)
+    away: list[set[str]] = []
+    for layer in layout.blocks.values():
         layer.register_forward_pre_hook(
-            lambda *_: on_gpu.append({n.split(".")[2] for n, p in model.named_parameters() if p.is_cuda}), always_call=True
+            lambda *_: away.append({name for name, parameter in model.named_parameters() if parameter.is_cuda})
         )
-    run(model, Diary(), tokens(4, 16), device="cuda")
-    assert {frozenset(names) for names in on_gpu[-6:]} == {frozenset({index}) for index in "012"}
-    assert not any(parameter.is_cuda for parameter in model.parameters())
-    assert expected.keys() == find_layout(model).linears.keys()
+    found = grams_of(collect(model, ids, device=device), layout.blocks)
+    for name, gram in expected.items():
+        assert_gram_close(found[name], gram)
+    blocks = {name: {f"{name}.{key}" for key, _ in block.named_parameters()} for name, block in layout.blocks.items()}
+    if device == "cuda":
+        assert away[-6:] == [blocks[f"model.layers.{index}"] for index in (0, 0, 1, 1, 2, 2)]
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -186,10 +194,13 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         "training": {name: module.training for name, module in model.named_modules()},
         "forward": {name: module.__dict__.get("forward") for name, module in model.named_modules()},
         "hooks": {
-            name: (list(module._forward_hooks), list(module._forward_pre_hooks)) for name, module in model.named_modules()
+            name: (list(module._forward_hooks), list(module._forward_pre_hooks))
+            for name, module in model.named_modules()
         },
         "use_cache": model.config.use_cache,
-        "weights": {name: (id(tensor), float(tensor.detach().double().sum())) for name, tensor in model.named_parameters()},
+        "weights": {
+            name: (id(tensor), float(tensor.detach().double().sum())) for name, tensor in model.named_parameters()
+        },
         "grad": torch.is_grad_enabled(),
     }
 
@@ -227,7 +238,9 @@ def test_calibration_runs_in_evaluation_mode_without_gradients() -> None:
 
     class Looking(Diary):
         def enter(self, name: str, block: nn.Module) -> None:
-            block.register_forward_hook(lambda _, __, output: states.append((torch.is_grad_enabled(), output.requires_grad)))
+            block.register_forward_hook(
+                lambda _, __, output: states.append((torch.is_grad_enabled(), output.requires_grad))
+            )
 
     states: list[tuple[bool, bool]] = []
     run(model, Looking(), ids)

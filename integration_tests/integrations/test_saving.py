@@ -76,8 +76,11 @@ def test_a_full_disk_leaves_the_old_folder_valid_and_nothing_beside_it(saved):
 
 
 def test_saving_over_another_compression_keeps_other_files_and_replaces_the_weights(saved):
+    (saved[0] / "dobisvd_ranks.png").write_text("of the old ranks")
     model = compressed(0.4)
     model.save_pretrained(saved[0])
+    assert not (saved[0] / "dobisvd_ranks.png").exists()
+    assert json.loads((saved[0] / "dobisvd_report.json").read_text())["ratio"] == 0.4
     assert (saved[0] / "tokenizer.json").read_text() == "{}"
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(saved[0])), logits(model))
 

@@ -1,4 +1,4 @@
-"""Statistics of tiny models by the package's way, and inputs by plain hooks on whole forward passes to hold against them."""
+"""Statistics of tiny models by the package's way, and inputs by plain hooks on whole passes to hold against them."""
 
 import os
 from collections.abc import Iterable
@@ -27,13 +27,14 @@ def collect(
     folder: str | os.PathLike[str] | None = None,
     batch_size: int = 2,
     exclude: Iterable[str] = (),
+    device: str | None = None,
 ) -> StatisticsStore:
     """What the quantizer does with a store: open it, and collect the blocks it lacks."""
     layout = find_layout(model, exclude)
     windows = windows_of(ids, mask)
     store = StatisticsStore(fingerprint(model, windows), list(layout.blocks), folder)
     collector = InputCollector(layout.linears_of, store.put, lambda block: not store.has(block))
-    BlockRunner(model, layout.blocks, windows, batch_size=batch_size).run(collector)
+    BlockRunner(model, layout.blocks, windows, batch_size=batch_size, device=device).run(collector)
     return store
 
 

@@ -139,7 +139,10 @@ def test_rows_that_are_not_tokens_cannot_be_told_from_padding() -> None:
     mlp = model.model.layers[0].mlp
     mlp.up_proj = Halved(mlp.up_proj)
     mask = torch.ones(2, 16, dtype=torch.bool)
-    assert collect(model, tokens(2, 16), mask).block("model.layers.0").inputs["model.layers.0.mlp.up_proj.inner"].tokens == 16
+    assert (
+        collect(model, tokens(2, 16), mask).block("model.layers.0").inputs["model.layers.0.mlp.up_proj.inner"].tokens
+        == 16
+    )
     mask[1, 9:] = False
     with pytest.raises(ValueError, match=r"mlp\.up_proj\.inner is given 16 rows where the batch has 32 tokens"):
         collect(model, tokens(2, 16), mask)

@@ -1,4 +1,4 @@
-"""Statistics are used for the weights, the configuration and the tokens they were collected with, and for no others."""
+"""Statistics are used for the weights, the configuration and the tokens they were collected with, and no others."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,9 @@ from optimum_dobisvd.calibration.dataset import CalibrationWindows, load_windows
 from optimum_dobisvd.statistics.fingerprint import differing_fields, fingerprint, weights_sha256
 from optimum_dobisvd.statistics.store import StatisticsStore
 
-TEXTS = [f"Letter {number}: the cat sat on the mat, and the dog ran over the hill of the republic." for number in range(9)]
+TEXTS = [
+    f"Letter {number}: the cat sat on the mat, and the dog ran over the hill of the republic." for number in range(9)
+]
 SETTINGS: dict[str, Any] = {"nsamples": 4, "seqlen": 16, "seed": 0}
 
 

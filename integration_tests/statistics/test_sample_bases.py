@@ -16,7 +16,9 @@ from optimum_dobisvd.statistics.sample_bases import SampleBasisVisitor
 RANK = 6
 
 
-def second_pass(model: nn.Module, ids: Tensor, mask: Tensor | None = None, names: tuple[str, ...] = ()) -> dict[str, Factors]:
+def second_pass(
+    model: nn.Module, ids: Tensor, mask: Tensor | None = None, names: tuple[str, ...] = ()
+) -> dict[str, Factors]:
     layout = find_layout(model)
     found: dict[str, Factors] = {}
     ranks = dict.fromkeys(names or layout.linears, RANK)

@@ -75,7 +75,8 @@ def edit_index(folder: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"{", b"[]", b"null", b"7", b"{}", b"\xff\xfe", b'{"format_version": 1, "fingerprint": 3, "blocks": []}']
+    "text",
+    [b"", b"{", b"[]", b"null", b"7", b"{}", b"\xff\xfe", b'{"format_version": 1, "fingerprint": 3, "blocks": []}'],
 )
 def test_a_damaged_index_is_named_with_the_remedy(folder: Path, text: bytes) -> None:
     (folder / INDEX_NAME).write_bytes(text)

@@ -38,8 +38,11 @@ class LowRankLoader(HfQuantizer):
             model.set_submodule(name, empty_low_rank(dense, rank, device="meta"))
         # The zero-size tensors under the dense names stop readers that do not know this format; this one does.
         ignored = {re.escape(f"{name}.weight") + "$" for pair in names.items() for name in pair}
-        # Private, but there is no other way to say which keys are expected to be left over.
-        model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
+        # Private, but there is no other way to say which keys will be left over. A list before transformers 5.12.
+        known = model._keys_to_ignore_on_load_unexpected
+        model._keys_to_ignore_on_load_unexpected = (
+            known | ignored if isinstance(known, set) else [*(known or ()), *sorted(ignored)]
+        )
         if checkpoint_files:
             check_factors(model, checkpoint_files)
         return model

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.low_rank_linear import LowRankLinear
+from ..report.write import write_beside
 
 MODELING_FILE = "modeling_dobisvd.py"
 # In the order in which they need each other.
@@ -99,6 +100,8 @@ def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: A
         _declare_remote_code(model)
         original(model, beside, *args, **kwargs)
         (beside / MODELING_FILE).write_text(modeling_source(), encoding="utf-8")
+        if getattr(model, "dobisvd_report", None) is not None:
+            write_beside(beside, model.dobisvd_plan, model.dobisvd_report, pictures=False)
         written = {path.name for path in beside.iterdir()}
         _carry_over(target, beside, written)
         _flush(beside)
@@ -133,6 +136,8 @@ def _carry_over(old: Path, new: Path, written: set[str]) -> None:
         return
     for path in old.iterdir():
         if path.name in written or path.name.endswith((".safetensors", ".safetensors.index.json")):
+            continue
+        if path.name.startswith("dobisvd_"):  # plan and report of the weights that are being replaced
             continue
         if path.is_dir():
             shutil.copytree(path, new / path.name, copy_function=_link_or_copy, symlinks=True)

@@ -49,7 +49,6 @@ class DobiSVDHfQuantizer(LowRankLoader):
             attach(model, self._config)
             return model
         self._compressor.quantize_model(model)
-        model.dobisvd_plan, model.dobisvd_report = self._compressor.plan, self._compressor.report
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

@@ -61,4 +61,5 @@ def _short_names(paths: list[str]) -> dict[str, str]:
 
 def _endings(path: str) -> list[str]:
     parts = path.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+    starts = [start for start in range(len(parts) - 1, -1, -1) if parts[start] != "*"]
+    return [".".join(parts[start:]) for start in starts]

@@ -84,8 +84,7 @@ def _mean_fraction(modules: list[ModuleReport]) -> float | None:
 
 def _rank_label(modules: list[ModuleReport]) -> str:
     ranks = [module.rank for module in modules if module.rank is not None]
-    mean = round(sum(ranks) / len(ranks))
-    return str(mean) if len(modules) == 1 else f"~{mean}"
+    return str(round(sum(ranks) / len(ranks)))
 
 
 def _mean_error(modules: list[ModuleReport]) -> float | None:
@@ -117,9 +116,11 @@ def _heat_map(
             elif (kind, layer) in labels and len(grid.layers) <= _ANNOTATED_LAYERS:
                 _annotate(axes, image, x, y, _or_nan(values[kind, layer]), labels[kind, layer])
     _name_axes(axes, grid)
+    _separate_cells(axes, grid)
     bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
     bar.set_label(scale)
-    axes.set_title(_title(report, title), loc="left", fontsize=10)
+    several = "; *: mean over a layer's experts" if any(len(found) > 1 for found in grid.cells.values()) else ""
+    axes.set_title(_title(report, title) + several, loc="left", fontsize=10)
     _add_legend(axes, report)
     write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=150))
     return Path(path)
@@ -171,6 +172,13 @@ def _name_axes(axes: Axes, grid: Grid) -> None:
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
+
+
+def _separate_cells(axes: Axes, grid: Grid) -> None:
+    axes.set_xticks([x + 0.5 for x in range(len(grid.layers) - 1)], minor=True)
+    axes.set_yticks([y + 0.5 for y in range(len(grid.types) - 1)], minor=True)
+    axes.grid(which="minor", color="white", linewidth=0.6)
+    axes.tick_params(which="minor", length=0)
 
 
 def _title(report: CompressionReport, what: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -32,6 +33,7 @@ class SampleBasisVisitor:
         self._ranks = ranks
         self._finished = finished
         self._bases: dict[str, IncrementalBasis] = {}
+        self._biases: dict[str, Tensor] = {}
         self._handles: dict[str, list[RemovableHandle]] = {}
         self._mask: Tensor | None = None
 
@@ -42,6 +44,9 @@ class SampleBasisVisitor:
         handles = self._handles.setdefault(name, [])
         for linear, module in self._planned(name).items():
             self._bases[linear] = IncrementalBasis(dense_weight(module).shape[0], self._ranks[linear])
+            bias = _bias_of(module)
+            if bias is not None:
+                self._biases[linear] = bias
             handles.append(module.register_forward_hook(partial(self._observe, linear)))
 
     def start_batch(self, mask: Tensor) -> None:
@@ -51,6 +56,7 @@ class SampleBasisVisitor:
         _remove(self._handles.pop(name))
         factors = {}
         for linear, module in self._planned(name).items():
+            self._biases.pop(linear, None)
             try:
                 basis = self._bases.pop(linear).basis()
             except ValueError as error:
@@ -63,11 +69,12 @@ class SampleBasisVisitor:
             _remove(handles)
         self._handles.clear()
         self._bases.clear()
+        self._biases.clear()
 
     def _planned(self, block: str) -> dict[str, nn.Module]:
         return {name: module for name, module in self._linears_of(block).items() if name in self._ranks}
 
-    def _observe(self, linear: str, module: nn.Module, _args: tuple, output: Tensor) -> None:
+    def _observe(self, linear: str, _module: nn.Module, _args: tuple, output: Tensor) -> None:
         mask = self._mask
         if mask is None or output.shape[:-1].numel() != mask.numel():
             raise ValueError(
@@ -75,12 +82,22 @@ class SampleBasisVisitor:
                 "experts?); use factorization='output_pca', or list it in modules_to_not_convert"
             )
         plain = output.detach().double()
-        if isinstance(module.bias, Tensor):
-            plain = plain - module.bias.detach().double()
+        if linear in self._biases:
+            plain = plain - self._biases[linear].to(plain.device)
         # Some models (OPT) hand their linears all tokens of a batch as one list.
         samples = plain.reshape(*mask.shape, -1)
         for sample, keep in zip(samples, mask.to(plain.device), strict=True):
             self._bases[linear].update(sample_basis(sample[keep], self._ranks[linear]))
+
+
+def _bias_of(module: nn.Module) -> Tensor | None:
+    """A linear's bias in float64; while it runs, Accelerate may have taken an offloaded one away again."""
+    if not isinstance(module.bias, Tensor):
+        return None
+    if module.bias.device.type != "meta":
+        return module.bias.detach().double()
+    with align_module_device(module, execution_device="cpu"):
+        return module.bias.detach().double()
 
 
 def _remove(handles: list[RemovableHandle]) -> None:
