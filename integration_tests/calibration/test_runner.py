@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import Tensor, nn
 
 from integration_tests.calibration.stateful_models import STATEFUL, Plain, make
@@ -248,7 +248,7 @@ def test_calibration_runs_in_evaluation_mode_without_gradients() -> None:
 
 
 @pytest.mark.parametrize("fail_at", [None, "leave 1"])
-@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize("where", ["cpu", "disk", "blocks"])
 def test_offloaded_models_stay_offloaded_and_give_the_same_statistics(
     tmp_path: Path, where: str, fail_at: str | None
 ) -> None:
@@ -259,6 +259,12 @@ def test_offloaded_models_stay_offloaded_and_give_the_same_statistics(
     device = torch.device("cpu")
     if where == "cpu":
         cpu_offload(model, execution_device=device)
+    elif where == "blocks":  # as a device map does it, with hooks on the blocks themselves
+        parts = ["model.embed_tokens", *blocks, "model.norm", "model.rotary_emb", "lm_head"]
+        dispatch_model(
+            model, dict.fromkeys(parts, "disk") | {"lm_head": "cpu"}, offload_dir=tmp_path, main_device="cpu"
+        )
+        assert all("forward" in model.get_submodule(name).__dict__ for name in blocks)
     else:
         disk_offload(model, tmp_path, execution_device=device)
     forwards = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
@@ -268,7 +274,7 @@ def test_offloaded_models_stay_offloaded_and_give_the_same_statistics(
     else:
         with pytest.raises(KeyboardInterrupt):
             run(model, Diary(fail_at=fail_at), ids, device="cpu:0")
-    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert {parameter.device.type for parameter in model.model.parameters()} == {"meta"}
     assert {name: module.__dict__.get("forward") for name, module in model.named_modules()} == forwards
 
 

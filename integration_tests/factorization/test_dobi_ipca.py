@@ -76,14 +76,19 @@ def test_signs_and_rotations_of_a_samples_vectors_do_not_matter(seed: int) -> No
         torch.testing.assert_close(found @ found.T, expected @ expected.T, rtol=0, atol=1e-8)
 
 
-@given(seed=st.integers(0, 2**20))
-@settings(max_examples=20, deadline=None)
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_order_of_samples_hardly_matters(seed: int) -> None:
-    rank, width = 6, 24
-    bases = [sample_basis(outputs, rank) for outputs in sample_outputs(24, 30, width, seed)]
-    shuffled = [bases[i] for i in torch.randperm(24, generator=torch.Generator().manual_seed(seed))]
-    one, other = (objective(streamed(order, width, rank), bases) for order in (bases, shuffled))
-    assert one == pytest.approx(other, rel=0.05)
+    """As printed, the last samples outweigh the first ones; carried singular values make them equal."""
+    rank, width = 12, 64
+    bases = [sample_basis(outputs, rank) for outputs in sample_outputs(64, 48, width, seed)]
+    found = streamed(bases, width, rank)
+    early, late = objective(found, bases[:8]), objective(found, bases[-8:])
+    assert late < 1.08 * early
+    as_printed = listing(bases, rank)
+    assert objective(as_printed, bases[-8:]) > 1.15 * objective(as_printed, bases[:8])
+    shuffled = [bases[i] for i in torch.randperm(64, generator=torch.Generator().manual_seed(seed))]
+    again = objective(streamed(shuffled, width, rank), bases)
+    assert again == pytest.approx(objective(found, bases), rel=0.03)
 
 
 @pytest.mark.parametrize("width", [5, 12])

@@ -84,7 +84,7 @@ def test_the_table_refuses_a_second_row_of_one_name() -> None:
     before = dict(FACTORIZATIONS)
     row = FACTORIZATIONS["svd_llm_v2"]
     with pytest.raises(ValueError, match="'svd_llm_v2' is already registered"):
-        register_factorization(Factorization("svd_llm_v2", None, row.prepare, row.decompose))
+        register_factorization(Factorization("svd_llm_v2", None, row.prepare, row.decompose, row.spectrum))
     assert before == FACTORIZATIONS
 
 

@@ -29,6 +29,17 @@ def assert_theorem_holds(name: str, case: Case) -> None:
     assert found.tail(0) == pytest.approx(case.dense_output(), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["svd", "asvd", *OPTIMAL])
+@given(case=cases())
+@settings(max_examples=30, deadline=None)
+def test_the_price_list_is_the_decompositions_own(name: str, case: Case) -> None:
+    row = factorization_named(name)
+    statistic = {None: None, "gram": case.gram, "abs_mean": case.abs_mean}[row.needs]
+    prices = row.spectrum(case.weight, None if statistic is None else row.prepare(statistic))
+    values = decompose(name, case).singular_values
+    torch.testing.assert_close(prices, values, rtol=0, atol=1e-7 * float(values.max()))
+
+
 @pytest.mark.parametrize("name", OPTIMAL)
 @given(case=cases())
 @settings(max_examples=80, deadline=None)

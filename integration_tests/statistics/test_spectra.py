@@ -63,11 +63,11 @@ def counting(name: str, calls: list[Any]) -> Factorization:
         calls.append("prepare")
         return row.prepare(statistic)
 
-    def decompose(weight: Tensor, prepared: Any) -> Any:
-        calls.append("decompose")
-        return row.decompose(weight, prepared)
+    def spectrum(weight: Tensor, prepared: Any) -> Tensor:
+        calls.append("spectrum")
+        return row.spectrum(weight, prepared)
 
-    return Factorization(name, "gram", prepare, decompose)
+    return Factorization(name, "gram", prepare, row.decompose, spectrum)
 
 
 def test_a_shared_input_is_prepared_once_and_a_price_list_computed_once(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_shared_input_is_prepared_once_and_a_price_list_computed_once(tmp_path
     row = counting("counted", calls)
     first = compute_spectra(layout, row, collect(model, tokens(2, 40), folder=tmp_path), None)
     assert calls.count("prepare") == 4 * 3
-    assert calls.count("decompose") == 7 * 3
+    assert calls.count("spectrum") == 7 * 3
     calls.clear()
     again = compute_spectra(layout, row, collect(model, tokens(2, 40), folder=tmp_path), None)
     assert calls == []

@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from ..allocation.plan import Target
 from ..calibration.layout import find_layout
 from ..config import QUANT_METHOD, DobiSVDConfig
-from ..report.report import CompressionReport, ModuleReport, macs_per_token, module_report
+from ..report.report import CompressionReport, ModuleReport, module_report
 from .load_dense import load_skeleton
+from .outline_report import outline_report
 from .sources import ModelSource
 
 _ELEMENT_SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
@@ -33,25 +34,8 @@ def report_from_files(folder: Path, *, trust_remote_code: bool = False) -> Compr
     compressed = {name: _factored(name, entry["storage"], shapes) for name, entry in modules.items()}
     left = {target.name: module_report(target, None, "dense", None) for target in layout.targets}
     rows = list({**left, **compressed}.values())
-    saved_macs = sum(
-        row.out_features * row.in_features - row.rank * (row.out_features + row.in_features)
-        for row in compressed.values()
-        if row.rank is not None
-    )
-    dense_macs = macs_per_token(skeleton)
-    return CompressionReport(
-        model=folder.resolve().name,
-        method=config.method,
-        ratio=config.ratio,
-        dataset=None if config.dataset is None else {"dataset": config.dataset},
-        modules=rows,
-        coverage=layout.coverage,
-        left_dense=layout.describe_left_dense(),
-        dense_macs=dense_macs,
-        compressed_macs=dense_macs - saved_macs,
-        dense_model_bytes=stored_bytes + sum(row.dense_bytes - row.bytes for row in compressed.values()),
-        compressed_model_bytes=stored_bytes,
-    )
+    dense_bytes = stored_bytes + sum(row.dense_bytes - row.bytes for row in rows)
+    return outline_report(folder.resolve().name, config, skeleton, layout, rows, dense_bytes)
 
 
 def read_config(folder: Path) -> DobiSVDConfig:

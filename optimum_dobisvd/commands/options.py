@@ -14,6 +14,14 @@ class UsageError(Exception):
     """A request that no command understands: an unknown option, a value of the wrong type. Exit code 2."""
 
 
+class Refused(Exception):
+    """A request that this machine cannot fulfil. `result` is what `--json` writes all the same."""
+
+    def __init__(self, message: str, result: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 @dataclass(frozen=True)
 class Option:
     """One option of a command.

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from .options import CommandSpec, Option, UsageError
+from .options import CommandSpec, Option, Refused, UsageError
 
 STDOUT = "-"
 _WIDTH_WITHOUT_TERMINAL = 119
@@ -48,17 +48,27 @@ def execute(spec: CommandSpec, options: dict[str, Any], console: Console | None 
     With JSON on standard output, nothing else is printed there.
     """
     target = options.get("json")
+    try:
+        if target == STDOUT:
+            with contextlib.redirect_stdout(sys.stderr):
+                result = spec.execute(options, Console(quiet=True))
+        else:
+            result = spec.execute(options, console or _console())
+    except Refused as refusal:
+        _write_json(refusal.result, target)
+        raise
+    _write_json(result, target)
+    return result
+
+
+def _write_json(result: dict[str, Any], target: str | None) -> None:
+    text = json.dumps(result, indent=1)
     if target == STDOUT:
-        with contextlib.redirect_stdout(sys.stderr):
-            result = spec.execute(options, Console(quiet=True))
-        print(json.dumps(result, indent=1))
-        return result
-    result = spec.execute(options, console or _console())
-    if target is not None:
+        print(text)
+    elif target is not None:
         from ..storage.atomic import write_text_atomically
 
-        write_text_atomically(target, json.dumps(result, indent=1) + "\n")
-    return result
+        write_text_atomically(target, text + "\n")
 
 
 def _console() -> Console:
@@ -74,7 +84,7 @@ def _one_line(error: Exception) -> str:
             f"out of memory ({text[:200]}): `optimum-cli dobisvd plan` tells what a run needs; lower batch_size or "
             "seqlen, name a statistics folder, or let device_map place the model"
         )
-    if isinstance(error, ValueError | OSError | TypeError | UsageError) and text:
+    if isinstance(error, ValueError | OSError | TypeError | ImportError | UsageError | Refused) and text:
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)"
 

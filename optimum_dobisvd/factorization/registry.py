@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from .factors import Decomposition
-from .truncated_svd import output_pca, whitened_svd
+from .truncated_svd import output_pca, output_spectrum, whitened_spectrum, whitened_svd
 from .whitening import channel_scaling, cholesky_whitening, eigen_whitening
 
 Statistic = Literal["gram", "abs_mean"]
@@ -20,15 +20,16 @@ class Factorization:
     """One row.
 
     `needs` names the statistic of the input it reads (None: no data). `prepare` turns that statistic into whatever is
-    shared by all linears with the same input (q/k/v, gate/up); `decompose` takes the weight and that. `per_sample`
-    marks a factoriser that reads each calibration sample's outputs in a second pass, after the ranks are known; its
-    `decompose` then only prices ranks.
+    shared by all linears with the same input (q/k/v, gate/up); `decompose` takes the weight and that, and so does
+    `spectrum`, which finds the singular values alone, for pricing ranks. `per_sample` marks a factoriser that reads
+    each calibration sample's outputs in a second pass, after the ranks are known.
     """
 
     name: str
     needs: Statistic | None
     prepare: Callable[[Tensor], Any]
     decompose: Callable[[Tensor, Any], Decomposition]
+    spectrum: Callable[[Tensor, Any], Tensor]
     per_sample: bool = False
 
 
@@ -54,11 +55,11 @@ def _as_is(statistic: Tensor) -> Tensor:
 
 
 for _row in (
-    Factorization("svd", None, _as_is, lambda weight, _: whitened_svd(weight, None)),
-    Factorization("asvd", "abs_mean", channel_scaling, whitened_svd),
-    Factorization("svd_llm", "gram", cholesky_whitening, whitened_svd),
-    Factorization("svd_llm_v2", "gram", eigen_whitening, whitened_svd),
-    Factorization("output_pca", "gram", _as_is, output_pca),
-    Factorization("dobi_ipca", "gram", _as_is, output_pca, per_sample=True),
+    Factorization("svd", None, _as_is, lambda w, _: whitened_svd(w, None), lambda w, _: whitened_spectrum(w, None)),
+    Factorization("asvd", "abs_mean", channel_scaling, whitened_svd, whitened_spectrum),
+    Factorization("svd_llm", "gram", cholesky_whitening, whitened_svd, whitened_spectrum),
+    Factorization("svd_llm_v2", "gram", eigen_whitening, whitened_svd, whitened_spectrum),
+    Factorization("output_pca", "gram", _as_is, output_pca, output_spectrum),
+    Factorization("dobi_ipca", "gram", _as_is, output_pca, output_spectrum, per_sample=True),
 ):
     register_factorization(_row)

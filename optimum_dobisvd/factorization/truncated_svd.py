@@ -17,13 +17,16 @@ def whitened_svd(weight: Tensor, whitening: Whitening | None) -> Decomposition:
 
     With `whitening=None` this is the plain SVD of the weight. Minimises `||(W - W') S||_F` at every rank.
     """
-    weight = weight.double()
-    target = weight if whitening is None else whitening.apply(weight)
-    left, values, right = torch.linalg.svd(target, full_matrices=False)
+    left, values, right = torch.linalg.svd(_whitened(weight, whitening), full_matrices=False)
     right = right if whitening is None else whitening.undo(right)
     # The singular value is split evenly so that neither factor carries the whole scale; `balanced` does the rest.
     root = values.sqrt()
     return Decomposition(left * root, root[:, None] * right, values)
+
+
+def whitened_spectrum(weight: Tensor, whitening: Whitening | None) -> Tensor:
+    """The singular values of `whitened_svd`, descending, without the vectors: a third of the time."""
+    return torch.linalg.svdvals(_whitened(weight, whitening))
 
 
 def output_pca(weight: Tensor, gram: Tensor) -> Decomposition:
@@ -33,13 +36,29 @@ def output_pca(weight: Tensor, gram: Tensor) -> Decomposition:
     the `n x n` problem `R H R^T`, `W = Q R`. Same minimiser of `||(W - W')X||_F` as SVD-LLM V2; outside the range of
     `H` the two differ. `gram` is `H`, `n x n`. ValueError if it is zero.
     """
+    outer, inner, energy = _output_energy(weight, gram)
+    values, vectors = torch.linalg.eigh(energy)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    right = vectors.T @ inner
+    left = vectors if outer is None else outer @ vectors
+    return Decomposition(left, right, values.sqrt())
+
+
+def output_spectrum(weight: Tensor, gram: Tensor) -> Tensor:
+    """The singular values of `output_pca`, descending, without the vectors."""
+    return torch.linalg.eigvalsh(_output_energy(weight, gram)[2]).flip(0).clamp_min(0).sqrt()
+
+
+def _whitened(weight: Tensor, whitening: Whitening | None) -> Tensor:
+    weight = weight.double()
+    return weight if whitening is None else whitening.apply(weight)
+
+
+def _output_energy(weight: Tensor, gram: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """`(Q, R, R H R^T)` for `m > n`, `(None, W, W H W^T)` otherwise: the smaller side."""
     weight, gram = weight.double(), gram.double()
     if not float(gram.diagonal().max()) > 0:
         raise ValueError("the Gram matrix is zero: every calibration input of this linear was zero")
     outer, inner = torch.linalg.qr(weight) if weight.shape[0] > weight.shape[1] else (None, weight)
     energy = inner @ gram @ inner.T
-    values, vectors = torch.linalg.eigh((energy + energy.T) / 2)
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    right = vectors.T @ inner
-    left = vectors if outer is None else outer @ vectors
-    return Decomposition(left, right, values.sqrt())
+    return outer, inner, (energy + energy.T) / 2

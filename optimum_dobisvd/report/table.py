@@ -107,6 +107,14 @@ def module_table(report: CompressionReport) -> Table:
     return table
 
 
+def plain_table(title: str, headings: tuple[str, ...]) -> Table:
+    """An empty table: the first column to the left, the others to the right."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left", overflow="fold")
+    return table
+
+
 def coverage_line(report: CompressionReport) -> str:
     """What share of the blocks' weights were targets, and what was not."""
     return f"targets are {report.coverage:.1%} of the weights in the blocks; not among them: {report.left_dense}"
@@ -125,10 +133,6 @@ def count_text(count: float) -> str:
 def ratio_text(part: float, whole: float) -> str:
     """`part / whole`, or nothing where it makes no sense."""
     return f"{part / whole:.4f}" if whole else ""
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
 
 
 def _module_cells(module: ModuleReport) -> tuple[str, ...]:

@@ -85,7 +85,7 @@ def compute_spectra(
 
 def _spectrum(name: str, weight: Tensor, row: Factorization, prepared: PreparedInputs) -> Tensor:
     try:
-        values = row.decompose(weight, prepared.of(name)).singular_values.cpu()
+        values = row.spectrum(weight, prepared.of(name)).cpu()
     except (ValueError, torch.linalg.LinAlgError) as error:
         raise ValueError(f"{name}: {error}") from error
     # A singular Gram leaves fewer directions than the matrix has: the others cost nothing, which is a price, too.

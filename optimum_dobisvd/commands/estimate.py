@@ -1,0 +1,142 @@
+"""What a compression will take: memory, disk and time, from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..calibration.layout import Layout
+from ..config import DobiSVDConfig
+from ..nn.dense_linear import weight_matrix
+from ..report.report import macs_per_token, model_bytes
+from ..statistics.packing import packed_length
+from .machine import Speed
+
+# Linears of one parent that read one tensor, by their names in the common architectures.
+_SHARED_INPUTS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+_LIBRARIES = 500_000_000  # resident size of Python with torch and transformers imported
+_SVD_COPIES = 6  # weight, product, both factors and workspace, in float64
+_EIGEN_COPIES = 4  # Gram, eigenvectors, root and inverse, in float64
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes by what takes them.
+
+    Attributes:
+        host: in memory beside the model, by what for.
+        device: on the compute device, where that is another one.
+        store: the statistics, in a folder if there is one and in memory otherwise.
+    """
+
+    host: dict[str, int]
+    device: dict[str, int]
+    store: int
+
+
+def distinct_inputs(layout: Layout) -> dict[str, list[int]]:
+    """`{block: sizes of the inputs of its linears}`, q/k/v and gate/up counted as one.
+
+    An upper bound: linears of other names that share an input are counted one by one.
+    """
+    found: dict[str, list[int]] = {}
+    for block in layout.blocks:
+        seen: dict[tuple[str, Any, int], int] = {}
+        for name, module in layout.linears_of(block).items():
+            parent, _, last = name.rpartition(".")
+            group = next((names for names in _SHARED_INPUTS if last in names), (last,))
+            size = weight_matrix(module).shape[1]
+            seen[parent, group, size] = size
+        found[block] = list(seen.values())
+    return found
+
+
+def store_bytes(layout: Layout) -> int:
+    """Size of the statistics: a packed float32 triangle and a mean per channel for every distinct input."""
+    return sum(4 * (packed_length(size) + size) for sizes in distinct_inputs(layout).values() for size in sizes)
+
+
+def needs_text(config: DobiSVDConfig) -> bool:
+    """Whether the compression reads calibration text."""
+    return config.resolved_method().needs_data
+
+
+def memory_need(model: nn.Module, layout: Layout, config: DobiSVDConfig, *, collected: bool) -> Need:
+    """Bytes at the peak of the run.
+
+    Args:
+        model: the dense model, on meta.
+        layout: its targets.
+        config: the compression.
+        collected: whether the statistics are there already.
+    """
+    inputs = distinct_inputs(layout)
+    widest = max(layout.blocks, key=lambda block: sum(size**2 for size in inputs[block]))
+    linears = [weight_matrix(module) for module in layout.linears_of(widest).values()]
+    element = linears[0].element_size()
+    gram_sizes = inputs[widest]
+
+    factorising = 8 * _EIGEN_COPIES * sum(size**2 for size in gram_sizes)
+    factorising += 8 * _SVD_COPIES * max(weight.numel() for weight in linears)
+    calibrating: dict[str, int] = {}
+    hidden = 0
+    if needs_text(config) and not collected:
+        hidden = config.nsamples * config.seqlen * _hidden_size(model) * element
+        tokens = config.batch_size * config.seqlen
+        # Every linear's output and its input in float32; attention itself adds little with the fused kernels.
+        activations = tokens * (sum(len(weight) for weight in linears) * element + 4 * max(gram_sizes))
+        calibrating = {
+            "one block's activations": activations,
+            "one block's Grams": 8 * sum(size**2 for size in gram_sizes) + 4 * max(gram_sizes) ** 2,
+        }
+    work = calibrating if sum(calibrating.values()) > factorising else {"one block's factorisation": factorising}
+    store = store_bytes(layout) if needs_text(config) else 0
+    host = {"Python and libraries": _LIBRARIES, "model": model_bytes(model.parameters())}
+    if hidden:
+        host["hidden states of all windows"] = hidden
+    if store and config.statistics is None:
+        host["statistics, kept in memory"] = store
+    if config.device is None or config.device == "cpu":
+        return Need({**host, **work}, {}, store)
+    block = model_bytes(layout.blocks[widest].parameters())
+    return Need(host, {"one block": block, **work}, store)
+
+
+def seconds_need(
+    model: nn.Module, layout: Layout, config: DobiSVDConfig, speed: Speed, *, collected: bool, priced: bool
+) -> dict[str, float]:
+    """Seconds by stage. `priced`: the spectra the allocation reads are there already, or none are read."""
+    seconds: dict[str, float] = {}
+    tokens = config.nsamples * config.seqlen
+    inputs = [size for sizes in distinct_inputs(layout).values() for size in sizes]
+    if needs_text(config) and not collected:
+        forward = 2 * macs_of_blocks(layout) * tokens + 4 * len(layout.blocks) * tokens * config.seqlen * _hidden_size(
+            model
+        )
+        seconds["calibration, forward"] = forward / speed.model_products
+        seconds["calibration, Grams"] = 2 * tokens * sum(size**2 for size in inputs) / speed.float32_products
+    shapes = [weight_matrix(module).shape for module in layout.linears.values()]
+    decompositions = sum(m * n * min(m, n) for m, n in shapes)
+    if needs_text(config):
+        # A symmetric eigenproblem takes about a third of the SVD of the same size.
+        decompositions += sum(size**3 for size in inputs) // 3
+    seconds["factorisation"] = decompositions / speed.float64_svds
+    if not priced:
+        seconds["pricing ranks"] = decompositions / speed.float64_svds
+    return seconds
+
+
+def macs_of_blocks(layout: Layout) -> int:
+    """Multiply-adds per token of the linears in the blocks."""
+    return sum(macs_per_token(block) for block in layout.blocks.values())
+
+
+def _hidden_size(model: nn.Module) -> int:
+    return model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]

@@ -1,0 +1,221 @@
+"""`optimum-cli dobisvd plan`: what a compression will give and take, before anything is spent."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .options import CommandSpec, Option, Refused
+from .running import RUNNING
+from .shared_options import CALIBRATION, METHOD, MODEL, compression_config, with_method_resolved
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+    from ..allocation.plan import Plan
+    from ..calibration.layout import Layout
+    from ..config import DobiSVDConfig
+    from ..statistics.store import StatisticsStore
+
+_GROUPS = {
+    "model": MODEL,
+    "compression": METHOD,
+    "calibration": CALIBRATION,
+    "output": (
+        Option("out", "where the checkpoint would go: its disk is looked at", default=".", metavar="DIR"),
+        Option("save_plan", "write the ranks to this JSON file, for `compress --plan`", metavar="FILE"),
+    ),
+    "running": RUNNING,
+}
+
+_EXAMPLES = """\
+  optimum-cli dobisvd plan --model meta-llama/Llama-3.1-8B --ratio 0.6 --dataset wikitext2
+  optimum-cli dobisvd plan --model ./llama --ratio 0.8 --statistics stats --save-plan ranks.json"""
+
+
+def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Print bytes, arithmetic, memory, disk and time; returns them as JSON values.
+
+    Raises:
+        Refused: the machine cannot do it; the message has the numbers and a remedy.
+        ValueError: a model, plan or setting that cannot work.
+    """
+    from ..quantizer import check_model
+    from ..report.report import model_bytes, module_report
+    from ..report.table import coverage_line, kind_table, summary_table
+    from .load_dense import load_skeleton
+    from .outline_report import outline_report
+    from .sources import model_source
+
+    options = with_method_resolved(options)
+    config = compression_config(options, options["dataset"])
+    source = model_source(options["model"], options["gguf_file"])
+    skeleton = load_skeleton(source, dtype=options["dtype"], trust_remote_code=options["trust_remote_code"])
+    layout = check_model(skeleton, config)
+    store = _open_store(config, layout, skeleton)
+    plan, note = _plan(config, layout, store)
+    rows = [
+        module_report(target, plan.modules[target.name].rank, plan.modules[target.name].storage, None)
+        for target in layout.targets
+    ]
+    name = source.typed.rstrip("/").rpartition("/")[2]
+    report = outline_report(name, config, skeleton, layout, rows, model_bytes(skeleton.parameters()))
+    for printed in (kind_table(report), summary_table(report), coverage_line(report), note):
+        console.print(printed)
+        console.print()
+    if options["save_plan"] is not None:
+        plan.save(options["save_plan"])
+        console.print(f"plan written to {options['save_plan']}\n")
+    needs = _needs(config, skeleton, layout, store, report.compressed_model_bytes, options["out"])
+    _print_needs(needs, console)
+    result = {**report.to_dict(), "allocation": plan.allocation, "note": note, "needs": needs}
+    if needs["lacking"]:
+        raise Refused("this cannot fit: " + "; ".join(needs["lacking"]), result)
+    return result
+
+
+SPEC = CommandSpec(
+    name="plan",
+    summary="Tell what a compression gives and what it takes, without loading a weight; refuse what cannot fit.",
+    groups=_GROUPS,
+    examples=_EXAMPLES,
+    execute=execute,
+)
+
+
+def _open_store(config: DobiSVDConfig, layout: Layout, skeleton: nn.Module) -> StatisticsStore | None:
+    """The statistics, if the folder has some; checked as far as that can be done without weights and text."""
+    import json
+    from pathlib import Path
+
+    from ..statistics.store import INDEX_NAME, StatisticsStore
+
+    if config.statistics is None or not (Path(config.statistics) / INDEX_NAME).exists():
+        return None
+    path = Path(config.statistics) / INDEX_NAME
+    try:
+        stored = dict(json.loads(path.read_text(encoding="utf-8"))["fingerprint"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete the folder to collect statistics again") from error
+    if stored.get("model_class") != type(skeleton).__name__:
+        raise ValueError(
+            f"the statistics in {config.statistics} are of a {stored.get('model_class')}, not of a "
+            f"{type(skeleton).__name__}; name the folder that belongs to this model, or a new one"
+        )
+    return StatisticsStore(stored, list(layout.blocks), config.statistics)
+
+
+def _plan(config: DobiSVDConfig, layout: Layout, store: StatisticsStore | None) -> tuple[Plan, str]:
+    """The ranks, and in words where they come from."""
+    from dataclasses import replace
+
+    from ..allocation import allocation_named
+    from ..allocation.plan import Plan
+    from ..quantizer import make_plan
+
+    if config.plan is not None:
+        given = config.plan if isinstance(config.plan, Plan) else Plan.load(config.plan)
+        given.check(layout.targets)
+        return given, f"ranks: from {config.plan}"
+    method = config.resolved_method()
+    if not allocation_named(method.allocation).needs_spectra:
+        return make_plan(config, layout, None), f"ranks: {method.allocation}"
+    spectra = store.spectra(method.metric) if store is not None else None
+    if spectra is not None and all(name in spectra for name in layout.linears):
+        return make_plan(config, layout, store), f"ranks: {method.allocation}, from the spectra in {config.statistics}"
+    return make_plan(replace(config, allocation="uniform"), layout, None), (
+        f"ranks: uniform, to give an idea; {method.allocation} needs spectra, which there are none of yet (the bytes "
+        "come out the same; compress with --statistics once, then plan with the same folder)"
+    )
+
+
+def _needs(
+    config: DobiSVDConfig,
+    skeleton: nn.Module,
+    layout: Layout,
+    store: StatisticsStore | None,
+    checkpoint_bytes: int,
+    out: str,
+) -> dict[str, Any]:
+    """Memory, disk and seconds needed, what there is, and under `lacking` what cannot be done."""
+    from ..allocation import allocation_named
+    from . import machine
+    from .estimate import memory_need, needs_text, seconds_need
+
+    method = config.resolved_method()
+    collected = store is not None and store.is_complete
+    priced = (
+        config.plan is not None
+        or not allocation_named(method.allocation).needs_spectra
+        or (store is not None and store.spectra(method.metric) is not None)
+    )
+    need = memory_need(skeleton, layout, config, collected=collected)
+    speed = machine.measure_speed(skeleton.dtype, config.device)  # type: ignore[arg-type]
+    seconds = seconds_need(skeleton, layout, config, speed, collected=collected, priced=priced)
+    disk = {out: checkpoint_bytes}
+    if config.statistics is not None and needs_text(config) and not collected:
+        disk[str(config.statistics)] = need.store
+    needs: dict[str, Any] = {
+        "memory_bytes": need.host,
+        "memory_available": machine.available_memory(),
+        "device_memory_bytes": need.device,
+        "device_memory_available": machine.available_device_memory(config.device or "cpu"),
+        "statistics_bytes": need.store,
+        "disk_bytes": disk,
+        "disk_available": {folder: machine.available_disk(folder) for folder in disk},
+        "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
+    }
+    return {**needs, "lacking": _lacking(needs)}
+
+
+def _lacking(needs: dict[str, Any]) -> list[str]:
+    from ..report.table import bytes_text
+
+    found = []
+
+    def compare(what: str, needed: int, available: int | None, remedy: str) -> None:
+        if available is not None and needed > available:
+            found.append(f"{what} needs {bytes_text(needed)}, {bytes_text(available)} are free ({remedy})")
+
+    compare(
+        "memory",
+        sum(needs["memory_bytes"].values()),
+        needs["memory_available"],
+        "name a --statistics folder, lower --batch-size, --nsamples or --seqlen, or load in bfloat16",
+    )
+    compare(
+        "the compute device",
+        sum(needs["device_memory_bytes"].values()),
+        needs["device_memory_available"],
+        "lower --batch-size or --seqlen, or compute on the CPU",
+    )
+    # Folders on one disk fill it together; that they share it shows in the same number of free bytes.
+    for free in set(needs["disk_available"].values()):
+        folders = [folder for folder, there in needs["disk_available"].items() if there == free]
+        total = sum(needs["disk_bytes"][folder] for folder in folders)
+        compare(f"the disk of {' and '.join(folders)}", total, free, "make room, or name a folder on another disk")
+    return found
+
+
+def _print_needs(needs: dict[str, Any], console: Console) -> None:
+    from ..report.table import bytes_text, plain_table
+
+    table = plain_table("what it takes", ("", "needed", "there is"))
+    for part, size in needs["memory_bytes"].items():
+        table.add_row(f"  {part}", bytes_text(size), "")
+    total = bytes_text(sum(needs["memory_bytes"].values()))
+    table.add_row("peak memory", total, bytes_text(needs["memory_available"]), end_section=True)
+    if needs["device_memory_bytes"]:
+        there = needs["device_memory_available"]
+        size = bytes_text(sum(needs["device_memory_bytes"].values()))
+        table.add_row("peak memory of the device", size, "unknown" if there is None else bytes_text(there))
+    for folder, size in needs["disk_bytes"].items():
+        table.add_row(f"disk, {folder}", bytes_text(size), bytes_text(needs["disk_available"][folder]))
+    for stage, seconds in needs["seconds"].items():
+        table.add_row(stage, f"{seconds:,.0f} s", "")
+    table.add_row("time, about", f"{sum(needs['seconds'].values()):,.0f} s", "")
+    console.print(table)
+    console.print(
+        f"\nstatistics: {bytes_text(needs['statistics_bytes'])}, an upper bound (q/k/v and gate/up are counted as sharing "
+        "their input, no others). Times are products over the speed measured just now."
+    )
