@@ -85,6 +85,21 @@ def test_saving_over_another_compression_keeps_other_files_and_replaces_the_weig
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(saved[0])), logits(model))
 
 
+def test_other_processes_of_a_distributed_run_write_nothing(saved):
+    before = {path.name: path.read_bytes() for path in saved[0].iterdir()}
+    compressed(0.4).save_pretrained(saved[0], is_main_process=False)
+    assert {path.name: path.read_bytes() for path in saved[0].iterdir()} == before
+
+
+def test_saving_an_adapter_into_the_folder_keeps_the_weights(saved):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = AutoModelForCausalLM.from_pretrained(saved[0])
+    model.add_adapter(peft.LoraConfig(target_modules=["first", "second"], r=2))
+    model.save_pretrained(saved[0])
+    assert (saved[0] / "adapter_model.safetensors").exists()
+    assert (saved[0] / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("exchange", [True, False])
 def test_the_swap_with_and_without_the_kernels_exchange(saved, monkeypatch, exchange):
     if not exchange:

@@ -170,6 +170,7 @@ def _needs(
 
 def _lacking(needs: dict[str, Any]) -> list[str]:
     from ..report.table import bytes_text
+    from . import machine
 
     found = []
 
@@ -189,10 +190,9 @@ def _lacking(needs: dict[str, Any]) -> list[str]:
         needs["device_memory_available"],
         "lower --batch-size or --seqlen, or compute on the CPU",
     )
-    # Folders on one disk fill it together; that they share it shows in the same number of free bytes.
-    for free in set(needs["disk_available"].values()):
-        folders = [folder for folder, there in needs["disk_available"].items() if there == free]
+    for folders in machine.by_disk(needs["disk_bytes"]):
         total = sum(needs["disk_bytes"][folder] for folder in folders)
+        free = needs["disk_available"][folders[0]]
         compare(f"the disk of {' and '.join(folders)}", total, free, "make room, or name a folder on another disk")
     return found
 
@@ -216,6 +216,7 @@ def _print_needs(needs: dict[str, Any], console: Console) -> None:
     table.add_row("time, about", f"{sum(needs['seconds'].values()):,.0f} s", "")
     console.print(table)
     console.print(
-        f"\nstatistics: {bytes_text(needs['statistics_bytes'])}, an upper bound (q/k/v and gate/up are counted as sharing "
-        "their input, no others). Times are products over the speed measured just now."
+        f"\nstatistics: {bytes_text(needs['statistics_bytes'])}, an upper bound (q/k/v and gate/up are counted as "
+        "sharing their input, no others). Times are operations over the best speed
+        measured just now."
     )

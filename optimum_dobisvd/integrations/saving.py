@@ -91,9 +91,11 @@ def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: A
     target = Path(os.fspath(save_directory))
     if target.is_file():
         raise ValueError(f"{target} is a file; name a folder")
+    original = type(model).save_pretrained
+    if not (args[0] if args else kwargs.get("is_main_process", True)):
+        return original(model, target, *args, **kwargs)  # takes part in gathering, writes nothing
     target.parent.mkdir(parents=True, exist_ok=True)
     push = kwargs.pop("push_to_hub", False)
-    original = type(model).save_pretrained
     _remove_leftovers(target)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.saving-{os.getpid()}-", dir=target.parent))
     try:
@@ -134,15 +136,19 @@ def _carry_over(old: Path, new: Path, written: set[str]) -> None:
     """Bring the old folder's other files along; its weights are replaced as a set, however many shards it had."""
     if not old.is_dir():
         return
+    replaced = any(_is_weights(name) for name in written)  # not so where only an adapter was saved
     for path in old.iterdir():
-        if path.name in written or path.name.endswith((".safetensors", ".safetensors.index.json")):
-            continue
-        if path.name.startswith("dobisvd_"):  # plan and report of the weights that are being replaced
+        # Plan and report go with the weights they are of.
+        if path.name in written or (replaced and (_is_weights(path.name) or path.name.startswith("dobisvd_"))):
             continue
         if path.is_dir():
             shutil.copytree(path, new / path.name, copy_function=_link_or_copy, symlinks=True)
         else:
             _link_or_copy(path, new / path.name)
+
+
+def _is_weights(name: str) -> bool:
+    return name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def _link_or_copy(source: str | Path, destination: str | Path) -> None:

@@ -26,10 +26,8 @@ def print_report(report: CompressionReport, console: Console, *, modules: bool =
 
 def summary_table(report: CompressionReport) -> Table:
     """Dense against compressed: bytes of the targets and of the model, arithmetic per token, perplexities."""
-    table = _table(f"{report.model}, {report.method}, asked to keep {report.ratio:g}")
-    table.add_column("")
-    for heading in ("dense", "compressed", "ratio"):
-        table.add_column(heading, justify="right")
+    title = f"{report.model}, {report.method}, asked to keep {report.ratio:g}"
+    table = plain_table(title, ("", "dense", "compressed", "ratio"))
     table.add_row(
         "target matrices",
         bytes_text(report.dense_target_bytes),
@@ -61,10 +59,7 @@ def summary_table(report: CompressionReport) -> Table:
 
 def stage_table(report: CompressionReport) -> Table:
     """Seconds and memory of every stage."""
-    table = _table("stages")
-    table.add_column("stage")
-    table.add_column("seconds", justify="right")
-    table.add_column("peak memory above its start", justify="right")
+    table = plain_table("stages", ("stage", "seconds", "peak memory above its start"))
     for name, seconds in report.seconds.items():
         memory = report.peak_bytes.get(name)
         table.add_row(name, f"{seconds:,.1f}", "" if memory is None else bytes_text(memory))
@@ -74,10 +69,8 @@ def stage_table(report: CompressionReport) -> Table:
 def kind_table(report: CompressionReport) -> Table:
     """One line per type of matrix."""
     grid = grid_of(report.modules)
-    table = _table("by type of matrix")
-    table.add_column("type")
-    for heading in ("matrices", "left dense", "shape", "ranks", "bytes", "kept", "mean error", "worst error"):
-        table.add_column(heading, justify="right")
+    headings = ("type", "matrices", "left dense", "shape", "ranks", "bytes", "kept", "mean error", "worst error")
+    table = plain_table("by type of matrix", headings)
     for kind in grid.types:
         found = grid.of_type(kind)
         ranks = [module.rank for module in found if module.rank is not None]
@@ -98,10 +91,8 @@ def kind_table(report: CompressionReport) -> Table:
 
 def module_table(report: CompressionReport) -> Table:
     """One line per matrix."""
-    table = _table("matrices (error: ‖(W−W′)X‖ / ‖WX‖ on the calibration text)")
-    table.add_column("name", overflow="fold")
-    for heading in ("shape", "rank", "storage", "bytes", "kept", "error"):
-        table.add_column(heading, justify="right")
+    title = "matrices (error: ‖(W−W′)X‖ / ‖WX‖ on the calibration text)"
+    table = plain_table(title, ("name", "shape", "rank", "storage", "bytes", "kept", "error"))
     for module in report.modules:
         table.add_row(*_module_cells(module))
     return table

@@ -2,9 +2,9 @@
 
     python recipes/benchmarks/calibration.py --model DIR_OR_ID --dataset FILE_OR_NAME [--nsamples 64] [--seqlen 1024]
 
-Forward passes and statistics passes alternate (F S F S ... F), because machines are noisy; the medians and their ratio
-are printed, then the time of factorising every matrix, and the peak memory of each stage above what the model takes.
-Prints one JSON object.
+Forward passes and statistics passes alternate (F S F S ...), because machines are noisy, and the last statistics pass
+goes on to factorise every matrix. Prints one JSON object: seconds, the ratio of the medians, and the peak memory of each
+stage above what the model takes. The statistics pass of the compression itself also hashes the weights.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--runs", type=int, default=2, help="statistics passes; forward passes are one more")
+    parser.add_argument("--runs", type=int, default=1, help="statistics passes beside the one of the compression")
     args = parser.parse_args()
 
     dtype = getattr(torch, args.dtype)
@@ -78,6 +78,7 @@ def main() -> None:
         forward.append(forward_pass(model, windows, args.batch_size))
     quantizer.quantize_model(model, tokenizer)
     report = quantizer.report
+    collected.append((report.seconds["statistics"], report.peak_bytes["statistics"], collected[0][2]))
     seconds = statistics.median(run[0] for run in collected)
     print(
         json.dumps(
