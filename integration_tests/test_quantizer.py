@@ -479,7 +479,6 @@ def test_a_model_without_blocks_is_refused(make: Callable[[], nn.Module]) -> Non
         compress(make())
 
 
-@pytest.mark.xfail(strict=True, reason="the blocks done so far stay factorised")
 def test_an_error_half_way_leaves_the_model_dense() -> None:
     """A model with some factors and no mark of them would be saved as one that cannot be loaded."""
     model = tiny("llama")
@@ -488,13 +487,11 @@ def test_an_error_half_way_leaves_the_model_dense() -> None:
         refused(model, r"model\.layers\.2\.self_attn\.q_proj: .*zero", method=method, allocation="uniform")
 
 
-@pytest.mark.xfail(strict=True, reason="noticed only when the linear is reached")
 def test_statistics_that_lack_a_linear_are_refused_before_anything_changes(tmp_path: Path) -> None:
     compress(tiny("llama"), statistics=tmp_path / "s", modules_to_not_convert=["down_proj"])
     refused(tiny("llama"), r"down_proj.*excluded when", statistics=tmp_path / "s", allocation="uniform")
 
 
-@pytest.mark.xfail(strict=True, reason="an empty `modules` is taken for damage")
 def test_keeping_everything_leaves_the_model_dense() -> None:
     model, dense = tiny("llama"), tiny("llama")
     plan, report = done(compress(model, ratio=1.0))
@@ -503,7 +500,6 @@ def test_keeping_everything_leaves_the_model_dense() -> None:
     assert torch.equal(logits(model), logits(dense))
 
 
-@pytest.mark.xfail(strict=True, reason="the windows of the first call are kept")
 def test_a_quantizer_can_be_used_again_with_another_tokenizer(tiny_tokenizer: Any) -> None:
     other = type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer, eos_token="<eos>")
     other.add_tokens(["republic"])

@@ -172,8 +172,8 @@ def _check_integer(name: str, value: Any, at_least: int) -> None:
 
 
 def _check_modules(modules: dict[str, dict[str, Any]]) -> None:
-    if not isinstance(modules, dict) or not modules:
-        raise ValueError("config.json lists no compressed modules: the checkpoint's quantization_config is damaged")
+    if not isinstance(modules, dict):
+        raise ValueError(f"quantization_config.modules must map names to ranks, got {type(modules).__name__}")
     for name, entry in modules.items():
         if not isinstance(entry, dict) or set(entry) != {"rank", "storage"}:
             raise ValueError(f"quantization_config.modules: {name}: expected a rank and a storage, got {entry!r}")

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .allocation import allocation_named
 from .allocation.patterns import resolve_overrides
@@ -18,11 +17,11 @@ from .calibration.dataset import CalibrationWindows, load_windows
 from .calibration.layout import Layout, find_layout
 from .calibration.runner import BlockRunner
 from .config import DobiSVDConfig
-from .factorization.errors import output_error
 from .factorization.factors import Factors
 from .factorization.registry import factorization_named
 from .nn.dense_linear import weight_matrix
-from .nn.placement import dense_weight, replace_with_factors
+from .nn.placement import dense_weight
+from .replacement import Replacement
 from .report.measure import Stages
 from .report.report import CompressionReport, is_low_rank, macs_per_token, model_bytes, module_report
 from .report.write import write_beside
@@ -67,8 +66,11 @@ class DobiSVDQuantizer:
         """Inverse of `to_dict`."""
         return cls(DobiSVDConfig.from_dict(config_dict))
 
-    def quantize_model(self, model: Any, tokenizer: Any = None) -> Any:
+    def quantize_model(self, model: Any, tokenizer: Any = None, *, undo_on_error: bool = True) -> Any:
         """Calibrate, allocate, factorise, and replace the model's linears by `LowRankLinear`.
+
+        An error half-way puts the dense linears back, for which they are kept until the end; with
+        `undo_on_error=False` each is freed as soon as it is replaced, and an error leaves a model fit for nothing.
 
         Returns the same model. `plan` and `report` of this object are set, and `dobisvd_plan` and `dobisvd_report` of
         the model, which its `save_pretrained` writes beside the checkpoint.
@@ -77,14 +79,16 @@ class DobiSVDQuantizer:
             ValueError: a model, dataset, plan or setting that cannot work; said before any long computation.
         """
         layout, given, windows = self.prepare(model, tokenizer)
+        self._windows = None
+        targets = layout.targets
         stages = Stages()
         before = (macs_per_token(model), model_bytes(model.parameters()))
         with stages.stage("statistics"):
             store = self._statistics(model, layout, windows)
         with stages.stage("allocation"):
-            plan = given or make_plan(self.config, layout, store, self._device())
+            plan = given or make_plan(self.config, layout, store, self._device(layout))
         with stages.stage("factorization"):
-            errors = self._factorize(model, layout, plan, store, windows)
+            errors = self._factorize(model, layout, plan, store, windows, undo_on_error)
         self.plan = plan
         self.report = CompressionReport(
             model=os.path.basename(str(getattr(model, "name_or_path", "") or type(model).__name__).rstrip("/")),
@@ -95,7 +99,7 @@ class DobiSVDQuantizer:
                 module_report(
                     target, plan.modules[target.name].rank, plan.modules[target.name].storage, errors[target.name]
                 )
-                for target in layout.targets
+                for target in targets
             ],
             coverage=layout.coverage,
             left_dense=layout.describe_left_dense(),
@@ -130,8 +134,12 @@ class DobiSVDQuantizer:
         model.save_pretrained(save_dir, **kwargs)
         write_beside(save_dir, self.plan, self.report)
 
-    def _device(self) -> torch.device | None:
-        return torch.device(self.config.device) if self.config.device is not None else None
+    def _device(self, layout: Layout) -> torch.device:
+        """Where factors are computed: the config's device, or that of the first weight (CPU if it is offloaded)."""
+        if self.config.device is not None:
+            return torch.device(self.config.device)
+        home = weight_matrix(next(iter(layout.linears.values()))).device
+        return home if home.type != "meta" else torch.device("cpu")
 
     def _given_plan(self, layout: Layout) -> Plan | None:
         plan = self.config.plan
@@ -160,7 +168,9 @@ class DobiSVDQuantizer:
             return None
         identity = fingerprint(model, windows)
         store = StatisticsStore(identity, list(layout.blocks), self.config.statistics)
-        if not store.is_complete:
+        if store.is_complete:
+            store.require({block: layout.linears_of(block) for block in layout.blocks})
+        else:
             collector = InputCollector(layout.linears_of, store.put, lambda block: not store.has(block))
             self._runner(model, layout, windows).run(collector)
         return store
@@ -175,45 +185,36 @@ class DobiSVDQuantizer:
         plan: Plan,
         store: StatisticsStore | None,
         windows: CalibrationWindows | None,
+        undo_on_error: bool,
     ) -> dict[str, float | None]:
         """Replace every planned linear; returns relative output errors by name (dense ones 0, unknown ones None)."""
-        row = factorization_named(self.config.resolved_method().factorization)
-        device = self._device()
         ranks = {name: entry.rank for name, entry in plan.modules.items() if entry.rank is not None}
-        errors: dict[str, float | None] = {name: 0.0 for name in plan.modules if name not in ranks}
-        weight_dtype = {name: weight_matrix(layout.linears[name]).dtype for name in ranks}
-        progress = tqdm(total=len(ranks), desc="factorising", unit="matrix")
+        row = factorization_named(self.config.resolved_method().factorization)
+        device = self._device(layout)
 
-        def put(name: str, weight: Tensor, factors: Factors, gram: Tensor | None) -> None:
-            dtype = weight_dtype[name]
-            balanced = factors.balanced()
-            stored = Factors(balanced.second.to(dtype), balanced.first.to(dtype))
-            errors[name] = _relative_error(weight, stored, gram)
-            replace_with_factors(model, name, stored)
-            progress.update()
+        def inputs_of(block: str) -> PreparedInputs:
+            return PreparedInputs(row, store.block(block) if store is not None else None, device)
 
-        if row.per_sample and windows is not None:
+        with Replacement(model, layout, len(ranks), device, undo_on_error) as replacement:
+            if row.per_sample and windows is not None:
 
-            def finished(block: str, factors: dict[str, Factors]) -> None:
-                inputs = PreparedInputs(row, store.block(block) if store is not None else None, device)
-                for name, found in factors.items():
-                    put(name, dense_weight(layout.linears[name]).to(device), found, inputs.gram(name))
+                def finished(block: str, factors: dict[str, Factors]) -> None:
+                    for name, found in factors.items():
+                        replacement.put(name, found, inputs_of(block).gram(name))
 
-            visitor = SampleBasisVisitor(layout.linears_of, ranks, finished)
-            self._runner(model, layout, windows).run(visitor, "second pass")
-        else:
-            for block in layout.blocks:
-                inputs = PreparedInputs(row, store.block(block) if store is not None else None, device)
-                for name, module in layout.linears_of(block).items():
-                    if name in ranks:
-                        weight = dense_weight(module).to(device)
+                visitor = SampleBasisVisitor(layout.linears_of, ranks, finished)
+                self._runner(model, layout, windows).run(visitor, "second pass")
+            else:
+                for block in layout.blocks:
+                    inputs = inputs_of(block)
+                    for name in [name for name in layout.linears_of(block) if name in ranks]:
+                        weight = dense_weight(layout.linears[name]).to(device)
                         try:
                             factors = row.decompose(weight, inputs.of(name)).truncate(ranks[name])
                         except (ValueError, torch.linalg.LinAlgError) as error:
                             raise ValueError(f"{name}: {error}") from error
-                        put(name, weight, factors, inputs.gram(name))
-        progress.close()
-        return errors
+                        replacement.put(name, factors, inputs.gram(name))
+        return {name: replacement.errors.get(name, 0.0) for name in plan.modules}
 
 
 def check_model(model: Any, config: DobiSVDConfig) -> Layout:
@@ -269,10 +270,3 @@ def load_quantized_model(save_dir: str | os.PathLike[str], **kwargs: Any) -> Any
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(save_dir, **kwargs)
-
-
-def _relative_error(weight: Tensor, factors: Factors, gram: Tensor | None) -> float | None:
-    if gram is None:
-        return None
-    lost, total = output_error(weight, factors, gram)
-    return lost / total if total else 0.0

@@ -84,7 +84,7 @@ CONFIG_DAMAGE = {
         lambda c: c["modules"][Q].update(rank=33),
         f"{Q}: rank 33 .* above its largest possible rank 32",
     ),
-    "no modules": (lambda c: c.update(modules={}), "lists no compressed modules"),
+    "no modules": (lambda c: c.update(modules={}), "holds model.* but config.json does not list model.layers"),
     "modules missing": (lambda c: c.pop("modules"), "lists no compressed modules"),
     "module of another model": (
         lambda c: c["modules"].update({"model.layers.9.self_attn.q_proj": {"rank": 4, "storage": "plain"}}),

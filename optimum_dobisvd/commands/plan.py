@@ -83,6 +83,19 @@ SPEC = CommandSpec(
 )
 
 
+_REMEDIES = {
+    "model": "load it in bfloat16",
+    "hidden states of all windows": "lower --nsamples or --seqlen",
+    "statistics, kept in memory": "name a --statistics folder",
+}
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
 def _open_store(config: DobiSVDConfig, layout: Layout, skeleton: nn.Module) -> StatisticsStore | None:
     """The statistics, if the folder has some; checked as far as that can be done without weights and text."""
     import json
@@ -178,12 +191,10 @@ def _lacking(needs: dict[str, Any]) -> list[str]:
         if available is not None and needed > available:
             found.append(f"{what} needs {bytes_text(needed)}, {bytes_text(available)} are free ({remedy})")
 
-    compare(
-        "memory",
-        sum(needs["memory_bytes"].values()),
-        needs["memory_available"],
-        "name a --statistics folder, lower --batch-size, --nsamples or --seqlen, or load in bfloat16",
-    )
+    memory = needs["memory_bytes"]
+    largest = max(memory, key=lambda part: memory[part])
+    remedy = _REMEDIES.get(largest, "lower --batch-size or --seqlen")
+    compare("memory", sum(memory.values()), needs["memory_available"], f"most of it for the {largest}: {remedy}")
     compare(
         "the compute device",
         sum(needs["device_memory_bytes"].values()),
@@ -212,11 +223,11 @@ def _print_needs(needs: dict[str, Any], console: Console) -> None:
     for folder, size in needs["disk_bytes"].items():
         table.add_row(f"disk, {folder}", bytes_text(size), bytes_text(needs["disk_available"][folder]))
     for stage, seconds in needs["seconds"].items():
-        table.add_row(stage, f"{seconds:,.0f} s", "")
-    table.add_row("time, about", f"{sum(needs['seconds'].values()):,.0f} s", "")
+        table.add_row(stage, _duration(seconds), "")
+    table.add_row("time, about", _duration(sum(needs["seconds"].values())), "")
     console.print(table)
     console.print(
         f"\nstatistics: {bytes_text(needs['statistics_bytes'])}, an upper bound (q/k/v and gate/up are counted as "
-        "sharing their input, no others). Times are operations over the best speed
-        measured just now."
+        "sharing their input, no others). Times are operations over the best speed "
+        "measured just now."
     )

@@ -48,7 +48,8 @@ class DobiSVDHfQuantizer(LowRankLoader):
         if self.pre_quantized:
             attach(model, self._config)
             return model
-        self._compressor.quantize_model(model)
+        # On an error the model is never handed out, so nothing has to be kept for a way back.
+        self._compressor.quantize_model(model, undo_on_error=False)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import cpu_offload
-from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module, remove_hook_from_module
+from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
@@ -38,7 +38,6 @@ def replace_with_factors(model: nn.Module, name: str, factors: Factors) -> LowRa
             _set(new.second, "bias", module.bias.detach().clone(), device, dtype)
     new.train(module.training)
     if hook is not None:
-        remove_hook_from_module(module)
         if hook.offload:
             cpu_offload(new, execution_device=hook.execution_device)
         else:

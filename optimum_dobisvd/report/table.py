@@ -101,6 +101,7 @@ def module_table(report: CompressionReport) -> Table:
 def plain_table(title: str, headings: tuple[str, ...]) -> Table:
     """An empty table: the first column to the left, the others to the right."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+    table.min_width = len(title)  # or the title would be wrapped
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left", overflow="fold")
     return table
