@@ -55,8 +55,8 @@ class DobiSVDConfig(QuantizationConfigMixin):
     allocation: str | None = None
     factorization: str | None = None
     storage: str | None = None
-    dataset: Any = None
-    tokenizer: Any = None
+    dataset: Any = field(default=None, repr=False, compare=False)
+    tokenizer: Any = field(default=None, repr=False, compare=False)
     nsamples: int = 128
     seqlen: int = 2048
     seed: int = 0
@@ -84,9 +84,10 @@ class DobiSVDConfig(QuantizationConfigMixin):
         _check_integer("seed", self.seed, at_least=0)
         if not 0 <= self.min_coverage <= 1:
             raise ValueError(f"min_coverage is a fraction between 0 and 1, got {self.min_coverage}")
-        self.resolved_method()
         if self.modules is not None:
-            _check_modules(self.modules)
+            _check_modules(self.modules)  # all a loader needs: the method may be one it has never heard of
+        else:
+            self.resolved_method()
 
     def resolved_method(self) -> Method:
         """The method's row with the overridden columns put in; ValueError names an unknown name and the known ones."""

@@ -53,7 +53,6 @@ class DobiSVDQuantizer:
         self.config = config if config is not None else DobiSVDConfig.from_dict(kwargs)
         if self.config.is_compressed:
             raise ValueError("this config describes a compressed model; start from one without `modules`")
-        self._windows: CalibrationWindows | None = None
         self.plan: Plan | None = None
         self.report: CompressionReport | None = None
 
@@ -63,14 +62,22 @@ class DobiSVDQuantizer:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> DobiSVDQuantizer:
-        """Inverse of `to_dict`."""
+        """A quantizer from what `to_dict` gave, which has nothing of one run (a dataset in memory, paths)."""
         return cls(DobiSVDConfig.from_dict(config_dict))
 
-    def quantize_model(self, model: Any, tokenizer: Any = None, *, undo_on_error: bool = True) -> Any:
+    def quantize_model(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        windows: CalibrationWindows | None = None,
+        undo_on_error: bool = True,
+    ) -> Any:
         """Calibrate, allocate, factorise, and replace the model's linears by `LowRankLinear`.
 
         An error half-way puts the dense linears back, for which they are kept until the end; with
         `undo_on_error=False` each is freed as soon as it is replaced, and an error leaves a model fit for nothing.
+        `windows` are calibration windows that `prepare` drew before.
 
         Returns the same model. `plan` and `report` of this object are set, and `dobisvd_plan` and `dobisvd_report` of
         the model, which its `save_pretrained` writes beside the checkpoint.
@@ -78,8 +85,12 @@ class DobiSVDQuantizer:
         Raises:
             ValueError: a model, dataset, plan or setting that cannot work; said before any long computation.
         """
-        layout, given, windows = self.prepare(model, tokenizer)
-        self._windows = None
+        with torch.inference_mode(False), torch.no_grad():  # parameters made in inference mode could never be trained
+            return self._compress(model, *self.prepare(model, tokenizer, windows), undo_on_error)
+
+    def _compress(
+        self, model: Any, layout: Layout, given: Plan | None, windows: CalibrationWindows | None, undo_on_error: bool
+    ) -> Any:
         targets = layout.targets
         stages = Stages()
         before = (macs_per_token(model), model_bytes(model.parameters()))
@@ -116,23 +127,26 @@ class DobiSVDQuantizer:
         attach(model, self.config.with_plan(plan, dataset=describe_dataset(windows)))
         return model
 
-    def prepare(self, model: Any, tokenizer: Any = None) -> tuple[Layout, Plan | None, CalibrationWindows | None]:
-        """All that can be refused before weights are read: works on a model on meta; the windows are kept for later.
+    def prepare(
+        self, model: Any, tokenizer: Any = None, windows: CalibrationWindows | None = None
+    ) -> tuple[Layout, Plan | None, CalibrationWindows | None]:
+        """All that can be refused before weights are read; the model may be on meta.
 
-        Returns the layout, the plan if the config gives one, and the calibration windows if it names a dataset.
+        Returns the layout, the plan if the config gives one, and the calibration windows if it names a dataset: the
+        ones passed in, if any, or newly drawn ones.
         """
         layout = check_model(model, self.config)
         given = self._given_plan(layout)
-        if self._windows is None:
-            self._windows = self._load_windows(model, tokenizer)
-        return layout, given, self._windows
+        return layout, given, windows if windows is not None else self._load_windows(model, tokenizer)
 
     def save(self, model: Any, save_dir: str | os.PathLike[str], **kwargs: Any) -> None:
         """`model.save_pretrained(save_dir, **kwargs)`, with plan, report and pictures beside the checkpoint."""
-        if self.plan is None or self.report is None:
-            raise ValueError("nothing was compressed yet: call quantize_model first")
+        report = getattr(model, "dobisvd_report", None)
+        if report is None:
+            raise ValueError("this model was not compressed yet: call quantize_model first")
         model.save_pretrained(save_dir, **kwargs)
-        write_beside(save_dir, self.plan, self.report)
+        if kwargs.get("is_main_process", True):
+            write_beside(save_dir, model.dobisvd_plan, report)
 
     def _device(self, layout: Layout) -> torch.device:
         """Where factors are computed: the config's device, or that of the first weight (CPU if it is offloaded)."""
@@ -226,6 +240,10 @@ def check_model(model: Any, config: DobiSVDConfig) -> Layout:
     """
     if is_low_rank(model):
         raise ValueError("the model is compressed already; load the dense model to compress it differently")
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError(
+            "the model has adapters (PEFT); merge them (merge_and_unload) or take them off before compressing"
+        )
     layout = find_layout(model, config.modules_to_not_convert, config.min_coverage)
     resolve_overrides(config.overrides, list(layout.linears))
     for name, module in layout.linears.items():

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
@@ -163,3 +163,15 @@ def test_compress_on_load_needs_text_and_says_so_before_reading(tmp_path, no_rea
         AutoModelForCausalLM.from_pretrained(
             tmp_path / "dense", quantization_config=DobiSVDConfig(method="output_pca")
         )
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForSequenceClassification, AutoModelForCausalLM])
+def test_a_body_that_is_not_whole_is_refused_whatever_head_is_wanted(folder, auto_class, no_reading):
+    edit_tensors(folder, lambda t: t.pop("model.embed_tokens.weight"))
+    with pytest.raises(ValueError, match=r"the checkpoint lacks .*embed_tokens.weight"):
+        auto_class.from_pretrained(folder)
+
+
+def test_a_new_head_may_be_untrained(folder):
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    assert model.score.weight.shape[0] == 3

@@ -203,3 +203,43 @@ def test_factors_can_be_trained(checkpoint):
     ids = torch.arange(2, 26).view(2, 12)
     model(input_ids=ids, labels=ids).loss.backward()
     assert float(model.model.layers[0].mlp.up_proj.first.weight.grad.abs().sum()) > 0
+
+
+def test_dequantize_refuses_what_is_offloaded(checkpoint, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint[0], device_map=OFFLOAD, offload_folder=tmp_path / "offload"
+    )
+    with pytest.raises(ValueError, match="offloaded; load the model without"):
+        model.dequantize()
+    assert torch.equal(logits(model), checkpoint[1])
+
+
+def test_dequantize_to_a_dtype(checkpoint):
+    dense = AutoModelForCausalLM.from_pretrained(checkpoint[0]).dequantize(dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in dense.parameters()} == {torch.bfloat16}
+
+
+def test_compressed_in_inference_mode_it_can_still_be_trained_and_frozen_stays_frozen():
+    model = tiny("llama")
+    model.model.layers[0].requires_grad_(False)
+    with torch.inference_mode():
+        compressed(model)
+    assert not any(parameter.requires_grad for parameter in model.model.layers[0].parameters())
+    ids = torch.arange(2, 26).view(2, 12)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert float(model.model.layers[1].mlp.up_proj.second.weight.grad.abs().sum()) > 0
+
+
+def test_a_model_with_adapters_is_refused():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = tiny("llama")
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], r=2))
+    with pytest.raises(ValueError, match="has adapters"):
+        compressed(model)
+
+
+def test_a_method_this_version_does_not_know_loads_all_the_same(checkpoint, tmp_path):
+    AutoModelForCausalLM.from_pretrained(checkpoint[0]).save_pretrained(tmp_path / "later")
+    path = tmp_path / "later" / "config.json"
+    path.write_text(path.read_text().replace('"output_pca"', '"learned_next_year"'))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "later")), checkpoint[1])

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from integration_tests.processes import run_python
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
-from optimum_dobisvd.integrations import saving
+from optimum_dobisvd.storage import folder
 
 
 def compressed(ratio=0.6):
@@ -103,7 +103,7 @@ def test_saving_an_adapter_into_the_folder_keeps_the_weights(saved):
 @pytest.mark.parametrize("exchange", [True, False])
 def test_the_swap_with_and_without_the_kernels_exchange(saved, monkeypatch, exchange):
     if not exchange:
-        monkeypatch.setattr(saving, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(folder, "_exchange", lambda one, other: False)
     model = compressed(0.4)
     model.save_pretrained(saved[0])
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(saved[0])), logits(model))
@@ -153,3 +153,52 @@ def test_deep_copies_save_themselves(saved):
     twin.save_pretrained(saved[0])
     assert float(logits(AutoModelForCausalLM.from_pretrained(saved[0])).abs().max()) == 0
     assert os.listdir(saved[0].parent) == ["out"]
+
+
+def test_a_symbolic_link_is_followed(saved, tmp_path):
+    (tmp_path / "link").symlink_to(saved[0])
+    model = compressed(0.4)
+    model.save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(saved[0])), logits(model))
+
+
+@pytest.mark.parametrize("where", [".", "../out"])
+def test_the_working_directory_can_be_saved_into(saved, monkeypatch, where):
+    monkeypatch.chdir(saved[0])
+    (saved[0] / "data").mkdir()
+    model = compressed(0.4)
+    model.save_pretrained(where)
+    assert os.getcwd() == str(saved[0])
+    assert sorted(path.name for path in saved[0].iterdir() if path.name[0] == ".") == []
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(".")), logits(model))
+    assert (saved[0] / "data").is_dir()
+    assert (saved[0] / "tokenizer.json").exists()
+
+
+def test_permissions_of_the_folder_are_kept(saved):
+    saved[0].chmod(0o700)
+    compressed(0.4).save_pretrained(saved[0])
+    assert saved[0].stat().st_mode & 0o777 == 0o700
+
+
+def test_the_state_dict_argument_is_what_is_saved(saved):
+    model = compressed()
+    zeros = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    model.save_pretrained(saved[0], state_dict=zeros)
+    assert float(logits(AutoModelForCausalLM.from_pretrained(saved[0])).abs().max()) == 0
+
+
+def test_parts_built_into_another_model_carry_their_tripwires(tmp_path):
+    from transformers import LlamaForSequenceClassification
+
+    model = compressed()
+    other = LlamaForSequenceClassification(model.config)
+    other.model = model.model
+    other.save_pretrained(tmp_path / "other")
+    model.model.save_pretrained(tmp_path / "body")
+    code = "import sys\nfrom transformers import AutoModel\nAutoModel.from_pretrained(sys.argv[1])"
+    for name in ("other", "body"):
+        done = run_python(code, str(tmp_path / name), TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+        assert done.returncode != 0
+        assert "RuntimeError" in done.stderr

@@ -38,7 +38,7 @@ class BlockVisitor(Protocol):
         """Called before each batch with its token mask (`batch x seqlen`, bool, False for padding)."""
 
     def leave(self, name: str, block: nn.Module) -> None:
-        """Called after the last batch."""
+        """Called after the last batch, with the block back where it was."""
 
     def abandon(self) -> None:
         """Called instead of `leave` when something failed: take the hooks off."""
@@ -118,8 +118,8 @@ class BlockRunner:
                         visitor.start_batch(mask)
                     self._hidden[index] = self._through(name, block, index)
                     _check_finite(f"{name}: its output", self._hidden[index], mask)
-                if watched:
-                    visitor.leave(name, block)
+            if watched:
+                visitor.leave(name, block)
 
     def _whole_model(self, visitor: BlockVisitor, description: str) -> None:
         watched = {name: block for name, block in self._blocks.items() if visitor.wants(name)}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from ..quantizer import DobiSVDQuantizer
+    from ..report.report import CompressionReport
 
 _GROUPS = {
     "output": (
@@ -65,11 +65,8 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     options = with_method_resolved(options)
     config = compression_config(options, calibration_dataset(options["dataset"]))
     with staged_output(target) as folder:
-        quantizer, dtype = _compress_into(folder, config, options)
+        report, dtype = _compress_into(folder, config, options)
         save_recipe(folder, SPEC, {**options, "dtype": dtype})
-    report = quantizer.report
-    if report is None:
-        raise RuntimeError("the compression ended without a report")
     from ..report.table import print_report
 
     print_report(report, console)
@@ -86,8 +83,8 @@ SPEC = CommandSpec(
 )
 
 
-def _compress_into(folder: Path, config: Any, options: dict[str, Any]) -> tuple[DobiSVDQuantizer, str]:
-    """Everything of the checkpoint but its recipe; returns the quantizer with its report, and the dtype in words."""
+def _compress_into(folder: Path, config: Any, options: dict[str, Any]) -> tuple[CompressionReport, str]:
+    """Write everything of the checkpoint but its recipe; returns the report, and the dtype in words."""
     from ..quantizer import DobiSVDQuantizer
     from ..report.measure import Stages
     from ..report.write import write_beside
@@ -110,19 +107,17 @@ def _compress_into(folder: Path, config: Any, options: dict[str, Any]) -> tuple[
         quantizer.quantize_model(model, tokenizer)
         with stages.stage("perplexity, compressed"):
             compressed = _perplexities(model, tokenizer, texts, options)
-        _remember_dataset(quantizer, model, options["dataset"])
+        report = model.dobisvd_report
+        _remember_dataset(report, model, options["dataset"])
         with stages.stage("saving"):
-            model.save_pretrained(folder)  # type: ignore[operator]
+            model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-    report = quantizer.report
-    if report is None or quantizer.plan is None:
-        raise RuntimeError("the compression ended without a plan or a report")
     report.perplexity = {name: {"dense": dense[name], "compressed": compressed[name]} for name in texts}
     unused = set() if texts else {"perplexity, dense", "perplexity, compressed"}
     _add_stages(report.seconds, stages.seconds, unused)
     _add_stages(report.peak_bytes, stages.peak_bytes, unused)
-    write_beside(folder, quantizer.plan, report)
-    return quantizer, str(model.dtype).removeprefix("torch.")
+    write_beside(folder, model.dobisvd_plan, report)
+    return report, str(model.dtype).removeprefix("torch.")
 
 
 def _evaluation_texts(options: dict[str, Any]) -> dict[str, str]:
@@ -150,11 +145,11 @@ def _perplexities(
     }
 
 
-def _remember_dataset(quantizer: DobiSVDQuantizer, model: nn.Module, typed: str | None) -> None:
+def _remember_dataset(report: CompressionReport, model: Any, typed: str | None) -> None:
     """Texts read from a glob or a package reach the quantizer as strings; put back the words that named them."""
-    if quantizer.report is not None and quantizer.report.dataset and quantizer.report.dataset["kind"] == "texts":
-        quantizer.report.dataset["dataset"] = typed
-        model.config.quantization_config.dataset = typed  # type: ignore[union-attr]
+    if report.dataset is not None and report.dataset["kind"] == "texts":
+        report.dataset["dataset"] = typed
+        model.config.quantization_config.dataset = typed
 
 
 def _add_stages(into: dict[str, Any], measured: dict[str, Any], unused: set[str]) -> None:

@@ -89,7 +89,7 @@ def _dense_text(made_with: dict[str, Any], options: dict[str, Any]) -> str:
     model = load_dense(source, dtype=made_with["dtype"], device_map=options["device"])
     inputs = tokenizer(options["prompt"], return_tensors="pt").to(model.device)
     with torch.inference_mode():
-        tokens = model.generate(  # type: ignore[operator]
+        tokens = model.generate(
             **inputs, max_new_tokens=options["max_new_tokens"], do_sample=False, pad_token_id=tokenizer.eos_token_id
         )
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def load_dense(
     source: ModelSource, *, dtype: str = "auto", device_map: Any = None, trust_remote_code: bool = False
-) -> nn.Module:
+) -> Any:
     """The dense causal language model, in evaluation mode, its weights in a floating-point dtype.
 
     A GGUF file is unpacked, and the marks of its quantisation taken off: transformers would refuse to save the model.
@@ -27,13 +29,14 @@ def load_dense(
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        source.location,
-        dtype=_dtype(dtype),
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-        **_gguf_arguments(source),
-    ).eval()
+    with _named(source):
+        model = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            dtype=_dtype(dtype),
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            **_gguf_arguments(source),
+        ).eval()
     if source.gguf_file is not None:
         _forget_gguf(model)
     # What reports call it. The location may be a cache folder of this machine, which means nothing elsewhere.
@@ -46,7 +49,8 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
     from transformers import AutoTokenizer
 
     gguf = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
-    return AutoTokenizer.from_pretrained(source.location, trust_remote_code=trust_remote_code, **gguf)
+    with _named(source):
+        return AutoTokenizer.from_pretrained(source.location, trust_remote_code=trust_remote_code, **gguf)
 
 
 def load_skeleton(source: ModelSource, *, dtype: str = "auto", trust_remote_code: bool = False) -> nn.Module:
@@ -54,7 +58,8 @@ def load_skeleton(source: ModelSource, *, dtype: str = "auto", trust_remote_code
     from transformers import AutoConfig, AutoModelForCausalLM
 
     gguf = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
-    config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **gguf)
+    with _named(source):
+        config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **gguf)
     wanted = _dtype(dtype)
     if wanted == "auto":
         wanted = getattr(config, "dtype", None) or torch.float32
@@ -62,6 +67,15 @@ def load_skeleton(source: ModelSource, *, dtype: str = "auto", trust_remote_code
         model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
     model.name_or_path = source.typed
     return model.eval()
+
+
+@contextlib.contextmanager
+def _named(source: ModelSource) -> Iterator[None]:
+    """Put the model's name before errors of loading it; transformers' own often speak of the hub alone."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot load {source.typed}: {error}") from error
 
 
 def _dtype(name: str) -> Any:
@@ -80,9 +94,9 @@ def _gguf_arguments(source: ModelSource) -> dict[str, Any]:
     return {**arguments, "quantization_config": GgufConfig(dequantize=True)}
 
 
-def _forget_gguf(model: nn.Module) -> None:
+def _forget_gguf(model: Any) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     for name in ("hf_quantizer", "quantization_method"):
         model.__dict__.pop(name, None)
-    model.is_quantized = False  # type: ignore[assignment]
+    model.is_quantized = False

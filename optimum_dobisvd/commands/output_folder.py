@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from ..integrations.saving import swap_in
+from ..storage.folder import swap_in
 from .saved_recipe import RECIPE_NAME, files_listed
 
 

@@ -76,6 +76,9 @@ class _Loader(importlib.abc.Loader):
     def __init__(self, real: Any) -> None:
         self._real = real
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
     def create_module(self, spec: Any) -> Any:
         return self._real.create_module(spec)
 

@@ -75,13 +75,19 @@ def check_factors(model: Any, files: list[str]) -> None:
 
 
 def _check_nothing_else_is_missing(model: Any, shapes: dict[str, list[int]]) -> None:
-    """Other weights must be there too, if this is the class that was saved: a new head may well be untrained."""
-    if type(model).__name__ not in (model.config.architectures or ()):
-        return
+    """Other weights must be there, too. Only a head may be untrained, where another class was saved than is loaded."""
+    other_class = type(model).__name__ not in (model.config.architectures or ())
+    head = [] if getattr(model, model.base_model_prefix, model) is model else [model.base_model_prefix + "."]
     tied = set(model.all_tied_weights_keys)
-    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        if name not in shapes and name not in tied and not any(pattern.search(name) for pattern in optional):
+    optional = [
+        re.compile(pattern)
+        for pattern in [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
+    ]
+    for name in model.state_dict():
+        may_be_new = other_class and head and not name.startswith(head[0])
+        if name not in shapes and name not in tied and not may_be_new:
+            if any(pattern.search(name) for pattern in optional):
+                continue
             raise ValueError(f"the checkpoint lacks {name}: it is incomplete, copy it again")
 
 

@@ -6,7 +6,6 @@ This module, `checkpoint`, `nn.dense_linear` and `nn.low_rank_linear` are also b
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -15,6 +14,19 @@ from transformers.quantizers.base import HfQuantizer
 from ..nn.dense_linear import empty_low_rank, is_dense_linear, to_dense
 from ..nn.low_rank_linear import LowRankLinear
 from .checkpoint import check_factors, module_names_in
+
+BUNDLED_ENTRY = "DobiSVDModel"
+"""The class in the bundled file that `auto_map` names."""
+
+
+def forget_bundled_loader(model: Any) -> None:
+    """Take the bundled loader out of `auto_map`: a dense model is saved without it."""
+    auto_map = getattr(model.config, "auto_map", None) or {}
+    kept = {key: value for key, value in auto_map.items() if not str(value).endswith(f".{BUNDLED_ENTRY}")}
+    if kept:
+        model.config.auto_map = kept
+    elif auto_map:
+        del model.config.auto_map
 
 
 class LowRankLoader(HfQuantizer):
@@ -36,22 +48,19 @@ class LowRankLoader(HfQuantizer):
             if rank > limit:
                 raise ValueError(f"{listed}: rank {rank} in config.json is above its largest possible rank {limit}")
             model.set_submodule(name, empty_low_rank(dense, rank, device="meta"))
-        # The zero-size tensors under the dense names stop readers that do not know this format; this one does.
-        ignored = {re.escape(f"{name}.weight") + "$" for pair in names.items() for name in pair}
-        # Private, but there is no other way to say which keys will be left over. A list before transformers 5.12.
-        known = model._keys_to_ignore_on_load_unexpected
-        model._keys_to_ignore_on_load_unexpected = (
-            known | ignored if isinstance(known, set) else [*(known or ()), *sorted(ignored)]
-        )
         if checkpoint_files:
             check_factors(model, checkpoint_files)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, LowRankLinear):
-                model.set_submodule(name, to_dense(module))
-        return model
+        low_rank = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+        for name, module in low_rank.items():
+            if module.first.weight.device.type == "meta":
+                raise ValueError(f"{name} is offloaded; load the model without cpu or disk offload to dequantize it")
+        for name, module in low_rank.items():
+            model.set_submodule(name, to_dense(module))
+        forget_bundled_loader(model)
+        return model if dtype is None else model.to(dtype)
 
     def is_serializable(self) -> bool:
         return False

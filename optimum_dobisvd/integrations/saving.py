@@ -1,23 +1,18 @@
-"""Saving a compressed model: all or nothing, readable without this package, and never readable as something else."""
+"""Saving a compressed model: all or nothing, and readable without this package."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import glob
+import inspect
 import os
+import re
 import shutil
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-from torch import Tensor, nn
-
-from ..nn.low_rank_linear import LowRankLinear
 from ..report.write import write_beside
+from ..storage.folder import link_or_copy, staging_folder
+from .loading import BUNDLED_ENTRY, forget_bundled_loader
 
 MODELING_FILE = "modeling_dobisvd.py"
 # In the order in which they need each other.
@@ -35,19 +30,7 @@ Written by optimum-dobisvd when it saved the checkpoint. Apache-2.0.
 
 from __future__ import annotations
 '''
-_ENTRY = "DobiSVDModel"
-_AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM")
-
-
-def tripwire_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A zero-size tensor under every dense weight's old name.
-
-    A reader that does not know the format would build the dense model, find no weights and fill them at random with a
-    warning. With these it finds a weight of the wrong size, and stops.
-    """
-    return {
-        f"{name}.weight": torch.empty(0) for name, module in model.named_modules() if isinstance(module, LowRankLinear)
-    }
+_HUB_ARGUMENTS = ("repo_id", "private", "token", "revision", "commit_message", "commit_description", "create_pr")
 
 
 def modeling_source() -> str:
@@ -66,131 +49,94 @@ def with_safe_save(model: Any) -> None:
 
     On the instance and not on a subclass, because transformers writes the class name into config.json.
     """
-    if "save_pretrained" in model.__dict__:
-        return
-    model.save_pretrained = functools.partial(save_compressed, model)
+    if "save_pretrained" not in model.__dict__:
+        model.save_pretrained = functools.partial(save_compressed, model)
 
 
 def without_safe_save(model: Any) -> None:
     """Undo `with_safe_save`: a dense model again, with transformers' own save and nothing of ours in its config."""
-    model.__dict__.pop("save_pretrained", None)
-    auto_map = getattr(model.config, "auto_map", None) or {}
-    kept = {key: value for key, value in auto_map.items() if not str(value).endswith(f".{_ENTRY}")}
-    if kept:
-        model.config.auto_map = kept
-    elif auto_map:
-        del model.config.auto_map
+    for name in ("save_pretrained", "dobisvd_plan", "dobisvd_report"):
+        model.__dict__.pop(name, None)
+    forget_bundled_loader(model)
 
 
-def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-    """transformers' `save_pretrained` into a folder beside `save_directory`, then swapped in as one.
+def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    """transformers' `save_pretrained`, its arguments, into a folder that replaces `save_directory` when it is whole.
 
     Other files of an existing folder (a tokenizer, say) are kept. A crash, a kill or a full disk leaves the old folder
-    as it was. `modeling_dobisvd.py` and its `auto_map` entry are added.
+    as it was. `modeling_dobisvd.py` and its `auto_map` entries are added, and plan and report where they are known.
+
+    Raises:
+        ValueError: `save_directory` is a file.
     """
-    target = Path(os.fspath(save_directory))
+    target = Path(os.path.realpath(save_directory))
     if target.is_file():
         raise ValueError(f"{target} is a file; name a folder")
     original = type(model).save_pretrained
-    if not (args[0] if args else kwargs.get("is_main_process", True)):
-        return original(model, target, *args, **kwargs)  # takes part in gathering, writes nothing
-    target.parent.mkdir(parents=True, exist_ok=True)
-    push = kwargs.pop("push_to_hub", False)
-    _remove_leftovers(target)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.saving-{os.getpid()}-", dir=target.parent))
-    try:
-        _declare_remote_code(model)
-        original(model, beside, *args, **kwargs)
-        (beside / MODELING_FILE).write_text(modeling_source(), encoding="utf-8")
+    arguments = _by_name(original, model, target, args, kwargs)
+    if not arguments.get("is_main_process", True):
+        original(model, target, *args, **kwargs)  # takes part in gathering, writes nothing
+        return
+    push = arguments.pop("push_to_hub", False)
+    arguments.pop("save_directory")
+    with staging_folder(target) as stage:
+        _declare_bundled_loader(model)
+        original(model, stage, **arguments)
+        (stage / MODELING_FILE).write_text(modeling_source(), encoding="utf-8")
         if getattr(model, "dobisvd_report", None) is not None:
-            write_beside(beside, model.dobisvd_plan, model.dobisvd_report, pictures=False)
-        written = {path.name for path in beside.iterdir()}
-        _carry_over(target, beside, written)
-        _flush(beside)
-        os.chmod(beside, 0o755)
-        swap_in(beside, target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            write_beside(stage, model.dobisvd_plan, model.dobisvd_report, pictures=False)
+        written = sorted(path.name for path in stage.iterdir())
+        _carry_over(target, stage, set(written), arguments.get("variant"))
     if push:
-        hub = {key: kwargs[key] for key in ("token", "commit_message", "create_pr") if key in kwargs}
-        _upload(target, kwargs.get("repo_id", target.name), **hub)
-    return None
+        _upload(target, written, {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
 
 
-def _remove_leftovers(target: Path) -> None:
-    """Remove what killed processes left beside the target; their process number is in the name."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.saving-*-*"):
-        process = path.name.removeprefix(f".{target.name}.saving-").partition("-")[0]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(path, ignore_errors=True)
+def _by_name(original: Any, model: Any, target: Path, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, however they were given."""
+    bound = inspect.signature(original).bind(model, target, *args, **kwargs).arguments
+    named = {key: value for key, value in bound.items() if key not in ("self", "kwargs")}
+    return {**named, **bound.get("kwargs", {})}
 
 
-def _declare_remote_code(model: Any) -> None:
+def _declare_bundled_loader(model: Any) -> None:
+    """Name the bundled loader in config.json for every auto class that could load this architecture."""
+    from transformers.models.auto import modeling_auto
+
     auto_map = dict(getattr(model.config, "auto_map", None) or {})
-    for auto_class in _AUTO_CLASSES:
-        auto_map[auto_class] = f"{MODELING_FILE.removesuffix('.py')}.{_ENTRY}"
+    for name, auto_class in vars(modeling_auto).items():
+        mapping = getattr(auto_class, "_model_mapping", None)
+        if name.startswith("AutoModel") and mapping is not None and type(model.config) in mapping:
+            auto_map[name] = f"{MODELING_FILE.removesuffix('.py')}.{BUNDLED_ENTRY}"
     model.config.auto_map = auto_map
 
 
-def _carry_over(old: Path, new: Path, written: set[str]) -> None:
-    """Bring the old folder's other files along; its weights are replaced as a set, however many shards it had."""
+def _carry_over(old: Path, new: Path, written: set[str], variant: str | None) -> None:
+    """Bring the old folder's other files along.
+
+    Weights are replaced as a set, however many shards they had, and with them what belonged to them alone: plan,
+    report, pictures, an adapter. Nothing of that happens where only an adapter was saved.
+    """
     if not old.is_dir():
         return
-    replaced = any(_is_weights(name) for name in written)  # not so where only an adapter was saved
+    stem = re.escape("model" if variant is None else f"model.{variant}")
+    weights = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index(\.\w+)?\.json)?")
+    replaced = any(weights.fullmatch(name) for name in written)
     for path in old.iterdir():
-        # Plan and report go with the weights they are of.
-        if path.name in written or (replaced and (_is_weights(path.name) or path.name.startswith("dobisvd_"))):
+        stale = replaced and (weights.fullmatch(path.name) or path.name.startswith(("dobisvd_", "adapter_")))
+        if path.name in written or stale or path.name.startswith(f".{old.name}.saving-"):
             continue
-        if path.is_dir():
-            shutil.copytree(path, new / path.name, copy_function=_link_or_copy, symlinks=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, copy_function=link_or_copy, symlinks=True)
         else:
-            _link_or_copy(path, new / path.name)
+            link_or_copy(path, new / path.name)
 
 
-def _is_weights(name: str) -> bool:
-    return name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
-
-
-def _link_or_copy(source: str | Path, destination: str | Path) -> None:
-    try:
-        os.link(source, destination)
-    except OSError:
-        shutil.copy2(source, destination)
-
-
-def _flush(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-
-
-def swap_in(new: Path, target: Path) -> None:
-    """Put `new` in the place of `target`. Afterwards `new` holds the old folder's files, or is gone."""
-    if not target.exists():
-        os.rename(new, target)
-    elif not _exchange(new, target):
-        retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-        os.rename(target, retired)
-        os.rename(new, target)
-        shutil.rmtree(retired, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two folders in one step, where the kernel can (Linux, renameat2 with RENAME_EXCHANGE)."""
-    if not sys.platform.startswith("linux"):
-        return False
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
-
-
-def _upload(
-    folder: Path, repo_id: str, token: Any = None, commit_message: str | None = None, create_pr: bool = False
-) -> None:
+def _upload(folder: Path, names: list[str], arguments: dict[str, Any]) -> None:
+    """Push the files just written, and no others, as transformers does."""
     from huggingface_hub import HfApi
 
-    api = HfApi(token=token)
-    repo = api.create_repo(repo_id, exist_ok=True).repo_id
-    message = commit_message or "Upload model compressed with optimum-dobisvd"
-    api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, create_pr=create_pr)
+    api = HfApi(token=arguments.pop("token", None))
+    private = arguments.pop("private", None)
+    repo = api.create_repo(arguments.pop("repo_id", folder.name), exist_ok=True, private=private).repo_id
+    arguments.setdefault("commit_message", "Upload model compressed with optimum-dobisvd")
+    api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=names, **arguments)

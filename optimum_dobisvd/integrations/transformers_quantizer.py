@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..config import DobiSVDConfig
 from .loading import LowRankLoader
-from .saving import tripwire_tensors, with_safe_save, without_safe_save
+from .saving import with_safe_save, without_safe_save
 
 
 class DobiSVDHfQuantizer(LowRankLoader):
@@ -41,7 +40,7 @@ class DobiSVDHfQuantizer(LowRankLoader):
         with torch.device(
             "cpu"
         ):  # transformers builds models under torch.device("meta"), and calibration text is real
-            self._compressor.prepare(model)
+            self._windows = self._compressor.prepare(model)[2]
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -49,15 +48,12 @@ class DobiSVDHfQuantizer(LowRankLoader):
             attach(model, self._config)
             return model
         # On an error the model is never handed out, so nothing has to be kept for a way back.
-        self._compressor.quantize_model(model, undo_on_error=False)
+        self._compressor.quantize_model(model, windows=self._windows, undo_on_error=False)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         without_safe_save(model)
         return super()._dequantize(model, dtype=dtype)
-
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        return {**model.state_dict(), **tripwire_tensors(model)}, {}
 
     def is_serializable(self) -> bool:
         return True

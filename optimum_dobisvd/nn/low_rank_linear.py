@@ -12,7 +12,13 @@ class LowRankLinear(nn.Module):
     Both children are exactly `nn.Linear`, because bitsandbytes, GPTQ and PEFT find their layers by that type.
     `conv1d` remembers that the dense layer was transformers' `Conv1D` (GPT-2), whose weight is stored transposed, so
     that the dense form can be put back as it was.
+
+    `weight` is empty, and is saved under the dense weight's old name. A reader that does not know the format would
+    build the dense model, find no weights, and fill them at random with a warning; with it, it finds a weight of the
+    wrong size and stops. Modelling code can still ask it for dtype and device.
     """
+
+    weight: Tensor
 
     def __init__(
         self,
@@ -31,15 +37,7 @@ class LowRankLinear(nn.Module):
         self.conv1d = conv1d
         self.first = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.second = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight the factors stand for, formed anew at every read (in the layout of the dense layer).
-
-        For modelling code that looks at a linear's weight: to initialise it, or for its dtype, device or shape.
-        """
-        product = self.second.weight @ self.first.weight
-        return product.T if self.conv1d else product
+        self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
 
     @property
     def bias(self) -> Tensor | None:

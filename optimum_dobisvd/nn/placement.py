@@ -32,10 +32,11 @@ def replace_with_factors(model: nn.Module, name: str, factors: Factors) -> LowRa
         device = module.weight.device
         new = empty_low_rank(module, factors.first.shape[0], device="meta")
         dtype = module.weight.dtype
-        _set(new.first, "weight", factors.first, device, dtype)
-        _set(new.second, "weight", factors.second, device, dtype)
+        new.weight = torch.empty(0, device=device, dtype=dtype)
+        _set(new.first, "weight", factors.first, module.weight)
+        _set(new.second, "weight", factors.second, module.weight)
         if module.bias is not None:
-            _set(new.second, "bias", module.bias.detach().clone(), device, dtype)
+            _set(new.second, "bias", module.bias, module.bias)
     new.train(module.training)
     if hook is not None:
         if hook.offload:
@@ -48,13 +49,14 @@ def replace_with_factors(model: nn.Module, name: str, factors: Factors) -> LowRa
     return new
 
 
-def _set(linear: nn.Linear, key: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> None:
-    data = value.detach().to(device=device, dtype=dtype).contiguous()
+def _set(linear: nn.Linear, key: str, value: Tensor, like: Tensor) -> None:
+    """A parameter of its own memory, with the device, dtype and `requires_grad` of the one it stands for."""
+    data = value.detach().to(device=like.device, dtype=like.dtype, copy=True).contiguous()
     if not bool(torch.isfinite(data).all()):
         raise ValueError(
-            f"a factor does not fit into {dtype}: its values overflow; load the model in bfloat16 or float32"
+            f"a factor does not fit into {like.dtype}: its values overflow; load the model in bfloat16 or float32"
         )
-    setattr(linear, key, nn.Parameter(data))
+    setattr(linear, key, nn.Parameter(data, requires_grad=like.requires_grad))
 
 
 def _align_hook(module: nn.Module) -> AlignDevicesHook | None:

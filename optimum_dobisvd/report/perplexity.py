@@ -54,7 +54,8 @@ def perplexity(
             total += loss
     finally:
         model.train(was_training)
-    return math.exp(total / (ids.shape[0] * (seqlen - 1)))
+    mean = total / (ids.shape[0] * (seqlen - 1))
+    return math.exp(mean) if mean < 700 else math.inf  # exp overflows a float beyond that
 
 
 def window_ids(tokenizer: Any, text: str, *, seqlen: int, windows: int | None = None) -> Tensor:

@@ -20,7 +20,9 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], Any])
         write(beside)
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(beside, 0o644)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(beside, 0o666 & ~mask)  # what open() would have given; mkstemp is private
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)

@@ -1,0 +1,89 @@
+"""Kills and Ctrl-C in the middle of `compress`, with the weights already written beside OUT."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from integration_tests.commands.conftest import COMPRESS
+from integration_tests.commands.in_process import contents, dobisvd, names_in
+
+# The command as it is, but it stops for good before the plan is written: everything else lies in the staging folder.
+STOPPING = """
+import pathlib, sys, time
+import optimum_dobisvd.report.write
+def stop(folder, plan, report, pictures=True):
+    pathlib.Path("reached").touch()
+    time.sleep(600)
+import optimum_dobisvd.integrations.saving  # has its own reference, for save_pretrained
+optimum_dobisvd.report.write.write_beside = stop
+from optimum.commands.optimum_cli import main
+sys.argv = ["optimum-cli", "dobisvd", *sys.argv[1:]]
+main()
+"""
+ALWAYS = ["dense", "held-out.txt", "small", "text.txt"]
+
+
+def start_and_wait(work: Path) -> subprocess.Popen:
+    """Start `compress` into the existing `small` and return when it has stopped in the middle."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPING, *COMPRESS, "small", "--ratio", "0.5"],
+        cwd=work,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A process started in the background by a shell ignores Ctrl-C, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 240
+    while not (work / "reached").exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"the command ended early: {process.communicate()[1][-2000:]}")
+        time.sleep(0.05)
+    (work / "reached").unlink()
+    return process
+
+
+def test_a_kill_leaves_the_old_output_and_the_next_run_tidies_up(work: Path) -> None:
+    before = contents(work / "small")
+    process = start_and_wait(work)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert contents(work / "small") == before
+    left = [name for name in names_in(work) if name not in ALWAYS]
+    assert len(left) == 1
+    assert left[0].startswith(".small.compressing-")
+    assert (work / left[0] / "small" / "model.safetensors").exists(), "it was not killed in the middle"
+    assert dobisvd(*COMPRESS, "small", "--ratio", "0.5") == 0
+    assert names_in(work) == ALWAYS
+    assert contents(work / "small")["model.safetensors"] != before["model.safetensors"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)])
+def test_ctrl_c_and_termination_leave_nothing(work: Path, number: signal.Signals, code: int) -> None:
+    before = contents(work / "small")
+    process = start_and_wait(work)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == code
+    assert "Traceback" not in error
+    if number == signal.SIGINT:
+        assert "interrupted" in error.splitlines()[-1]
+    assert contents(work / "small") == before
+    assert names_in(work) == ALWAYS
+
+
+def test_a_run_that_goes_on_elsewhere_is_left_alone(work: Path) -> None:
+    process = start_and_wait(work)
+    try:
+        assert dobisvd(*COMPRESS, "small", "--ratio", "0.5") == 0
+        assert [name for name in names_in(work) if name.startswith(".small.compressing-")]
+    finally:
+        process.kill()
+        process.communicate()

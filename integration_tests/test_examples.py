@@ -1,0 +1,85 @@
+"""The examples run as a user would run them, on a tiny model and a text file."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from integration_tests.tiny_models import tiny
+from optimum_dobisvd import LowRankLinear
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SMALL = ["--nsamples", "4", "--seqlen", "32"]
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, tiny_tokenizer: Any) -> list[str]:
+    tiny("llama").save_pretrained(tmp_path / "dense")
+    tiny_tokenizer.save_pretrained(tmp_path / "dense")
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "mat",
+        "while",
+        "dog",
+        "ran",
+        "over",
+        "hill",
+        "state",
+        "of",
+        "union",
+        "president",
+        "spoke",
+    ]
+    (tmp_path / "text.txt").write_text(" ".join(random.Random(0).choices(words, k=600)), encoding="utf-8")
+    return ["--model", "dense", "--dataset", "text.txt", *SMALL]
+
+
+def run(name: str, *arguments: str, cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def is_compressed(folder: Path) -> bool:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return sum(isinstance(module, LowRankLinear) for module in model.modules()) == 21
+
+
+def test_quickstart(tmp_path: Path, inputs: list[str]) -> None:
+    said = run("quickstart.py", *inputs, "--out", "out", cwd=tmp_path)
+    assert "kept 80.0% of the bytes" in said or "kept 79." in said
+    assert "The state of the Union is" in said
+    assert is_compressed(tmp_path / "out")
+
+
+def test_compress_on_load(tmp_path: Path, inputs: list[str]) -> None:
+    run("compress_on_load.py", *inputs, "--out", "out", cwd=tmp_path)
+    assert is_compressed(tmp_path / "out-0.8")
+    assert is_compressed(tmp_path / "out-0.6")
+    assert (tmp_path / "out-statistics" / "statistics.json").exists()
+
+
+def test_device_map_offload(tmp_path: Path, inputs: list[str]) -> None:
+    said = run("device_map_offload.py", *inputs, "--out", "out", "--max-memory", "120KB", cwd=tmp_path)
+    assert "['cpu', 'disk']" in said
+    assert is_compressed(tmp_path / "out")
+
+
+def test_every_example_has_a_test() -> None:
+    tested = {name.removeprefix("test_") + ".py" for name in globals() if name.startswith("test_")}
+    assert {path.name for path in EXAMPLES.glob("*.py")} <= tested
