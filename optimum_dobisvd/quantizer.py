@@ -77,7 +77,7 @@ class DobiSVDQuantizer:
 
         An error half-way puts the dense linears back, for which they are kept until the end; with
         `undo_on_error=False` each is freed as soon as it is replaced, and an error leaves a model fit for nothing.
-        `windows` are calibration windows that `prepare` drew before.
+        `windows` are calibration windows that `prepare` drew.
 
         Returns the same model. `plan` and `report` of this object are set, and `dobisvd_plan` and `dobisvd_report` of
         the model, which its `save_pretrained` writes beside the checkpoint.

@@ -81,7 +81,11 @@ def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: A
     arguments.pop("save_directory")
     with staging_folder(target) as stage:
         _declare_bundled_loader(model)
-        original(model, stage, **arguments)
+        model.hf_quantizer.state_dict_to_save = arguments.get("state_dict")
+        try:
+            original(model, stage, **arguments)
+        finally:
+            model.hf_quantizer.state_dict_to_save = None
         (stage / MODELING_FILE).write_text(modeling_source(), encoding="utf-8")
         if getattr(model, "dobisvd_report", None) is not None:
             write_beside(stage, model.dobisvd_plan, model.dobisvd_report, pictures=False)

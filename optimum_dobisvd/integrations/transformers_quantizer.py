@@ -21,6 +21,7 @@ class DobiSVDHfQuantizer(LowRankLoader):
     def __init__(self, quantization_config: DobiSVDConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._config = quantization_config
+        self.state_dict_to_save: dict[str, torch.Tensor] | None = None
         if self.pre_quantized and not quantization_config.is_compressed:
             raise ValueError("config.json says dobi_svd but lists no compressed modules: it is damaged or was edited")
         if not self.pre_quantized and quantization_config.is_compressed:
@@ -54,6 +55,10 @@ class DobiSVDHfQuantizer(LowRankLoader):
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         without_safe_save(model)
         return super()._dequantize(model, dtype=dtype)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        # transformers forgets the `state_dict` argument of `save_pretrained` and takes what comes from here.
+        return self.state_dict_to_save, {}
 
     def is_serializable(self) -> bool:
         return True

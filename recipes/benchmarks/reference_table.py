@@ -56,7 +56,8 @@ def print_table(rows: list[dict], texts: list[str], ratios: list[float]) -> None
     print("| method | " + " | ".join(heads) + " |")
     print("|---" * (len(heads) + 1) + "|")
     for name in ROWS:
-        cells = [" / ".join(f"{by_key[name, ratio][text]:.4g}" for ratio in ratios) for text in texts]
+        known = [by_key.get((name, ratio)) for ratio in ratios]
+        cells = [" / ".join(f"{found[text]:.4g}" if found else "–" for found in known) for text in texts]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="results, one JSON object a line")
     parser.add_argument("--work", type=Path, default=Path("reference-table-work"))
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.8, 0.6, 0.4])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--nsamples", type=int, default=96)
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
@@ -79,10 +81,10 @@ def main() -> None:
     texts = {Path(name).name: read_text(name, "test") for name in args.eval_dataset}
     rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     for ratio in args.ratios:
-        for name, row in ROWS.items():
+        for name in args.rows:
             if any(done["row"] == name and done["ratio"] == ratio for done in rows):
                 continue
-            rows.append({"row": name, "ratio": ratio, **measure(args.model, row, ratio, texts, args)})
+            rows.append({"row": name, "ratio": ratio, **measure(args.model, ROWS[name], ratio, texts, args)})
             with open(args.out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
             print(json.dumps(rows[-1]), flush=True)
