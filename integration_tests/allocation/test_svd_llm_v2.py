@@ -90,6 +90,14 @@ def test_what_clipping_frees_is_shared_by_the_others() -> None:
     assert [float(fraction) for fraction in removed[1:]] == pytest.approx([freed * g for g in rest], rel=1e-12)
 
 
+@given(st.lists(st.floats(1, 1e9), min_size=5, max_size=5), st.floats(0.2, 0.9))
+@settings(max_examples=50, deadline=None)
+def test_nothing_keeps_less_than_half_of_its_kinds_share(losses: list[float], ratio: float) -> None:
+    budget = open_budget(LAYERS, ratio, storage="plain")
+    for fraction in removed_fractions(budget, wished_bytes(budget, flat_spectra(losses, ratio=ratio))):
+        assert 1 - fraction >= Fraction(budget.free_bytes, dense_sum(LAYERS)) / 2
+
+
 def test_a_kind_that_cannot_give_its_share_leaves_it_to_the_other_kinds() -> None:
     targets = [Target("layers.0.k_proj", 8, 64, 2), Target("layers.0.up_proj", 256, 64, 2)]
     budget = open_budget(targets, 0.4, storage="plain", min_rank=4)

@@ -13,6 +13,15 @@ from integration_tests.tiny_models import tiny
 WORDS = "the cat sat on mat while dog ran over hill state of union president spoke to young republic and its layers"
 
 
+OFFLINE = "huggingface_hub.constants.HF_HUB_OFFLINE"
+
+
+@pytest.fixture(autouse=True)
+def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is not there is not asked for on the network, which would be tried several times."""
+    monkeypatch.setattr(OFFLINE, True)
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: Any, tiny_tokenizer: Any) -> Path:
     """A folder with `dense/` (a Llama and its tokenizer), `text.txt`, `held-out.txt` and `small/`, made of them."""
@@ -23,6 +32,7 @@ def prepared(tmp_path_factory: Any, tiny_tokenizer: Any) -> Path:
     for name in ("text.txt", "held-out.txt"):
         (folder / name).write_text(" ".join(draw.choices(WORDS.split(), k=1500)), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OFFLINE, True)
         patch.chdir(folder)
         assert dobisvd(*COMPRESS, "small") == 0
     return folder

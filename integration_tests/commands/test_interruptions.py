@@ -58,8 +58,8 @@ def test_a_kill_leaves_the_old_output_and_the_next_run_tidies_up(work: Path) -> 
     assert contents(work / "small") == before
     left = [name for name in names_in(work) if name not in ALWAYS]
     assert len(left) == 1
-    assert left[0].startswith(".small.compressing-")
-    assert (work / left[0] / "small" / "model.safetensors").exists(), "it was not killed in the middle"
+    assert left[0].startswith(".small.saving-")
+    assert (work / left[0] / "new" / "model.safetensors").exists(), "it was not killed in the middle"
     assert dobisvd(*COMPRESS, "small", "--ratio", "0.5") == 0
     assert names_in(work) == ALWAYS
     assert contents(work / "small")["model.safetensors"] != before["model.safetensors"]
@@ -83,7 +83,7 @@ def test_a_run_that_goes_on_elsewhere_is_left_alone(work: Path) -> None:
     process = start_and_wait(work)
     try:
         assert dobisvd(*COMPRESS, "small", "--ratio", "0.5") == 0
-        assert [name for name in names_in(work) if name.startswith(".small.compressing-")]
+        assert [name for name in names_in(work) if name.startswith(".small.saving-")]
     finally:
         process.kill()
         process.communicate()

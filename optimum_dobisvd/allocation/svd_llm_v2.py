@@ -52,7 +52,9 @@ def wished_bytes(budget: Budget, spectra: Mapping[str, Tensor]) -> dict[str, int
     of N matrices, with R the fraction to remove, matrix j loses the fraction `R_j = N·R·g_j / Σg` of its bytes, where
     `g = 1 / ln L` and L is its truncation loss at R: the larger the loss, the smaller g, the less is removed. For
     matrices of different sizes `N / Σg` becomes `Σ bytes / Σ (g · bytes)`, so that the kind's bytes hold. `R_j` is
-    clipped to what the matrix can lose, and what that frees is shared in the same proportions.
+    clipped so that no matrix keeps less than half of what the kind keeps on average (1 / ln L has a pole at L = 1: in a
+    135M model it left the first o_proj, which loses little, with rank 1), and what that frees is shared in the same
+    proportions.
 
     ln L depends on the scale of the data. As in the paper, L is a norm over all calibration tokens, neither divided by
     their number nor by the matrix's size (10⁶ to 10⁷ on real models); on spectra of averaged Grams, L would be √tokens
@@ -101,7 +103,8 @@ def _wishes_of_kind(
     weights = [
         _removal_weight(ladder, keep, spectra[ladder.target.name]) * ladder.target.dense_bytes for ladder in ladders
     ]
-    removable = [ladder.target.dense_bytes - ladder.bytes_at(0) for ladder in ladders]
+    least = [max(Fraction(ladder.bytes_at(0)), keep * ladder.target.dense_bytes / 2) for ladder in ladders]
+    removable = [size - kept for size, kept in zip(dense, least, strict=True)]
     removed = proportional_shares(weights, [0] * len(ladders), removable, sum(dense) - kept_bytes)
     return {
         ladder.target.name: ladder.target.dense_bytes - share for ladder, share in zip(ladders, removed, strict=True)

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import socket
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-
-from ..storage.folder import swap_in
+from ..storage.folder import staging_folder
 from .saved_recipe import RECIPE_NAME, files_listed
 
 
@@ -50,21 +44,10 @@ def staged_output(target: Path) -> Iterator[Path]:
 
     On an error nothing is left. A killed process leaves one hidden folder beside `target`, which the next run removes.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    mark = f".{target.name}.compressing-{socket.gethostname()}-"
-    _remove_leftovers(target.parent, mark)
-    staging = Path(tempfile.mkdtemp(prefix=f"{mark}{os.getpid()}-", dir=target.parent))
-    try:
-        new = staging / target.name
+    with staging_folder(target) as stage:
+        # One level down, because `save_pretrained` stages beside the folder it is given: that has to be inside, too.
+        new = stage / "new"
         yield new
-        swap_in(new, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _remove_leftovers(folder: Path, mark: str) -> None:
-    """Staging folders of processes of this machine that are gone."""
-    for path in folder.iterdir():
-        pid = path.name.removeprefix(mark).partition("-")[0]
-        if path.name.startswith(mark) and pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
+        for path in new.iterdir():
+            path.rename(stage / path.name)
+        new.rmdir()
