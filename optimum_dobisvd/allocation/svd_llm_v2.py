@@ -52,7 +52,7 @@ def wished_bytes(budget: Budget, spectra: Mapping[str, Tensor]) -> dict[str, int
     of N matrices, with R the fraction to remove, matrix j loses the fraction `R_j = N·R·g_j / Σg` of its bytes, where
     `g = 1 / ln L` and L is its truncation loss at R: the larger the loss, the smaller g, the less is removed. For
     matrices of different sizes `N / Σg` becomes `Σ bytes / Σ (g · bytes)`, so that the kind's bytes hold. `R_j` is
-    clipped so that no matrix keeps less than half of what the kind keeps on average (1 / ln L has a pole at L = 1: in a
+    clipped so that no matrix keeps less than half of what its kind keeps on average (1 / ln L has a pole at 1: in a
     135M model it left the first o_proj, which loses little, with rank 1), and what that frees is shared in the same
     proportions.
 
