@@ -11,8 +11,7 @@ from integration_tests.commands.in_process import dobisvd
 from integration_tests.tiny_models import tiny
 
 WORDS = "the cat sat on mat while dog ran over hill state of union president spoke to young republic and its layers"
-
-
+COMPRESS = ("compress", "--model", "dense", "--dataset", "text.txt", "--nsamples", "6", "--seqlen", "32")
 OFFLINE = "huggingface_hub.constants.HF_HUB_OFFLINE"
 
 
@@ -45,6 +44,3 @@ def work(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     shutil.copytree(prepared, folder)
     monkeypatch.chdir(folder)
     return folder
-
-
-COMPRESS = ("compress", "--model", "dense", "--dataset", "text.txt", "--nsamples", "6", "--seqlen", "32")
