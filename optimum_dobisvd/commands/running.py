@@ -27,12 +27,13 @@ def run_command(spec: CommandSpec, options: dict[str, Any]) -> int:
     """Execute a command and return the process's exit code.
 
     0: done. 1: an error, told in one line on standard error. 2: a request that makes no sense. 130: Ctrl-C.
+    SIGTERM leaves through SystemExit with 143, temporary folders removed as well.
     """
     try:
         with _terminated_like_an_error():
             execute(spec, options)
     except KeyboardInterrupt:
-        print("interrupted; nothing half-written was left", file=sys.stderr)
+        print("interrupted; nothing half-written is left", file=sys.stderr)
         return 130
     except Exception as error:
         if options.get("debug"):
@@ -97,6 +98,7 @@ def _terminated_like_an_error() -> Iterator[None]:
         return
 
     def leave(number: int, frame: Any) -> None:
+        print("terminated; nothing half-written is left", file=sys.stderr)
         raise SystemExit(128 + number)
 
     previous: Callable | int | None = signal.signal(signal.SIGTERM, leave)
