@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -140,7 +141,10 @@ def test_the_bundled_loader_is_python_that_needs_torch_and_transformers_only(sav
     assert "optimum_dobisvd" not in source
     assert "from ." not in source
     (tmp_path / "bundle.py").write_text(source)
-    subprocess.run(["ruff", "check", "--isolated", "--select", "F821,F823", str(tmp_path / "bundle.py")], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821,F823", str(tmp_path / "bundle.py")],
+        check=True,
+    )
 
 
 def test_deep_copies_save_themselves(saved):
