@@ -243,3 +243,12 @@ def test_a_method_this_version_does_not_know_loads_all_the_same(checkpoint, tmp_
     path = tmp_path / "later" / "config.json"
     path.write_text(path.read_text().replace('"output_pca"', '"learned_next_year"'))
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "later")), checkpoint[1])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt"])
+def test_the_batch_size_changes_nothing_even_where_the_last_batch_is_smaller(name):
+    """Arguments of the blocks are recorded per batch and shared between equal ones: a mix-up would be silent."""
+    ids = tokens(5, 24)
+    by_ones = compressed(tiny(name), dataset=ids, batch_size=1)
+    by_fours = compressed(tiny(name), dataset=ids, batch_size=4)
+    assert torch.allclose(logits(by_ones), logits(by_fours), rtol=1e-3, atol=1e-3)
