@@ -6,7 +6,7 @@ import copy
 import difflib
 import os
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -35,6 +35,9 @@ class DobiSVDConfig(QuantizationConfigMixin):
             of strings, or token tensors. Not needed by `svd`.
         tokenizer: a tokenizer, its name or path; by default the model's own.
         nsamples, seqlen, seed: that many windows of that many tokens, drawn with that seed.
+        gradient_nsamples: of these windows, how many the loss is taken back through by methods that weigh outputs by
+            its gradient (`global`); by default half of them.
+        fisher: whose labels that loss has: `empirical`, the text's own, or `sampled`, drawn from the model.
         batch_size: windows per forward pass; changes speed and memory only.
         statistics: folder of a statistics store; reused if it fits, created if it does not exist.
         plan: a `Plan` or the path of one; replaces the allocation.
@@ -60,6 +63,8 @@ class DobiSVDConfig(QuantizationConfigMixin):
     nsamples: int = 128
     seqlen: int = 2048
     seed: int = 0
+    gradient_nsamples: int | None = None
+    fisher: Literal["empirical", "sampled"] = "empirical"
     batch_size: int = 4
     statistics: str | os.PathLike[str] | None = None
     plan: Plan | str | os.PathLike[str] | None = None
@@ -82,6 +87,10 @@ class DobiSVDConfig(QuantizationConfigMixin):
         for name in ("nsamples", "seqlen", "batch_size", "rank_multiple", "min_rank"):
             _check_integer(name, getattr(self, name), at_least=1)
         _check_integer("seed", self.seed, at_least=0)
+        if self.gradient_nsamples is not None:
+            _check_integer("gradient_nsamples", self.gradient_nsamples, at_least=1)
+        if self.fisher not in ("empirical", "sampled"):
+            raise ValueError(f"fisher is 'empirical' or 'sampled', got {self.fisher!r}")
         if not 0 <= self.min_coverage <= 1:
             raise ValueError(f"min_coverage is a fraction between 0 and 1, got {self.min_coverage}")
         if self.modules is not None:
@@ -94,6 +103,11 @@ class DobiSVDConfig(QuantizationConfigMixin):
         return method_named(
             self.method, allocation=self.allocation, factorization=self.factorization, storage=self.storage
         )
+
+    @property
+    def gradient_windows(self) -> int:
+        """How many windows the loss is taken back through."""
+        return self.gradient_nsamples if self.gradient_nsamples is not None else (self.nsamples + 1) // 2
 
     @property
     def is_compressed(self) -> bool:

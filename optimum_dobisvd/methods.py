@@ -31,6 +31,14 @@ class Method:
         return frozenset(row.needs for row in rows if row.needs is not None)
 
     @property
+    def needs_gradients(self) -> bool:
+        """Whether gradients of the loss are to be collected, too."""
+        rows = [factorization_named(self.factorization)]
+        if allocation_named(self.allocation).needs_spectra:
+            rows.append(factorization_named(self.metric))
+        return any(row.needs_gradients for row in rows)
+
+    @property
     def needs_data(self) -> bool:
         """Whether calibration text is needed at all."""
         return bool(self.statistics) or factorization_named(self.factorization).per_sample
@@ -66,6 +74,7 @@ def method_named(
     return method
 
 
+register_method("global", Method(metric="kfac", allocation="global", factorization="kfac", storage="plain"))
 for _name, _allocation in (
     ("svd", "uniform"),
     ("asvd", "uniform"),

@@ -13,8 +13,10 @@ from torch import Tensor
 from .allocation import allocation_named
 from .allocation.patterns import resolve_overrides
 from .allocation.plan import Plan
+from .calibration.backward import BackwardRunner
 from .calibration.dataset import CalibrationWindows, load_windows
 from .calibration.layout import Layout, find_layout
+from .calibration.loss import NextTokenLoss
 from .calibration.runner import BlockRunner
 from .config import DobiSVDConfig
 from .factorization.factors import Factors
@@ -27,6 +29,7 @@ from .report.report import CompressionReport, is_low_rank, macs_per_token, model
 from .report.write import write_beside
 from .statistics.collect import InputCollector
 from .statistics.fingerprint import fingerprint
+from .statistics.gradients import GradientCollector
 from .statistics.sample_bases import SampleBasisVisitor
 from .statistics.spectra import PreparedInputs, compute_spectra
 from .statistics.store import StatisticsStore
@@ -187,7 +190,26 @@ class DobiSVDQuantizer:
         else:
             collector = InputCollector(layout.linears_of, store.put, lambda block: not store.has(block))
             self._runner(model, layout, windows).run(collector)
+        if self.config.resolved_method().needs_gradients:
+            self._collect_gradients(model, layout, windows, store)
         return store
+
+    def _collect_gradients(
+        self, model: Any, layout: Layout, windows: CalibrationWindows, store: StatisticsStore
+    ) -> None:
+        """Add the gradient statistics that the store lacks, over the first windows."""
+        chosen = windows.first(self.config.gradient_windows)
+        store.open_gradients(
+            {"tokens": int(chosen.attention_mask.sum()), "windows": chosen.sha256(), "fisher": self.config.fisher}
+        )
+        collector = GradientCollector(
+            layout.linears_of, store.put_gradients, lambda block: not store.has_gradients(block)
+        )
+        loss = NextTokenLoss(self.config.fisher, self.config.seed)
+        runner = BackwardRunner(
+            model, layout.blocks, chosen, batch_size=self.config.batch_size, device=self.config.device
+        )
+        runner.run_backward(collector, loss)
 
     def _runner(self, model: Any, layout: Layout, windows: CalibrationWindows) -> BlockRunner:
         return BlockRunner(model, layout.blocks, windows, batch_size=self.config.batch_size, device=self.config.device)
@@ -207,7 +229,7 @@ class DobiSVDQuantizer:
         device = self._device(layout)
 
         def inputs_of(block: str) -> PreparedInputs:
-            return PreparedInputs(row, store.block(block) if store is not None else None, device)
+            return PreparedInputs(row, store, block, device)
 
         with Replacement(model, layout, len(ranks), device, undo_on_error) as replacement:
             if row.per_sample and windows is not None:

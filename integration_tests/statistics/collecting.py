@@ -6,11 +6,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from optimum_dobisvd.calibration.backward import BackwardRunner
 from optimum_dobisvd.calibration.dataset import CalibrationWindows
 from optimum_dobisvd.calibration.layout import find_layout
+from optimum_dobisvd.calibration.loss import NextTokenLoss
 from optimum_dobisvd.calibration.runner import BlockRunner
 from optimum_dobisvd.statistics.collect import InputCollector
 from optimum_dobisvd.statistics.fingerprint import fingerprint
+from optimum_dobisvd.statistics.gradients import GradientCollector
 from optimum_dobisvd.statistics.store import StatisticsStore, full_gram
 
 
@@ -35,6 +38,27 @@ def collect(
     store = StatisticsStore(fingerprint(model, windows), list(layout.blocks), folder)
     collector = InputCollector(layout.linears_of, store.put, lambda block: not store.has(block))
     BlockRunner(model, layout.blocks, windows, batch_size=batch_size, device=device).run(collector)
+    return store
+
+
+def collect_gradients(
+    model: nn.Module,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    batch_size: int = 2,
+    loss: NextTokenLoss | None = None,
+    store_class: type[StatisticsStore] = StatisticsStore,
+) -> StatisticsStore:
+    """What the quantizer does with a store's gradients: open them, and collect the blocks it lacks."""
+    layout = find_layout(model)
+    windows = windows_of(ids, mask)
+    store = store_class(fingerprint(model, windows), list(layout.blocks), folder)
+    store.open_gradients({"tokens": int(windows.attention_mask.sum()), "fisher": "empirical"})
+    collector = GradientCollector(layout.linears_of, store.put_gradients, lambda block: not store.has_gradients(block))
+    runner = BackwardRunner(model, layout.blocks, windows, batch_size=batch_size)
+    runner.run_backward(collector, loss or NextTokenLoss())
     return store
 
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from integration_tests.statistics.collecting import collect, inputs_by_linear
+from integration_tests.statistics.collecting import collect, collect_gradients, inputs_by_linear
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd.calibration.layout import find_layout
 from optimum_dobisvd.factorization.registry import Factorization, factorization_named
 from optimum_dobisvd.nn.dense_linear import weight_matrix
 from optimum_dobisvd.statistics.spectra import PreparedInputs, compute_spectra
+from optimum_dobisvd.statistics.store import full_gram
 
 METRICS = ("svd", "asvd", "svd_llm_v2", "output_pca")
 
@@ -112,9 +113,36 @@ def test_errors_name_the_linear() -> None:
 
 def test_prepared_inputs_give_the_gram_or_nothing() -> None:
     model = tiny("llama")
-    name = "model.layers.0.mlp.down_proj"
-    statistics = collect(model, tokens(2, 16)).block("model.layers.0")
+    block, name = "model.layers.0", "model.layers.0.mlp.down_proj"
+    store = collect(model, tokens(2, 16))
     for metric in METRICS:
-        assert PreparedInputs(factorization_named(metric), statistics, None).gram(name).shape == (48, 48)
-    assert PreparedInputs(factorization_named("svd"), None, None).gram(name) is None
-    assert PreparedInputs(factorization_named("svd"), None, None).of(name) is None
+        assert PreparedInputs(factorization_named(metric), store, block, None).gram(name).shape == (48, 48)
+    assert PreparedInputs(factorization_named("svd"), None, block, None).gram(name) is None
+    assert PreparedInputs(factorization_named("svd"), None, block, None).of(name) is None
+
+
+def test_squares_of_the_loss_metric_are_nats_per_token() -> None:
+    """All of a matrix's price is the K-FAC estimate of what the loss gains when the matrix is taken away."""
+    model, ids = tiny("llama"), tokens(6, 16)
+    store = collect(model, ids)
+    gradients = collect_gradients(model, ids[:4])
+    store.open_gradients({"tokens": 4 * 16})
+    layout = find_layout(model)
+    for block in layout.blocks:
+        store.put_gradients(block, gradients.gradients(block))
+    spectra = compute_spectra(layout, factorization_named("kfac"), store, None)
+    for block in layout.blocks:
+        for name, module in layout.linears_of(block).items():
+            h = full_gram(store.block(block).inputs[store.block(block).leader[name]]) / (6 * 16)
+            g = full_gram(gradients.gradients(block)[name]) / (4 * 16)
+            g += 0.01 * g.diagonal().mean() * torch.eye(len(g))
+            weight = weight_matrix(module).double()
+            expected = 0.5 * torch.trace(g @ weight @ h @ weight.T)
+            assert float(spectra[name].square().sum()) == pytest.approx(float(expected), rel=1e-5)
+    assert store.spectra("kfac") is not None
+
+
+def test_prices_need_gradients() -> None:
+    model = tiny("llama")
+    with pytest.raises(ValueError, match=r"have no gradients, which this method prices ranks with"):
+        compute_spectra(find_layout(model), factorization_named("kfac"), collect(model, tokens(2, 16)), None)

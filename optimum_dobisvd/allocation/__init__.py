@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from .patterns import Override, matching_names, resolve_overrides, select
 from .plan import Plan, PlannedModule, Target
+from .prices import global_prices
 from .svd_llm_v2 import svd_llm_v2
 from .uniform import uniform
 
@@ -73,6 +74,7 @@ def allocation_named(name: str) -> Allocation:
 
 register_allocation(Allocation("uniform", uniform, needs_spectra=False))
 register_allocation(Allocation("svd_llm_v2", svd_llm_v2, needs_spectra=True))
+register_allocation(Allocation("global", global_prices, needs_spectra=True))
 
 
 __all__ = [
@@ -84,6 +86,7 @@ __all__ = [
     "PlannedModule",
     "Target",
     "allocation_named",
+    "global_prices",
     "matching_names",
     "register_allocation",
     "resolve_overrides",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from .budget import Budget, Ladder, open_budget, proportional_shares, spend
 from .patterns import Override
 from .plan import PlannedModule, Target
+from .spectra import check_spectrum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +73,7 @@ def wished_bytes(budget: Budget, spectra: Mapping[str, Tensor]) -> dict[str, int
         ValueError: as in `svd_llm_v2`.
     """
     for ladder in budget.ladders.values():
-        _check_spectrum(ladder.target, spectra)
+        check_spectrum(ladder.target, spectra, "svd_llm_v2")
     kinds: dict[str, list[Ladder]] = {}
     for ladder in budget.ladders.values():
         kinds.setdefault(ladder.target.kind, []).append(ladder)
@@ -117,21 +118,3 @@ def _removal_weight(ladder: Ladder, keep: Fraction, spectrum: Tensor) -> Fractio
     rank = ladder.module_at(level).rank
     loss = truncation_loss(spectrum, len(spectrum) if rank is None else rank)
     return Fraction(1 / math.log(max(loss, math.e)))
-
-
-def _check_spectrum(target: Target, spectra: Mapping[str, Tensor]) -> None:
-    if target.name not in spectra:
-        raise ValueError(
-            f"{target.name}: no spectrum; allocation 'svd_llm_v2' needs one for every matrix it allocates"
-        )
-    spectrum = spectra[target.name]
-    count = min(target.out_features, target.in_features)
-    if tuple(spectrum.shape) != (count,):
-        problem = f"has shape {tuple(spectrum.shape)}, expected ({count},); give every singular value, zeros included"
-    elif not bool(spectrum.isfinite().all()):
-        problem = "has values that are not finite; look for NaN or infinity in its weight and calibration statistics"
-    elif bool((spectrum < 0).any()) or bool((spectrum[1:] > spectrum[:-1]).any()):
-        problem = "is not a list of singular values, non-negative and descending; pass those of the whitened weight"
-    else:
-        return
-    raise ValueError(f"{target.name}: its spectrum {problem}")

@@ -50,6 +50,10 @@ class CalibrationWindows:
         for start in range(0, len(self.input_ids), batch_size):
             yield self.input_ids[start : start + batch_size], self.attention_mask[start : start + batch_size]
 
+    def first(self, count: int) -> CalibrationWindows:
+        """The first `count` windows; all of them if there are no more."""
+        return CalibrationWindows(self.input_ids[:count], self.attention_mask[:count], self.description)
+
     def sha256(self) -> str:
         """Hex digest over the shape, the ids and the mask."""
         return _windows_sha256(self.input_ids, self.attention_mask)

@@ -2,8 +2,8 @@
 
 The inputs of the first block are recorded for every batch, together with the arguments each block is called with
 (masks, position embeddings). From then on one block at a time sits on the compute device, takes all batches, and hands
-its outputs to the next. Only the hidden states at one boundary are kept. Visitors look at the block while it runs. A
-backward pass is a second walk over the same blocks from the stored boundaries.
+its outputs to the next. Only the hidden states at one boundary are kept. Visitors look at the block while it runs.
+`backward.py` walks over the same blocks the other way.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class BlockRunner:
     def _walk(self, visitor: BlockVisitor, description: str) -> None:
         self._record(self._batches)
         for hidden, (_, mask) in zip(self._hidden, self._batches, strict=True):
-            _check_finite(_INPUT.format(next(iter(self._blocks))), hidden, mask)
+            check_finite(_INPUT.format(next(iter(self._blocks))), hidden, mask)
         for name, block in tqdm(self._blocks.items(), desc=description, unit="block"):
             watched = visitor.wants(name)
             with on_device(block, self._device):
@@ -116,8 +116,8 @@ class BlockRunner:
                 for index, (_, mask) in enumerate(self._batches):
                     if watched:
                         visitor.start_batch(mask)
-                    self._hidden[index] = self._through(name, block, index)
-                    _check_finite(f"{name}: its output", self._hidden[index], mask)
+                    self._hidden[index] = self._through(name, block, index, self._hidden[index])
+                    check_finite(f"{name}: its output", self._hidden[index], mask)
             if watched:
                 visitor.leave(name, block)
 
@@ -131,17 +131,17 @@ class BlockRunner:
         for name, block in watched.items():
             visitor.leave(name, block)
 
-    def _through(self, name: str, block: nn.Module, index: int) -> Tensor:
+    def _through(self, name: str, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """One batch's hidden states through one block, back on the device they came from."""
         args, kwargs = self._arguments[index][name]
-        home = self._hidden[index].device
-        hidden = self._hidden[index]
+        home = hidden.device
         if self._device is not None and not is_dispatched(block):
             hidden, args, kwargs = _to((hidden, args, kwargs), self._device)
         if "hidden_states" in kwargs:
             output = block(*args, **{**kwargs, "hidden_states": hidden})
         else:
             output = block(hidden, *args, **kwargs)
-        found = _hidden_of(output)
+        found = hidden_of(output)
         if found is None:
             raise TypeError(f"{name} returned {type(output).__name__}, not hidden states")
         return found.to(home)
@@ -180,11 +180,12 @@ class BlockRunner:
             return self._arguments[0]
         return arguments
 
-    def _forward(self, ids: Tensor, mask: Tensor) -> Any:
+    def _forward(self, ids: Tensor, mask: Tensor, model: nn.Module | None = None) -> Any:
+        """A forward pass of `model`, by default of the blocks and what lies around them without the head."""
         device = next((p.device for p in self._model.parameters() if p.device.type != "meta"), torch.device("cpu"))
         # An all-ones mask says nothing, and without it attention can take its fast path.
         attention = {} if bool(mask.all()) else {"attention_mask": mask.long().to(device)}
-        body = getattr(self._model, "base_model", self._model)
+        body = model if model is not None else getattr(self._model, "base_model", self._model)
         return body(input_ids=ids.to(device), use_cache=False, **attention)
 
     def _blocks_stand_alone(self) -> bool:
@@ -202,7 +203,9 @@ class BlockRunner:
             self._record(windows)
             for name, block in self._blocks.items():
                 with on_device(block, self._device):
-                    self._hidden = [self._through(name, block, index) for index in range(len(windows))]
+                    self._hidden = [
+                        self._through(name, block, index, hidden) for index, hidden in enumerate(self._hidden)
+                    ]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a block of an unknown architecture says when it is called out of turn
@@ -218,13 +221,13 @@ class BlockRunner:
         def before(name: str, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             if not called:
                 hidden = args[0] if args else kwargs.get("hidden_states")
-                _check_finite(_INPUT.format(name), hidden, mask)
+                check_finite(_INPUT.format(name), hidden, mask)
 
         def after(name: str, _module: nn.Module, _args: tuple, output: Any) -> None:
             nonlocal last
             called.append(name)
-            last = _hidden_of(output)
-            _check_finite(f"{name}: its output", last, mask)
+            last = hidden_of(output)
+            check_finite(f"{name}: its output", last, mask)
             if isinstance(output, tuple):
                 self._returns_tuple.add(name)
 
@@ -240,7 +243,7 @@ class BlockRunner:
         return called, last
 
 
-def _check_finite(what: str, hidden: Tensor | None, mask: Tensor) -> None:
+def check_finite(what: str, hidden: Tensor | None, mask: Tensor) -> None:
     """Raise ValueError if the hidden states of any token are not finite; those of padding may be anything."""
     if hidden is None or bool(torch.isfinite(hidden).all()):
         return
@@ -252,7 +255,8 @@ def _check_finite(what: str, hidden: Tensor | None, mask: Tensor) -> None:
     )
 
 
-def _hidden_of(output: Any) -> Tensor | None:
+def hidden_of(output: Any) -> Tensor | None:
+    """The hidden states in what a block returns, None where there are none."""
     hidden = output[0] if isinstance(output, tuple | list) and output else output
     return hidden if isinstance(hidden, Tensor) else None
 

@@ -58,6 +58,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient, so that a backward pass computes those of the activations only."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """No key-value cache: nothing is generated, and it would keep every batch's keys alive."""
     config = getattr(model, "config", None)

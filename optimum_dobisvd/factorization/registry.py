@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from .factors import Decomposition
+from .kfac import kfac, kfac_spectrum, output_root
 from .truncated_svd import output_pca, output_spectrum, whitened_spectrum, whitened_svd
 from .whitening import channel_scaling, cholesky_whitening, eigen_whitening
 
@@ -21,8 +22,10 @@ class Factorization:
 
     `needs` names the statistic of the input it reads (None: no data). `prepare` turns that statistic into whatever is
     shared by all linears with the same input (q/k/v, gate/up); `decompose` takes the weight and that, and so does
-    `spectrum`, which finds the singular values alone, for pricing ranks. `per_sample` marks a factoriser that reads
-    each calibration sample's outputs in a second pass, after the ranks are known.
+    `spectrum`, which finds the singular values alone, for pricing ranks. Where `prepare_output` is given the
+    factoriser reads the gradient Gram of the linear's output, too: it is prepared by that, and both functions take the
+    pair `(prepared input, prepared output)`. `per_sample` marks a factoriser that reads each calibration sample's
+    outputs in a second pass, after the ranks are known.
     """
 
     name: str
@@ -31,6 +34,12 @@ class Factorization:
     decompose: Callable[[Tensor, Any], Decomposition]
     spectrum: Callable[[Tensor, Any], Tensor]
     per_sample: bool = False
+    prepare_output: Callable[[Tensor], Any] | None = None
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether it reads gradient Grams."""
+        return self.prepare_output is not None
 
 
 FACTORIZATIONS: dict[str, Factorization] = {}
@@ -60,6 +69,7 @@ for _row in (
     Factorization("svd_llm", "gram", cholesky_whitening, whitened_svd, whitened_spectrum),
     Factorization("svd_llm_v2", "gram", eigen_whitening, whitened_svd, whitened_spectrum),
     Factorization("output_pca", "gram", _as_is, output_pca, output_spectrum),
+    Factorization("kfac", "gram", _as_is, kfac, kfac_spectrum, prepare_output=output_root),
     Factorization("dobi_ipca", "gram", _as_is, output_pca, output_spectrum, per_sample=True),
 ):
     register_factorization(_row)

@@ -24,6 +24,16 @@ def dense_weight(module: Any) -> Tensor:
         return weight_matrix(module).clone()
 
 
+def dense_bias(module: Any) -> Tensor | None:
+    """A dense linear's bias in float64, if it has one; while it runs, Accelerate may have taken it away again."""
+    if not isinstance(module.bias, Tensor):
+        return None
+    if module.bias.device.type != "meta":
+        return module.bias.detach().double()
+    with align_module_device(module, execution_device="cpu"):
+        return module.bias.detach().double()
+
+
 def replace_with_factors(model: nn.Module, name: str, factors: Factors) -> LowRankLinear:
     """Put `LowRankLinear` in the place of the linear `name`, on its device, in its dtype, offloaded if it was."""
     module: Any = model.get_submodule(name)

@@ -138,20 +138,7 @@ class _OpenBlock:
         self._current[name] = x
         if name not in self._sums:
             self._sums[name] = _Accumulator(weight_matrix(module).shape[1], x.device)
-        self._sums[name].add(self._tokens(name, x.detach()))
-
-    def _tokens(self, name: str, x: Tensor) -> Tensor:
-        """The rows of `x` that are tokens, padding left out: `tokens x n`."""
-        mask = self._mask
-        flat = x.reshape(-1, x.shape[-1])
-        if mask is None or bool(mask.all()):
-            return flat
-        if len(flat) != mask.numel():
-            raise ValueError(
-                f"{name} is given {len(flat)} rows where the batch has {mask.numel()} tokens, so padding cannot be "
-                "told from text; calibrate on windows without padding"
-            )
-        return flat[mask.reshape(-1).to(flat.device)]
+        self._sums[name].add(token_rows(name, x.detach(), self._mask))
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -165,3 +152,16 @@ class _OpenBlock:
                 "calibrate on more text, or list it in modules_to_not_convert"
             )
         return BlockStatistics({name: sums.result(name) for name, sums in self._sums.items()}, dict(self._leader))
+
+
+def token_rows(name: str, activations: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows of a linear's input or output that are tokens, padding left out: `tokens x features`."""
+    flat = activations.reshape(-1, activations.shape[-1])
+    if mask is None or bool(mask.all()):
+        return flat
+    if len(flat) != mask.numel():
+        raise ValueError(
+            f"{name} is given {len(flat)} rows where the batch has {mask.numel()} tokens, so padding cannot be "
+            "told from text; calibrate on windows without padding"
+        )
+    return flat[mask.reshape(-1).to(flat.device)]

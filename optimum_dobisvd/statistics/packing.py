@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,12 @@ from torch import Tensor
 def packed_length(size: int) -> int:
     """Elements of the packed triangle of a `size x size` matrix."""
     return size * (size + 1) // 2
+
+
+def unpacked_size(length: int) -> int:
+    """The size of the matrix whose packed triangle has that many elements, 0 if there is none."""
+    size = (math.isqrt(8 * length + 1) - 1) // 2
+    return size if packed_length(size) == length else 0
 
 
 def pack(matrix: Tensor) -> Tensor:

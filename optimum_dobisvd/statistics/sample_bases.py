@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..factorization.dobi_ipca import IncrementalBasis, project, sample_basis
 from ..factorization.factors import Factors
-from ..nn.placement import dense_weight
+from ..nn.placement import dense_bias, dense_weight
 
 
 class SampleBasisVisitor:
@@ -44,7 +43,7 @@ class SampleBasisVisitor:
         handles = self._handles.setdefault(name, [])
         for linear, module in self._planned(name).items():
             self._bases[linear] = IncrementalBasis(dense_weight(module).shape[0], self._ranks[linear])
-            bias = _bias_of(module)
+            bias = dense_bias(module)
             if bias is not None:
                 self._biases[linear] = bias
             handles.append(module.register_forward_hook(partial(self._observe, linear)))
@@ -88,16 +87,6 @@ class SampleBasisVisitor:
         samples = plain.reshape(*mask.shape, -1)
         for sample, keep in zip(samples, mask.to(plain.device), strict=True):
             self._bases[linear].update(sample_basis(sample[keep], self._ranks[linear]))
-
-
-def _bias_of(module: nn.Module) -> Tensor | None:
-    """A linear's bias in float64; while it runs, Accelerate may have taken an offloaded one away again."""
-    if not isinstance(module.bias, Tensor):
-        return None
-    if module.bias.device.type != "meta":
-        return module.bias.detach().double()
-    with align_module_device(module, execution_device="cpu"):
-        return module.bias.detach().double()
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

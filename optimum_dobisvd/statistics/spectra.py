@@ -17,17 +17,28 @@ from .store import StatisticsStore, full_gram
 
 
 class PreparedInputs:
-    """What a factoriser makes of an input's statistic (an eigendecomposition, say), once for all that share it."""
+    """What a factoriser makes of a block's statistics (an eigendecomposition, say), once for all that share an input.
 
-    def __init__(self, row: Factorization, statistics: BlockStatistics | None, device: torch.device | None) -> None:
+    Args:
+        row: the factoriser.
+        store: the statistics, None where there are none.
+        block: the block's name.
+        device: where to compute.
+    """
+
+    def __init__(
+        self, row: Factorization, store: StatisticsStore | None, block: str, device: torch.device | None
+    ) -> None:
         self._row = row
-        self._statistics = statistics
+        self._statistics = store.block(block) if store is not None else None
+        self._gradients = store.gradients(block) if store is not None and row.needs_gradients else {}
+        self._gradient_tokens = store.gradient_tokens if store is not None and row.needs_gradients else 0
         self._device = device
         self._prepared: dict[str, Any] = {}
         self._grams: dict[str, Tensor] = {}
 
     def of(self, linear: str) -> Any:
-        """The prepared statistic of that linear's input; None for a factoriser that reads no data."""
+        """What the factoriser's functions take beside the weight; None for one that reads no data."""
         if self._row.needs is None:
             return None
         statistics, leader = self._found(linear)
@@ -36,7 +47,9 @@ class PreparedInputs:
                 self._gram(statistics, leader) if self._row.needs == "gram" else statistics.inputs[leader].abs_mean
             )
             self._prepared[leader] = self._row.prepare(statistic.to(self._device))
-        return self._prepared[leader]
+        if self._row.prepare_output is None:
+            return self._prepared[leader]
+        return self._prepared[leader], self._row.prepare_output(self._price_gram(linear, statistics, leader))
 
     def gram(self, linear: str) -> Tensor | None:
         """`H` of that linear's input, `n x n` float64 on the compute device, or None without statistics."""
@@ -46,6 +59,20 @@ class PreparedInputs:
         if leader not in self._grams:
             self._grams[leader] = full_gram(statistics.inputs[leader]).to(self._device)
         return self._grams[leader]
+
+    def _price_gram(self, linear: str, statistics: BlockStatistics, leader: str) -> Tensor:
+        """`G / (2 T_H T_G)`: with it, squared singular values add up to nats per token of text.
+
+        The increase of the loss over the text of the gradients is `1/2 sum_t dy^T g g^T dy`, which K-FAC takes for
+        `1/2 tr(G D H D^T) / T_H` with `D = W - W'` and `T_H` the tokens this linear saw; `T_G` is the length of that
+        text. Nothing else may scale it: a division by `m`, say, makes matrices of different widths incomparable.
+        """
+        if linear not in self._gradients:
+            raise ValueError(
+                "there are no gradients of it: it was excluded when they were collected; use another folder"
+            )
+        tokens = statistics.inputs[leader].tokens
+        return full_gram(self._gradients[linear]).to(self._device) / (2 * tokens * self._gradient_tokens)
 
     def _found(self, linear: str) -> tuple[BlockStatistics, str]:
         """The statistics, and the name under which they have this linear's input."""
@@ -63,7 +90,8 @@ def compute_spectra(
 ) -> Mapping[str, Tensor]:
     """All `min(m, n)` singular values (float64, descending) of every target in the metric of `row`.
 
-    They are taken from the store if it has them, and kept there otherwise. ValueError names the linear that has none.
+    In the metric of `kfac` their squares are nats per token, see `PreparedInputs`. They are taken from the store if it
+    has them, and kept there otherwise. ValueError names the linear that has none.
     """
     known = store.spectra(row.name) if store is not None else None
     if known is not None and all(name in known for name in layout.linears):
@@ -74,7 +102,7 @@ def compute_spectra(
             linears = layout.linears_of(block)
             if not linears:
                 continue
-            prepared = PreparedInputs(row, store.block(block) if store is not None else None, device)
+            prepared = PreparedInputs(row, store, block, device)
             for name, module in linears.items():
                 spectra[name] = _spectrum(name, dense_weight(module).to(device), row, prepared)
                 progress.update()

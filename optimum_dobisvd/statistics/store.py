@@ -15,17 +15,20 @@ from torch import Tensor
 from ..storage.atomic import write_atomically, write_text_atomically
 from .collect import BlockStatistics, InputStatistics
 from .fingerprint import differing_fields
-from .packing import packed_length, unpack
+from .gradients import SCALARS, GradientStatistics
+from .packing import packed_length, unpack, unpacked_size
 
 FORMAT_VERSION = 1
 INDEX_NAME = "statistics.json"
+GRADIENTS_NAME = "gradients.json"
 
 
 class StatisticsStore:
     """Statistics by block. With a folder each finished block is on disk at once, so a killed run resumes after it.
 
     Files: `statistics.json` (format version, fingerprint, block names), `block-00000.safetensors` per block
-    (`{input}.gram` packed float32 triangle, `{input}.abs_mean`), `spectra-{metric}.safetensors` once computed.
+    (`{input}.gram` packed float32 triangle, `{input}.abs_mean`), `spectra-{metric}.safetensors` once computed. With
+    gradients also `gradients.json` (their settings) and `gradients-00000.safetensors` per block (`{linear}.gram`).
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class StatisticsStore:
         self._blocks = blocks
         self._folder = Path(folder) if folder is not None else None
         self._memory: dict[str, BlockStatistics] = {}
+        self._gradient_settings: dict[str, Any] | None = None
+        self._gradients: dict[str, dict[str, GradientStatistics]] = {}
         self._last: tuple[str, BlockStatistics] | None = None
         self._spectra: dict[str, dict[str, Tensor]] = {}
         if self._folder is None:
@@ -104,6 +109,73 @@ class StatisticsStore:
             self._last = (block, _read_block(self._path(block)))
         return self._last[1]
 
+    def open_gradients(self, settings: dict[str, Any]) -> None:
+        """Begin collecting gradient statistics, or go on where a run with the same settings stopped.
+
+        `settings` are JSON values; `tokens` among them is how many tokens of text the gradients are summed over.
+
+        Raises:
+            ValueError: the store has gradients of other settings (says which field differs), or a damaged file.
+        """
+        self._gradient_settings = settings
+        if self._folder is None:
+            return
+        path = self._folder / GRADIENTS_NAME
+        if not path.exists():
+            write_text_atomically(path, json.dumps({"format_version": FORMAT_VERSION, **settings}, indent=2) + "\n")
+            return
+        stored = _read_gradient_settings(path)
+        differences = [
+            f"{key}: {stored.get(key)!r} in the store, {settings.get(key)!r} now"
+            for key in dict.fromkeys([*stored, *settings])
+            if stored.get(key) != settings.get(key)
+        ]
+        if differences:
+            raise ValueError(
+                f"the gradients in {self._folder} do not belong to this run. {'; '.join(differences)}. Use the "
+                "settings they were collected with, or another folder"
+            )
+
+    @property
+    def gradient_tokens(self) -> int:
+        """Tokens of text that the gradients are summed over. ValueError if the store has none."""
+        if self._gradient_settings is None and self._folder is not None:
+            path = self._folder / GRADIENTS_NAME
+            self._gradient_settings = _read_gradient_settings(path) if path.exists() else None
+        if self._gradient_settings is None:
+            raise ValueError(
+                f"the statistics in {self._folder or 'memory'} have no gradients, which this method prices ranks "
+                "with: run `compress` with the calibration text and the same statistics folder to add them, or choose "
+                "a method that reads none (svd_llm_v2)"
+            )
+        return int(self._gradient_settings["tokens"])
+
+    def has_gradients(self, block: str) -> bool:
+        """Whether a block's gradient statistics are there."""
+        return block in self._gradients if self._folder is None else self._path(block, "gradients").exists()
+
+    def put_gradients(self, block: str, gradients: dict[str, GradientStatistics]) -> None:
+        """Add a finished block's gradient statistics."""
+        if self._folder is None:
+            self._gradients[block] = gradients
+            return
+        described = {
+            name: {"tokens": found.tokens, **{key: getattr(found, key) for key in SCALARS}}
+            for name, found in gradients.items()
+        }
+        tensors = {f"{name}.gram": found.gram for name, found in gradients.items()}
+        metadata = {"gradients": json.dumps(described)}
+        write_atomically(self._path(block, "gradients"), lambda path: save_file(tensors, path, metadata=metadata))
+
+    def gradients(self, block: str) -> dict[str, GradientStatistics]:
+        """A block's gradient statistics by linear. ValueError if they were not collected."""
+        if self._folder is None and block in self._gradients:
+            return self._gradients[block]
+        if not self.has_gradients(block):
+            _ = self.gradient_tokens  # says that there are no gradients at all, if so
+            raise ValueError(f"{self._folder or 'memory'} has no gradients of {block} yet; collect them first")
+        return _read_gradients(self._path(block, "gradients"))
+
     def require(self, linears: Mapping[str, Iterable[str]]) -> None:
         """Make sure that these linears (by block) are in the store, before anything is changed for their sake.
 
@@ -137,10 +209,10 @@ class StatisticsStore:
             path = self._folder / f"spectra-{metric}.safetensors"
             write_atomically(path, lambda beside: save_file({k: v.contiguous() for k, v in spectra.items()}, beside))
 
-    def _path(self, block: str) -> Path:
+    def _path(self, block: str, what: str = "block") -> Path:
         if self._folder is None:
             raise TypeError("a store in memory has no files")
-        return self._folder / f"block-{self._blocks.index(block):05d}.safetensors"
+        return self._folder / f"{what}-{self._blocks.index(block):05d}.safetensors"
 
 
 def _is_empty(folder: Path) -> bool:
@@ -148,9 +220,9 @@ def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and all(entry.name.startswith(f".{INDEX_NAME}.") for entry in folder.iterdir())
 
 
-def full_gram(inputs: InputStatistics) -> Tensor:
-    """`H`, `n x n`, float64."""
-    return unpack(inputs.gram, inputs.size)
+def full_gram(statistics: InputStatistics | GradientStatistics) -> Tensor:
+    """`H`, `n x n`, or `G`, `m x m`, float64."""
+    return unpack(statistics.gram, statistics.size)
 
 
 def _read_block(path: Path) -> BlockStatistics:
@@ -173,3 +245,35 @@ def _read_input(file: Any, name: str, tokens: int) -> InputStatistics:
     if len(shape) != 1 or length != [packed_length(shape[0])]:
         raise ValueError(f"the Gram of {name} has shape {length}, its channel means {shape}")
     return InputStatistics(shape[0], tokens, file.get_tensor(f"{name}.abs_mean"), file.get_tensor(f"{name}.gram"))
+
+
+def _read_gradient_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = dict(json.loads(path.read_text(encoding="utf-8")))
+        version = settings.pop("format_version")
+        int(settings["tokens"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); delete it and the gradients-*.safetensors beside it"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format {version}, this version reads {FORMAT_VERSION}; use another folder")
+    return settings
+
+
+def _read_gradients(path: Path) -> dict[str, GradientStatistics]:
+    """Read one block's gradients; sizes are checked before anything is used."""
+    found: dict[str, GradientStatistics] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name, described in json.loads((file.metadata() or {})["gradients"]).items():
+                shape = file.get_slice(f"{name}.gram").get_shape()
+                size = unpacked_size(shape[0]) if len(shape) == 1 else 0
+                if not size:
+                    raise ValueError(f"the gradient Gram of {name} has shape {shape}")
+                scalars = {key: float(described[key]) for key in SCALARS}
+                gram = file.get_tensor(f"{name}.gram")
+                found[name] = GradientStatistics(size, int(described["tokens"]), gram, **scalars)
+    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete this file to collect its block again") from error
+    return found

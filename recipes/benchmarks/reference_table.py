@@ -27,6 +27,8 @@ ROWS = {
     "svd_llm_v2, uniform": {"method": "svd_llm_v2", "allocation": "uniform"},
     "output_pca": {"method": "output_pca"},
     "svd_llm_v2": {"method": "svd_llm_v2"},
+    "kfac, uniform": {"method": "global", "allocation": "uniform"},
+    "global": {"method": "global"},
 }
 
 

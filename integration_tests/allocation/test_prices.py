@@ -1,0 +1,120 @@
+"""`global`: the whole model's ranks by what they cost the loss."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from integration_tests.allocation.samples import random_spectra, smollm2_targets
+from optimum_dobisvd.allocation import Override, PlannedModule, Target, global_prices, uniform
+from optimum_dobisvd.allocation.budget import Budget, open_budget
+from optimum_dobisvd.allocation.plan import planned_bytes
+from optimum_dobisvd.allocation.prices import level_tails
+
+
+def predicted(planned: dict[str, PlannedModule], spectra: dict[str, Tensor]) -> float:
+    """The summed tails of a plan."""
+    return sum(
+        0.0 if module.rank is None else float(spectra[name].double()[module.rank :].square().sum())
+        for name, module in planned.items()
+    )
+
+
+def best_by_trying_all(budget: Budget, spectra: dict[str, Tensor]) -> float:
+    ladders = list(budget.ladders.values())
+    tails = [level_tails(ladder, spectra[ladder.target.name]) for ladder in ladders]
+    return min(
+        sum(tail[level] for tail, level in zip(tails, levels, strict=True))
+        for levels in product(*(range(ladder.dense_level + 1) for ladder in ladders))
+        if sum(ladder.bytes_at(level) for ladder, level in zip(ladders, levels, strict=True)) <= budget.free_bytes
+    )
+
+
+SMALL = [Target("a", 9, 12, 2), Target("b", 12, 7, 2), Target("c", 10, 10, 2), Target("d", 16, 5, 2)]
+
+
+@given(seed=st.integers(0, 2**20), ratio=st.floats(0.3, 0.99), decay=st.floats(0.0, 3.0))
+@settings(max_examples=100, deadline=None)
+def test_close_to_the_best_of_all_plans(seed: int, ratio: float, decay: float) -> None:
+    """Never below the optimum, and above it by no more than the one hull edge that did not fit."""
+    generator = torch.Generator().manual_seed(seed)
+    spectra = {}
+    for target in SMALL:
+        count = min(target.out_features, target.in_features)
+        values = torch.rand(count, generator=generator, dtype=torch.float64)
+        values *= torch.arange(1, count + 1) ** -decay * 10 ** float(torch.rand(1, generator=generator))
+        spectra[target.name] = values.sort(descending=True).values
+    budget = open_budget(SMALL, round(ratio, 3), storage="plain")
+    found = predicted(global_prices(SMALL, round(ratio, 3), storage="plain", spectra=spectra), spectra)
+    best = best_by_trying_all(budget, spectra)
+    largest_step = max(float(values.square().sum()) for values in spectra.values())
+    assert best * (1 - 1e-12) <= found <= best + largest_step
+
+
+@pytest.mark.parametrize("ratio", [0.9, 0.8, 0.6, 0.4, 0.2])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_on_a_whole_model_better_than_uniform_and_within_a_thousandth_of_the_budget(ratio: float, seed: int) -> None:
+    targets = smollm2_targets()
+    spectra = random_spectra(targets, seed)
+    planned = global_prices(targets, ratio, storage="plain", spectra=spectra)
+    assert predicted(planned, spectra) <= predicted(uniform(targets, ratio, storage="plain"), spectra)
+    by_name = {target.name: target for target in targets}
+    used = sum(planned_bytes(by_name[name], module) for name, module in planned.items())
+    budget = ratio * sum(target.dense_bytes for target in targets)
+    assert 0.999 * budget <= used <= budget
+    assert list(planned) == [target.name for target in targets]
+
+
+def test_a_matrix_that_the_loss_feels_is_left_dense() -> None:
+    """Between the largest useful rank and the dense matrix lies a step of no bytes and all the error that is left."""
+    targets = [Target("felt", 64, 64, 2), Target("idle", 64, 64, 2)]
+    spectra = {"felt": torch.full((64,), 10.0), "idle": torch.full((64,), 0.1)}
+    planned = global_prices(targets, 0.6, storage="plain", spectra=spectra)
+    assert planned["felt"] == PlannedModule(None, "dense")
+    assert planned["idle"].rank == math.floor((2 * 0.6 - 1) * 64 / 2)
+
+
+def test_no_matrix_is_dense_for_the_sake_of_a_flat_price() -> None:
+    """Where every direction costs the same, a prefix of ranks in one matrix is worth what it is in another."""
+    targets = [Target(f"m{i}", 64, 64, 2) for i in range(4)]
+    steep = {target.name: 0.5 ** torch.arange(64, dtype=torch.float64) for target in targets}
+    ranks = [module.rank for module in global_prices(targets, 0.5, storage="plain", spectra=steep).values()]
+    assert None not in ranks
+    assert max(ranks) - min(ranks) <= 1
+
+
+def test_the_scale_of_all_prices_does_not_matter_that_of_one_matrix_does() -> None:
+    targets = smollm2_targets()
+    spectra = random_spectra(targets, 3)
+    planned = global_prices(targets, 0.6, storage="plain", spectra=spectra)
+    assert global_prices(targets, 0.6, storage="plain", spectra={k: 1024 * v for k, v in spectra.items()}) == planned
+    name = next(name for name, module in planned.items() if module.rank is not None and module.rank > 10)
+    dearer = global_prices(targets, 0.6, storage="plain", spectra={**spectra, name: 4 * spectra[name]})
+    assert (dearer[name].rank or 10**6) > planned[name].rank
+
+
+def test_overrides_hold_and_the_others_are_allocated_around_them() -> None:
+    targets = smollm2_targets()
+    spectra = random_spectra(targets, 0)
+    first, second = targets[0].name, targets[1].name
+    overrides = {first: Override(rank=3), second: Override(dense=True)}
+    del spectra[first]  # nobody asks for it
+    planned = global_prices(targets, 0.5, storage="plain", overrides=overrides, spectra=spectra, rank_multiple=8)
+    assert planned[first].rank == 3
+    assert planned[second].rank is None
+    assert all((module.rank or 0) % 8 == 0 for name, module in planned.items() if name != first)
+
+
+def test_a_missing_spectrum_is_named() -> None:
+    with pytest.raises(ValueError, match="a: no spectrum; allocation 'global' needs one"):
+        global_prices(SMALL, 0.5, storage="plain", spectra={})
+
+
+def test_a_target_below_one_rank_per_matrix_says_what_can_be_reached() -> None:
+    spectra = {target.name: torch.ones(min(target.out_features, target.in_features)) for target in SMALL}
+    with pytest.raises(ValueError, match=r"raise ratio to 0.\d+, the smallest reachable"):
+        global_prices(SMALL, 0.05, storage="plain", spectra=spectra)

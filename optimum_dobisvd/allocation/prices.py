@@ -1,0 +1,113 @@
+"""The whole model's ranks at once, by what each costs the loss: a Lagrangian choice over all matrices."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+from .budget import Budget, Ladder, open_budget, top_up
+from .patterns import Override
+from .plan import PlannedModule, Target
+from .spectra import check_spectrum
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def global_prices(
+    targets: Sequence[Target],
+    ratio: float,
+    *,
+    storage: str,
+    overrides: Mapping[str, Override] | None = None,
+    rank_multiple: int = 1,
+    min_rank: int = 1,
+    spectra: Mapping[str, Tensor] | None = None,
+) -> dict[str, PlannedModule]:
+    """Minimises the sum over all matrices of `tail_j(k_j) = sum_{i > k_j} s_i^2` within the byte budget.
+
+    A dense matrix has no tail and its own bytes, so the error of a matrix is not convex in its bytes at the rank where
+    the factors outgrow it. The choice runs along the lower convex hull of each matrix's (bytes, tail) points, steepest
+    edge of the whole model first: that is the minimum of `tail + lambda * bytes` for every lambda that is passed. What
+    the last edges leave over is spent on single steps.
+
+    Args:
+        targets, ratio, storage, overrides, rank_multiple, min_rank: as in `open_budget`, and so are their errors.
+        spectra: for every matrix to allocate, its min(m, n) singular values, descending, in a metric in which matrices
+            can be compared (`kfac`; in that of the outputs' raw error they cannot).
+
+    Returns:
+        A planned module for every target, in order.
+
+    Raises:
+        ValueError: a spectrum is missing, not of min(m, n) values, not finite, negative or not descending.
+    """
+    budget = open_budget(
+        targets, ratio, storage=storage, overrides=overrides, rank_multiple=rank_multiple, min_rank=min_rank
+    )
+    spectra = spectra or {}
+    for ladder in budget.ladders.values():
+        check_spectrum(ladder.target, spectra, "global")
+    tails = {name: level_tails(ladder, spectra[name]) for name, ladder in budget.ladders.items()}
+    return allocate_by_tails(budget, tails)
+
+
+def level_tails(ladder: Ladder, spectrum: Tensor) -> list[float]:
+    """The squared truncation error at every level of a ladder; the last, the dense matrix, has none."""
+    squares = spectrum.detach().cpu().double().square()
+    tails = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+    ranks = [ladder.lowest_rank + level * ladder.rank_step for level in range(ladder.dense_level)]
+    return [*tails[ranks].tolist(), 0.0]
+
+
+def allocate_by_tails(budget: Budget, tails: Mapping[str, Sequence[float]]) -> dict[str, PlannedModule]:
+    """Levels that minimise the sum of `tails` (by name and level, not rising) within the budget."""
+    ladders = budget.ladders
+    levels = dict.fromkeys(ladders, 0)
+    left = budget.free_bytes - sum(ladder.bytes_at(0) for ladder in ladders.values())
+    edges = {name: _hull(ladder, tails[name]) for name, ladder in ladders.items()}
+    queue = [(-edges[name][0][0], order, name, 0) for order, name in enumerate(ladders) if edges[name]]
+    heapq.heapify(queue)
+    while queue:
+        _, order, name, position = heapq.heappop(queue)
+        _, level = edges[name][position]
+        cost = ladders[name].bytes_at(level) - ladders[name].bytes_at(levels[name])
+        # An edge that does not fit ends this matrix's walk: what lies beyond would be larger still.
+        if cost <= left:
+            left -= cost
+            levels[name] = level
+            if position + 1 < len(edges[name]):
+                heapq.heappush(queue, (-edges[name][position + 1][0], order, name, position + 1))
+
+    def gain_per_byte(name: str, level: int) -> float:
+        if level == ladders[name].dense_level:
+            return 0.0
+        cost = ladders[name].bytes_at(level + 1) - ladders[name].bytes_at(level)
+        gain = tails[name][level] - tails[name][level + 1]
+        return gain / cost if cost else float("inf")
+
+    top_up(budget, levels, gain_per_byte)
+    planned = budget.settled | {name: ladder.module_at(levels[name]) for name, ladder in ladders.items()}
+    return {name: planned[name] for name in budget.names}
+
+
+def _hull(ladder: Ladder, tails: Sequence[float]) -> list[tuple[float, int]]:
+    """The lower convex hull of (bytes, tail) from level 0 up: `(gain per byte, level)` of its edges' far ends."""
+    hull: list[tuple[int, float, int]] = []
+    for level, tail in enumerate(tails):
+        size = ladder.bytes_at(level)
+        if hull and size == hull[-1][0]:
+            hull.pop()  # the higher level costs the same
+        while len(hull) >= 2 and _bends_up(hull[-2], hull[-1], (size, tail, level)):
+            hull.pop()
+        hull.append((size, tail, level))
+    return [((before[1] - after[1]) / (after[0] - before[0]), after[2]) for before, after in pairwise(hull)]
+
+
+def _bends_up(one: tuple[int, float, int], two: tuple[int, float, int], three: tuple[int, float, int]) -> bool:
+    """Whether the middle point lies on or above the line between the other two."""
+    return (one[1] - two[1]) * (three[0] - one[0]) <= (one[1] - three[1]) * (two[0] - one[0])

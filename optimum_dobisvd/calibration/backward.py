@@ -1,0 +1,175 @@
+"""The loss back through a model, block by block: gradients at every linear's output.
+
+A first walk keeps the hidden states at every boundary between blocks (on the CPU); the loss gives their gradient after
+the last block; then each block, from the last to the first, runs all batches again with gradients and hands the
+gradient at its input to the block before it. That is gradient checkpointing with the block as its unit: what stays in
+memory is the boundaries and one block's activations of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .loss import NextTokenLoss
+from .runner import BlockRunner, BlockVisitor, check_finite
+from .temporarily import evaluating, frozen, on_device, replaced_forward, without_cache
+
+
+class BackwardRunner(BlockRunner):
+    """Takes the gradient of a loss back through the blocks of a causal language model.
+
+    The arguments are those of `BlockRunner`. Visitors see each block while it runs forward with gradients enabled, and
+    watch the backward pass through hooks on what its linears return.
+    """
+
+    def run_backward(self, visitor: BlockVisitor, loss: NextTokenLoss, description: str = "gradients") -> None:
+        """One walk back over the blocks, as far as the visitor wants any.
+
+        Raises:
+            ValueError: the model gives no next-token logits; no token has a label; the loss or a gradient is not
+                finite (the message says where).
+        """
+        try:
+            with evaluating(self._model), without_cache(self._model), frozen(self._model):
+                with torch.no_grad():
+                    alone = self._blocks_stand_alone()
+                if alone:
+                    self._walk_back(visitor, loss, description)
+                else:
+                    self._whole_model_back(visitor, loss, description)
+        except BaseException:
+            visitor.abandon()
+            raise
+        finally:
+            self._hidden, self._arguments = [], []
+
+    def _walk_back(self, visitor: BlockVisitor, loss: NextTokenLoss, description: str) -> None:
+        names = list(self._blocks)
+        wanted = [name for name in names if visitor.wants(name)]
+        if not wanted:
+            return
+        first = names.index(wanted[0])  # blocks before it need no gradient
+        with tqdm(total=2 * len(names) - first, desc=description, unit="block") as progress:
+            boundaries = self._walk_forward(first, progress)
+            gradients = self._loss_gradients(loss)
+            loss.check_seen()
+            for name in reversed(names[first:]):
+                watched = name in wanted
+                inputs = boundaries.pop(name)
+                with on_device(self._blocks[name], self._device):
+                    if watched:
+                        visitor.enter(name, self._blocks[name])
+                    for index, (_, mask) in enumerate(self._batches):
+                        if watched:
+                            visitor.start_batch(mask)
+                        gradients[index] = self._back_through(name, index, inputs[index], gradients[index])
+                        check_finite(f"{name}: the loss gradient at its input", gradients[index], mask)
+                        inputs[index] = torch.empty(0)
+                if watched:
+                    visitor.leave(name, self._blocks[name])
+                progress.update()
+
+    @torch.no_grad()
+    def _walk_forward(self, first: int, progress: tqdm) -> dict[str, list[Tensor]]:
+        """The inputs of every block from the `first` on, by name and batch, on the CPU. `_hidden` ends as the outputs
+        of the last block."""
+        self._record(self._batches)
+        boundaries: dict[str, list[Tensor]] = {}
+        for position, (name, block) in enumerate(self._blocks.items()):
+            if position >= first:
+                boundaries[name] = [hidden.cpu() for hidden in self._hidden]
+            with on_device(block, self._device):
+                for index, (_, mask) in enumerate(self._batches):
+                    self._hidden[index] = self._through(name, block, index, self._hidden[index])
+                    check_finite(f"{name}: its output", self._hidden[index], mask)
+            progress.update()
+        return boundaries
+
+    def _loss_gradients(self, loss: NextTokenLoss) -> list[Tensor]:
+        """Gradients of the summed loss at the outputs of the last block, by batch, on the CPU; window by window, since
+        the logits of one window can be larger than everything else."""
+        gradients = []
+        for (ids, mask), hidden in zip(self._batches, self._hidden, strict=True):
+            windows = []
+            for row in range(len(ids)):
+                leaf = hidden[row : row + 1].detach().requires_grad_(True)
+                with torch.enable_grad(), replaced_forward(self._handing_over(leaf)):
+                    logits = self._logits(ids[row : row + 1], mask[row : row + 1])
+                    loss(logits, ids[row : row + 1], mask[row : row + 1]).backward()
+                windows.append(_gradient_of(leaf).cpu())
+            gradients.append(torch.cat(windows))
+        self._hidden = []
+        return gradients
+
+    def _handing_over(self, leaf: Tensor) -> dict[nn.Module, Callable[..., Any]]:
+        """Forwards with which no block computes and the last one returns `leaf`."""
+        last = list(self._blocks)[-1]
+
+        def forward_of(name: str) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden = leaf if name == last else args[0] if args else kwargs["hidden_states"]
+                return (hidden,) if name in self._returns_tuple else hidden
+
+            return forward
+
+        return {block: forward_of(name) for name, block in self._blocks.items()}
+
+    def _back_through(self, name: str, index: int, hidden: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient at a block's input from the one at its output, both on the CPU."""
+        leaf = hidden.to(self._compute_device(name)).requires_grad_(True)
+        with torch.enable_grad():
+            output = self._through(name, self._blocks[name], index, leaf)
+            output.backward(gradient.to(output))
+        return _gradient_of(leaf).cpu()
+
+    def _compute_device(self, name: str) -> torch.device:
+        if self._device is not None:
+            return self._device
+        devices = [p.device for p in self._blocks[name].parameters() if p.device.type != "meta"]
+        return devices[0] if devices else torch.device("cpu")
+
+    def _whole_model_back(self, visitor: BlockVisitor, loss: NextTokenLoss, description: str) -> None:
+        """For models that pass state between their blocks: ordinary passes, all blocks at once."""
+        watched = {name: block for name, block in self._blocks.items() if visitor.wants(name)}
+        for name, block in watched.items():
+            visitor.enter(name, block)
+
+        def ask_for_gradients(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
+            if not hidden.requires_grad:
+                hidden.requires_grad_(True)
+
+        # All of them: which one runs first is the model's affair.
+        handles = [
+            block.register_forward_pre_hook(ask_for_gradients, with_kwargs=True) for block in self._blocks.values()
+        ]
+        try:
+            for ids, mask in tqdm(self._batches, desc=description, unit="batch"):
+                visitor.start_batch(mask)
+                with torch.enable_grad():
+                    loss(self._logits(ids, mask), ids, mask).backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        loss.check_seen()
+        for name, block in watched.items():
+            visitor.leave(name, block)
+
+    def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        output = self._forward(ids, mask, self._model)
+        logits = getattr(output, "logits", None)
+        if logits is None or logits.shape[:2] != ids.shape:
+            raise ValueError(
+                f"{type(self._model).__name__} gives no next-token logits, and gradients are those of the next-token "
+                "loss: load it as a causal language model, or choose a method that reads no gradients (svd_llm_v2)"
+            )
+        return logits
+
+
+def _gradient_of(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad

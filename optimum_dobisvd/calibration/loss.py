@@ -1,0 +1,63 @@
+"""The loss whose gradients are collected: next-token cross-entropy, summed over tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+Fisher = Literal["empirical", "sampled"]
+
+
+def labelled(mask: Tensor) -> Tensor:
+    """Which positions have a label, `batch x (seqlen - 1)`: text that is followed by text."""
+    return mask[:, 1:] & mask[:, :-1]
+
+
+class NextTokenLoss:
+    """Summed cross-entropy of the next token, in nats, and a count of what was summed.
+
+    Args:
+        fisher: what the labels are. `empirical`: the text itself. `sampled`: drawn from the model's own distribution,
+            which makes the gradients' second moment the Fisher information.
+        seed: of the draw.
+    """
+
+    def __init__(self, fisher: Fisher = "empirical", seed: int = 0) -> None:
+        self._fisher = fisher
+        self._generator = torch.Generator().manual_seed(seed)
+        self.total = 0.0
+        self.tokens = 0
+
+    def __call__(self, logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """`logits` is `batch x seqlen x vocabulary`; `ids` and `mask` (`batch x seqlen`) may be on another device.
+
+        Raises ValueError if the loss is NaN or infinite.
+        """
+        wanted = labelled(mask)
+        rows = logits[:, :-1][wanted.to(logits.device)].float()
+        if self._fisher == "sampled":
+            labels = torch.multinomial(rows.detach().softmax(-1).cpu(), 1, generator=self._generator).squeeze(-1)
+        else:
+            labels = ids[:, 1:][wanted]
+        loss = cross_entropy(rows, labels.to(rows.device), reduction="sum")
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the loss is {value} after {self.tokens} tokens of calibration text. Check the checkpoint, or "
+                "load the model in float32 or bfloat16 (float16 overflows)"
+            )
+        self.total += value
+        self.tokens += len(rows)
+        return loss
+
+    def check_seen(self) -> None:
+        """Raise ValueError if no token had a label."""
+        if self.tokens == 0:
+            raise ValueError(
+                "no calibration token has a label: every window is padding, or one token long. Gradients need windows "
+                "of at least two tokens of text"
+            )

@@ -1,0 +1,64 @@
+"""Truncation in the metric of the loss: inputs weighed by what they are, outputs by how much the loss feels them.
+
+With `H = sum x x^T` and `G = sum g g^T` (`g` the loss gradient at the output), the K-FAC approximation of the loss's
+second-order increase is a quadratic form, `1/2 ||G^1/2 (W - W') H^1/2||_F^2 / tokens`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .factors import Decomposition
+from .truncated_svd import output_pca, output_spectrum
+
+DAMPING = 0.01
+"""Added to the diagonal of `G`, as a fraction of its mean: directions that the gradients missed still count."""
+
+
+@dataclass(frozen=True)
+class OutputRoot:
+    """`root` is lower triangular, `m x m`, with `root root^T = G + damping`."""
+
+    root: Tensor
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """`root^T W`."""
+        return self.root.T @ weight.to(self.root)
+
+    def undo(self, left: Tensor) -> Tensor:
+        """`root^-T L`."""
+        return torch.linalg.solve_triangular(self.root.T, left, upper=True)
+
+
+def output_root(gram: Tensor, damping: float = DAMPING) -> OutputRoot:
+    """Cholesky root of the damped gradient Gram `G` (`m x m`). ValueError if it is zero."""
+    gram = gram.double()
+    mean = gram.diagonal().mean()
+    if not float(mean) > 0:
+        raise ValueError("the gradient Gram is zero: the loss does not feel this linear's output")
+    damped = (gram + gram.T) / 2 + damping * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return OutputRoot(torch.linalg.cholesky(damped))
+
+
+def kfac(weight: Tensor, metric: tuple[Tensor, OutputRoot]) -> Decomposition:
+    """Minimises `||G^1/2 (W - W') H^1/2||_F` at every rank.
+
+    `output_pca` of `root^T W`, with the root undone on the left: an eigendecomposition of the smaller side, and no
+    root or inverse of `H`.
+
+    Args:
+        weight: `W`, `m x n`.
+        metric: `H` (`n x n`), and the root of `G` (`m x m`).
+    """
+    gram, root = metric
+    found = output_pca(root.apply(weight), gram)
+    return Decomposition(root.undo(found.left), found.right, found.singular_values)
+
+
+def kfac_spectrum(weight: Tensor, metric: tuple[Tensor, OutputRoot]) -> Tensor:
+    """The singular values of `kfac`, descending, without the vectors."""
+    gram, root = metric
+    return output_spectrum(root.apply(weight), gram)
