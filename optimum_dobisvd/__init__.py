@@ -19,9 +19,18 @@ _NAMES = {
     "LowRankLinear": "nn.low_rank_linear",
     "METHODS": "methods",
     "Plan": "allocation.plan",
+    "stable_svd": "factorization.stable_svd",
 }
 
-__all__ = ["METHODS", "DobiSVDConfig", "DobiSVDQuantizer", "LowRankLinear", "Plan", "load_quantized_model"]
+__all__ = [
+    "METHODS",
+    "DobiSVDConfig",
+    "DobiSVDQuantizer",
+    "LowRankLinear",
+    "Plan",
+    "load_quantized_model",
+    "stable_svd",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,6 @@ from .config import DobiSVDConfig
 from .factorization.factors import Factors
 from .factorization.registry import factorization_named
 from .nn.dense_linear import weight_matrix
-from .nn.placement import dense_weight
 from .replacement import Replacement
 from .report.measure import Stages
 from .report.report import CompressionReport, is_low_rank, macs_per_token, model_bytes, module_report
@@ -31,7 +30,7 @@ from .statistics.collect import InputCollector
 from .statistics.fingerprint import fingerprint
 from .statistics.gradients import GradientCollector
 from .statistics.sample_bases import SampleBasisVisitor
-from .statistics.spectra import PreparedInputs, compute_spectra
+from .statistics.spectra import PreparedInputs, compute_spectra, decompositions
 from .statistics.store import StatisticsStore
 
 logger = logging.getLogger(__name__)
@@ -228,28 +227,18 @@ class DobiSVDQuantizer:
         row = factorization_named(self.config.resolved_method().factorization)
         device = self._device(layout)
 
-        def inputs_of(block: str) -> PreparedInputs:
-            return PreparedInputs(row, store, block, device)
-
         with Replacement(model, layout, len(ranks), device, undo_on_error) as replacement:
             if row.per_sample and windows is not None:
 
                 def finished(block: str, factors: dict[str, Factors]) -> None:
                     for name, found in factors.items():
-                        replacement.put(name, found, inputs_of(block).gram(name))
+                        replacement.put(name, found, PreparedInputs(row, store, block, device).gram(name))
 
                 visitor = SampleBasisVisitor(layout.linears_of, ranks, finished)
                 self._runner(model, layout, windows).run(visitor, "second pass")
             else:
-                for block in layout.blocks:
-                    inputs = inputs_of(block)
-                    for name in [name for name in layout.linears_of(block) if name in ranks]:
-                        weight = dense_weight(layout.linears[name]).to(device)
-                        try:
-                            factors = row.decompose(weight, inputs.of(name)).truncate(ranks[name])
-                        except (ValueError, torch.linalg.LinAlgError) as error:
-                            raise ValueError(f"{name}: {error}") from error
-                        replacement.put(name, factors, inputs.gram(name))
+                for name, found, gram in decompositions(layout, row, store, device, ranks):
+                    replacement.put(name, found.truncate(ranks[name]), gram)
         return {name: replacement.errors.get(name, 0.0) for name in plan.modules}
 
 

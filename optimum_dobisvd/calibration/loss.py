@@ -38,7 +38,8 @@ class NextTokenLoss:
         Raises ValueError if the loss is NaN or infinite.
         """
         wanted = labelled(mask)
-        rows = logits[:, :-1][wanted.to(logits.device)].float()
+        rows = logits[:, :-1][wanted.to(logits.device)]
+        rows = rows if rows.dtype == torch.float64 else rows.float()
         if self._fisher == "sampled":
             labels = torch.multinomial(rows.detach().softmax(-1).cpu(), 1, generator=self._generator).squeeze(-1)
         else:

@@ -17,8 +17,12 @@ def is_dense_linear(module: nn.Module) -> bool:
 
 def weight_matrix(module: Any) -> Tensor:
     """The weight as `out_features x in_features`, a view."""
-    weight: Tensor = module.weight.detach()
-    return weight.T if type(module) is Conv1D else weight
+    return as_matrix(module, module.weight.detach())
+
+
+def as_matrix(module: nn.Module, stored: Tensor) -> Tensor:
+    """A tensor in the layout of a linear's weight (the weight, its gradient) as `out_features x in_features`."""
+    return stored.T if type(module) is Conv1D else stored
 
 
 def empty_low_rank(module: Any, rank: int, device: str | None = None) -> LowRankLinear:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..calibration.layout import Layout
+from ..factorization.factors import Decomposition
 from ..factorization.registry import Factorization
 from ..nn.placement import dense_weight
 from .collect import BlockStatistics
@@ -83,6 +84,31 @@ class PreparedInputs:
                 "there are no statistics of it: it was excluded when they were collected; use another folder"
             )
         return self._statistics, self._statistics.leader[linear]
+
+
+def decompositions(
+    layout: Layout,
+    row: Factorization,
+    store: StatisticsStore | None,
+    device: torch.device | None,
+    wanted: Container[str],
+) -> Iterator[tuple[str, Decomposition, Tensor | None]]:
+    """Every wanted linear's name, decomposition and input Gram (None without statistics), block by block.
+
+    ValueError names the linear that cannot be decomposed.
+    """
+    for block in layout.blocks:
+        names = [name for name in layout.linears_of(block) if name in wanted]
+        if not names:
+            continue
+        inputs = PreparedInputs(row, store, block, device)
+        for name in names:
+            weight = dense_weight(layout.linears[name]).to(device)
+            try:
+                found = row.decompose(weight, inputs.of(name))
+            except (ValueError, torch.linalg.LinAlgError) as error:
+                raise ValueError(f"{name}: {error}") from error
+            yield name, found, inputs.gram(name)
 
 
 def compute_spectra(

@@ -1,0 +1,82 @@
+"""Dobi-SVD's own objective (Algorithm 1): activations are decomposed and softly truncated in every forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..factorization.stable_svd import stable_svd
+from .fixed_basis import FixedBasis, taken_back
+from .gates import gates
+
+
+class ActivationTruncation:
+    """The loss as a function of real ranks, with the outputs of the linears truncated instead of their weights.
+
+    Each window's output `A` (`T x m`) of each linear, without its bias, becomes `U diag(s t(k)) V^T`. A window of `T`
+    tokens has `q = min(T, m)` singular values and the matrix `p = min(m, n)`: where `q < p` the gates stand at
+    `k q / p`, so that a rank means the same share of the spectrum whatever the window's length. (The paper's code
+    counts in multiples of the window's length, which leaves the narrow key and value projections of GQA none.)
+
+    Args:
+        deployed: the model's weights as whole ranks will make them; its model and linears are the ones truncated here.
+    """
+
+    def __init__(self, deployed: FixedBasis) -> None:
+        self._deployed = deployed
+
+    def loss_and_slopes(
+        self, ranks: Mapping[str, float | None], betas: Mapping[str, float], ids: Tensor, mask: Tensor
+    ) -> tuple[float, dict[str, float]]:
+        """As `FixedBasis.loss_and_slopes`; `betas` are per rank of the matrix, not of the activation."""
+        deployed = self._deployed
+        deployed.put_dense(ranks)
+        real = {
+            name: torch.tensor(rank, dtype=torch.float64, requires_grad=True)
+            for name, rank in ranks.items()
+            if rank is not None
+        }
+        slopes = dict.fromkeys(real, 0.0)
+        tokens, total = 0, 0.0
+        for row in range(len(ids)):
+            window, keep = ids[row : row + 1], mask[row : row + 1]
+            with self._truncating(real, betas, keep):
+                loss = taken_back(deployed.model, window, keep)
+            total, tokens = total + loss.total, tokens + loss.tokens
+        for name, rank in real.items():
+            slopes[name] = 0.0 if rank.grad is None else float(rank.grad) / tokens
+        return total / tokens, slopes
+
+    @contextlib.contextmanager
+    def _truncating(self, ranks: Mapping[str, Tensor], betas: Mapping[str, float], mask: Tensor) -> Iterator[None]:
+        handles = [
+            self._deployed.linears[name].register_forward_hook(
+                partial(self._truncate, self._deployed.count(name), rank, betas[name], mask)
+            )
+            for name, rank in ranks.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @staticmethod
+    def _truncate(
+        count: int, rank: Tensor, beta: float, mask: Tensor, module: Any, _args: tuple, output: Tensor
+    ) -> Tensor:
+        bias = 0 if module.bias is None else module.bias
+        flat = (output - bias).reshape(-1, output.shape[-1])
+        keep = mask.reshape(-1).to(flat.device)
+        rows = flat[keep] if flat.dtype == torch.float64 else flat[keep].float()
+        left, values, right = stable_svd(rows)
+        scale = min(1.0, len(values) / count)
+        soft = gates(rank * scale, len(values), beta / scale).to(values)
+        truncated = flat.clone()
+        truncated[keep] = ((left * (soft * values)) @ right.T).to(flat.dtype)
+        return truncated.reshape(output.shape) + bias

@@ -1,0 +1,163 @@
+"""The loss as a function of real ranks, in the basis that is deployed.
+
+With a matrix written as `W = L R` (best rank-one terms first, as its factoriser gives them), `W(k) = L diag(t(k)) R`
+is the very weight that truncation at `k` ships. So no singular value decomposition has to be differentiated: the
+weights are rebuilt, the model takes one ordinary forward and backward pass, and `dLoss/dt_i = l_i^T (dLoss/dW) r_i`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.loss import NextTokenLoss
+from ..calibration.temporarily import evaluating, frozen, without_cache
+from ..factorization.factors import Decomposition
+from ..nn.dense_linear import as_matrix, weight_matrix
+from .gates import gates, reach, slopes
+
+
+class FixedBasis:
+    """A context in which the weights of a model follow its ranks; leaving it puts the dense weights back.
+
+    Args:
+        model: a dense causal language model with its weights in memory.
+        linears: the linears whose ranks are learned, by full name.
+        bases: their decompositions, taken over (balanced, in the weights' dtype).
+    """
+
+    def __init__(
+        self, model: Any, linears: Mapping[str, nn.Module], bases: Iterable[tuple[str, Decomposition]]
+    ) -> None:
+        self.model = model
+        self.linears: dict[str, Any] = dict(linears)
+        self._bases: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, found in bases:
+            weight = weight_matrix(self.linears[name])
+            factors = found.truncate(found.left.shape[1]).balanced()
+            self._bases[name] = (factors.second.to(weight), factors.first.to(weight))
+        self._dense = {name: weight_matrix(module).clone() for name, module in self.linears.items()}
+        self._slopes: dict[str, float] = {}
+        self._open = contextlib.ExitStack()
+
+    def count(self, name: str) -> int:
+        """How many singular values a matrix has."""
+        return len(self._bases[name][1])
+
+    def __enter__(self) -> FixedBasis:
+        for context in (evaluating(self.model), without_cache(self.model), frozen(self.model)):
+            self._open.enter_context(context)
+        self._open.callback(self.put_dense, self.linears)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
+
+    @torch.no_grad()
+    def put_dense(self, names: Iterable[str]) -> None:
+        """Give these matrices their dense weights back."""
+        for name in names:
+            weight_matrix(self.linears[name]).copy_(self._dense[name])
+
+    @torch.no_grad()
+    def put_ranks(self, ranks: Mapping[str, int | None]) -> None:
+        """Truncate at whole ranks; None is the dense weight."""
+        self.put_dense([name for name, rank in ranks.items() if rank is None])
+        for name, rank in ranks.items():
+            if rank is not None:
+                left, right = self._bases[name]
+                weight_matrix(self.linears[name]).copy_(left[:, :rank] @ right[:rank])
+
+    def loss_and_slopes(
+        self, ranks: Mapping[str, float | None], betas: Mapping[str, float], ids: Tensor, mask: Tensor
+    ) -> tuple[float, dict[str, float]]:
+        """Mean loss in nats per token, and its derivative by every real rank, at softly truncated weights.
+
+        Args:
+            ranks: by name; None is the dense weight, which has no derivative.
+            betas: sharpness of the gates, by name.
+            ids, mask: `batch x seqlen`; windows are taken one by one.
+
+        Raises:
+            ValueError: no token has a label; the loss is NaN or infinite.
+        """
+        self.put_dense([name for name, rank in ranks.items() if rank is None])
+        real = {name: rank for name, rank in ranks.items() if rank is not None}
+        for name, rank in real.items():
+            self._put_soft(name, rank, betas[name])
+        self._slopes = dict.fromkeys(real, 0.0)
+        with self._reading_gradients(real, betas):
+            loss = taken_back(self.model, ids, mask)
+        return loss.total / loss.tokens, {name: slope / loss.tokens for name, slope in self._slopes.items()}
+
+    def loss(self, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+        """Mean loss in nats per token at the present weights."""
+        loss = NextTokenLoss()
+        with torch.no_grad():
+            for ids, mask in batches:
+                loss(logits_of(self.model, ids, mask), ids, mask)
+        loss.check_seen()
+        return loss.total / loss.tokens
+
+    @torch.no_grad()
+    def _put_soft(self, name: str, rank: float, beta: float) -> None:
+        left, right = self._bases[name]
+        first, last = reach(rank, len(right), beta)
+        soft = gates(torch.tensor(rank, dtype=torch.float64), len(right), beta)[:last].to(left)
+        soft[:first] = 1  # no slope is read there; of the leading terms, 0.04 % would count
+        weight_matrix(self.linears[name]).copy_((left[:, :last] * soft) @ right[:last])
+
+    @contextlib.contextmanager
+    def _reading_gradients(self, ranks: Mapping[str, float], betas: Mapping[str, float]) -> Iterator[None]:
+        """Weights ask for gradients; each becomes the slope of its rank as soon as it is complete, and is freed."""
+        handles = []
+        for name, rank in ranks.items():
+            parameter = self.linears[name].weight
+            parameter.requires_grad_(True)
+            read = partial(self._read, name, rank, betas[name])
+            handles.append(parameter.register_post_accumulate_grad_hook(read))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name in ranks:
+                self.linears[name].weight.requires_grad_(False)
+                self.linears[name].weight.grad = None
+
+    @torch.no_grad()
+    def _read(self, name: str, rank: float, beta: float, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            return
+        left, right = self._bases[name]
+        first, last = reach(rank, len(right), beta)
+        by_gate = ((left[:, first:last].T @ as_matrix(self.linears[name], gradient)) * right[first:last]).sum(1)
+        slope = slopes(torch.tensor(rank, dtype=torch.float64), len(right), beta)[first:last]
+        self._slopes[name] += float(by_gate.double().cpu() @ slope)
+
+
+def taken_back(model: Any, ids: Tensor, mask: Tensor) -> NextTokenLoss:
+    """The loss of a batch, summed, and taken back through the model window by window."""
+    loss = NextTokenLoss()
+    with torch.enable_grad():
+        for row in range(len(ids)):
+            window, keep = ids[row : row + 1], mask[row : row + 1]
+            found = loss(logits_of(model, window, keep), window, keep)
+            if found.requires_grad:
+                found.backward()
+    loss.check_seen()
+    return loss
+
+
+def logits_of(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Next-token logits of a causal language model, `batch x seqlen x vocabulary`."""
+    device = next(model.parameters()).device
+    attention = {} if bool(mask.all()) else {"attention_mask": mask.long().to(device)}
+    logits: Tensor = model(input_ids=ids.to(device), use_cache=False, **attention).logits
+    return logits
