@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .learning.settings import RankTraining
 from .methods import Method, method_named
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class DobiSVDConfig(QuantizationConfigMixin):
         batch_size: windows per forward pass; changes speed and memory only.
         statistics: folder of a statistics store; reused if it fits, created if it does not exist.
         plan: a `Plan` or the path of one; replaces the allocation.
+        training: settings of the allocations that learn ranks (`dobi_activation`, `dobi_fixed_basis`), as
+            `RankTraining` has them, e.g. `{"steps": 40, "windows": 2}`.
         overrides: per-module settings by name or `re:` pattern, e.g. `{"re:.*down_proj": {"ratio": 0.9}}`; they count
             against the same byte budget.
         modules_to_not_convert: names or `re:` patterns of linears to leave alone. They do not count as targets.
@@ -68,6 +71,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
     batch_size: int = 4
     statistics: str | os.PathLike[str] | None = None
     plan: Plan | str | os.PathLike[str] | None = None
+    training: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     modules_to_not_convert: list[str] = field(default_factory=list)
     rank_multiple: int = 1
@@ -83,6 +87,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
         _check_version(self.format_version)
         self.ratio = _checked_ratio(self.ratio)
         self.overrides = dict(self.overrides or {})
+        self.training = RankTraining.from_dict(self.training).to_dict() if self.training else {}
         self.modules_to_not_convert = list(self.modules_to_not_convert or [])
         for name in ("nsamples", "seqlen", "batch_size", "rank_multiple", "min_rank"):
             _check_integer(name, getattr(self, name), at_least=1)
@@ -103,6 +108,11 @@ class DobiSVDConfig(QuantizationConfigMixin):
         return method_named(
             self.method, allocation=self.allocation, factorization=self.factorization, storage=self.storage
         )
+
+    @property
+    def rank_training(self) -> RankTraining:
+        """The settings of the rank training, defaults filled in."""
+        return RankTraining.from_dict(self.training)
 
     @property
     def gradient_windows(self) -> int:

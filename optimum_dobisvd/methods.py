@@ -39,9 +39,14 @@ class Method:
         return any(row.needs_gradients for row in rows)
 
     @property
+    def learns(self) -> bool:
+        """Whether ranks are learned, which takes windows to judge them on."""
+        return allocation_named(self.allocation).learns is not None
+
+    @property
     def needs_data(self) -> bool:
         """Whether calibration text is needed at all."""
-        return bool(self.statistics) or factorization_named(self.factorization).per_sample
+        return bool(self.statistics) or factorization_named(self.factorization).per_sample or self.learns
 
 
 METHODS: dict[str, Method] = {}
@@ -75,6 +80,8 @@ def method_named(
 
 
 register_method("global", Method(metric="kfac", allocation="global", factorization="kfac", storage="plain"))
+for _name in ("dobi", "dobi_no_remap"):
+    register_method(_name, Method("output_pca", "dobi_activation", "dobi_ipca", "plain"))
 for _name, _allocation in (
     ("svd", "uniform"),
     ("asvd", "uniform"),

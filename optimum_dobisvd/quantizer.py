@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .allocation import allocation_named
+from .allocation.budget import open_budget
 from .allocation.patterns import resolve_overrides
 from .allocation.plan import Plan
 from .calibration.backward import BackwardRunner
@@ -21,6 +26,8 @@ from .calibration.runner import BlockRunner
 from .config import DobiSVDConfig
 from .factorization.factors import Factors
 from .factorization.registry import factorization_named
+from .learning.curve import TrainingCurve
+from .learning.learn import learn_ranks
 from .nn.dense_linear import weight_matrix
 from .replacement import Replacement
 from .report.measure import Stages
@@ -57,6 +64,7 @@ class DobiSVDQuantizer:
             raise ValueError("this config describes a compressed model; start from one without `modules`")
         self.plan: Plan | None = None
         self.report: CompressionReport | None = None
+        self.training_curve: TrainingCurve | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON values."""
@@ -95,11 +103,15 @@ class DobiSVDQuantizer:
     ) -> Any:
         targets = layout.targets
         stages = Stages()
+        windows, held_out = self._split(windows)
         before = (macs_per_token(model), model_bytes(model.parameters()))
         with stages.stage("statistics"):
             store = self._statistics(model, layout, windows)
         with stages.stage("allocation"):
             plan = given or make_plan(self.config, layout, store, self._device(layout))
+        if given is None and windows is not None and held_out is not None:
+            with stages.stage("rank training"):
+                plan = self._learn(model, layout, plan, store, windows, held_out)
         with stages.stage("factorization"):
             errors = self._factorize(model, layout, plan, store, windows, undo_on_error)
         self.plan = plan
@@ -123,7 +135,7 @@ class DobiSVDQuantizer:
             seconds=stages.seconds,
             peak_bytes=stages.peak_bytes,
         )
-        model.dobisvd_plan, model.dobisvd_report = plan, self.report
+        model.dobisvd_plan, model.dobisvd_report, model.dobisvd_training = plan, self.report, self.training_curve
         from .integrations.transformers_quantizer import attach
 
         attach(model, self.config.with_plan(plan, dataset=describe_dataset(windows)))
@@ -148,7 +160,7 @@ class DobiSVDQuantizer:
             raise ValueError("this model was not compressed yet: call quantize_model first")
         model.save_pretrained(save_dir, **kwargs)
         if kwargs.get("is_main_process", True):
-            write_beside(save_dir, model.dobisvd_plan, report)
+            write_beside(save_dir, model.dobisvd_plan, report, model.dobisvd_training)
 
     def _device(self, layout: Layout) -> torch.device:
         """Where factors are computed: the config's device, or that of the first weight (CPU if it is offloaded)."""
@@ -175,9 +187,55 @@ class DobiSVDQuantizer:
                 )
             return None
         tokenizer = tokenizer or config.tokenizer or getattr(model, "name_or_path", None) or None
-        return load_windows(
-            config.dataset, tokenizer, nsamples=config.nsamples, seqlen=config.seqlen, seed=config.seed
+        nsamples = config.nsamples + (config.rank_training.held_out if self._learns else 0)
+        return load_windows(config.dataset, tokenizer, nsamples=nsamples, seqlen=config.seqlen, seed=config.seed)
+
+    @property
+    def _learns(self) -> bool:
+        return self.config.plan is None and self.config.resolved_method().learns
+
+    def _split(
+        self, windows: CalibrationWindows | None
+    ) -> tuple[CalibrationWindows | None, CalibrationWindows | None]:
+        """The windows to calibrate on, and those held out to judge learned ranks on."""
+        if windows is None or not self._learns:
+            return windows, None
+        return windows.split(self.config.rank_training.held_out)
+
+    def _learn(
+        self,
+        model: Any,
+        layout: Layout,
+        start: Plan,
+        store: StatisticsStore | None,
+        windows: CalibrationWindows,
+        held_out: CalibrationWindows,
+    ) -> Plan:
+        """The ranks of `start` moved to where the loss wants them; sets `training_curve`."""
+        method = self.config.resolved_method()
+        modules, self.training_curve = learn_ranks(
+            model,
+            layout,
+            start.modules,
+            open_budget(layout.targets, self.config.ratio, **budget_options(self.config, layout)),
+            mode=allocation_named(method.allocation).learns or "fixed_basis",
+            row=factorization_named(method.factorization),
+            store=store,
+            windows=windows,
+            held_out=held_out,
+            settings=self.config.rank_training,
+            device=self._device(layout),
+            journal=self._journal(start, windows),
         )
+        return replace(start, modules=modules)
+
+    def _journal(self, start: Plan, windows: CalibrationWindows) -> Path | None:
+        """Where a training notes its state: beside the statistics, under the name of all that decides it."""
+        if self.config.statistics is None:
+            return None
+        decides = [start.to_dict(), self.config.rank_training.to_dict(), windows.sha256()]
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+        return Path(self.config.statistics) / f"training-{digest}.json"
 
     def _statistics(self, model: Any, layout: Layout, windows: CalibrationWindows | None) -> StatisticsStore | None:
         if windows is None:
@@ -277,16 +335,19 @@ def make_plan(
     spectra: Mapping[str, Tensor] | None = None
     if allocation.needs_spectra:
         spectra = compute_spectra(layout, factorization_named(method.metric), store, device)
-    modules = allocation.function(
-        layout.targets,
-        config.ratio,
-        storage=method.storage,
-        overrides=resolve_overrides(config.overrides, list(layout.linears)),
-        rank_multiple=config.rank_multiple,
-        min_rank=config.min_rank,
-        spectra=spectra,
-    )
+    options = budget_options(config, layout)
+    modules = allocation.function(layout.targets, config.ratio, **options, spectra=spectra)
     return Plan(modules=modules, method=config.method, ratio=config.ratio, allocation=method.allocation)
+
+
+def budget_options(config: DobiSVDConfig, layout: Layout) -> dict[str, Any]:
+    """The keyword arguments of `open_budget`."""
+    return {
+        "storage": config.resolved_method().storage,
+        "overrides": resolve_overrides(config.overrides, list(layout.linears)),
+        "rank_multiple": config.rank_multiple,
+        "min_rank": config.min_rank,
+    }
 
 
 def describe_dataset(windows: CalibrationWindows | None) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from .patterns import Override, matching_names, resolve_overrides, select
 from .plan import Plan, PlannedModule, Target
@@ -40,11 +40,13 @@ class Allocation:
         name: what configs and plans call it.
         function: the allocator.
         needs_spectra: whether it reads `spectra`, which then have to be computed.
+        learns: whether its ranks are then learned on the loss, and in which of the two modes of `learning.learn`.
     """
 
     name: str
     function: AllocationFunction
     needs_spectra: bool
+    learns: Literal["fixed_basis", "activation"] | None = None
 
 
 ALLOCATIONS: dict[str, Allocation] = {}
@@ -75,6 +77,8 @@ def allocation_named(name: str) -> Allocation:
 register_allocation(Allocation("uniform", uniform, needs_spectra=False))
 register_allocation(Allocation("svd_llm_v2", svd_llm_v2, needs_spectra=True))
 register_allocation(Allocation("global", global_prices, needs_spectra=True))
+register_allocation(Allocation("dobi_activation", uniform, needs_spectra=False, learns="activation"))
+register_allocation(Allocation("dobi_fixed_basis", global_prices, needs_spectra=True, learns="fixed_basis"))
 
 
 __all__ = [

@@ -52,7 +52,21 @@ class CalibrationWindows:
 
     def first(self, count: int) -> CalibrationWindows:
         """The first `count` windows; all of them if there are no more."""
-        return CalibrationWindows(self.input_ids[:count], self.attention_mask[:count], self.description)
+        ids = self.input_ids[:count]
+        return CalibrationWindows(ids, self.attention_mask[:count], {**self.description, "nsamples": len(ids)})
+
+    def split(self, held_out: int) -> tuple[CalibrationWindows, CalibrationWindows]:
+        """All but the last `held_out` windows, and these. ValueError if there is nothing before them."""
+        count = len(self.input_ids) - held_out
+        if count < 1:
+            raise ValueError(
+                f"there are {len(self.input_ids)} windows of calibration text, and {held_out} of them are held out to "
+                "judge learned ranks: give more, or lower held_out in training"
+            )
+        rest = CalibrationWindows(
+            self.input_ids[count:], self.attention_mask[count:], {**self.description, "nsamples": held_out}
+        )
+        return self.first(count), rest
 
     def sha256(self) -> str:
         """Hex digest over the shape, the ids and the mask."""

@@ -116,7 +116,7 @@ def _compress_into(folder: Path, config: Any, options: dict[str, Any]) -> tuple[
     unused = set() if texts else {"perplexity, dense", "perplexity, compressed"}
     _add_stages(report.seconds, stages.seconds, unused)
     _add_stages(report.peak_bytes, stages.peak_bytes, unused)
-    write_beside(folder, model.dobisvd_plan, report)
+    write_beside(folder, model.dobisvd_plan, report, model.dobisvd_training)
     return report, str(model.dtype).removeprefix("torch.")
 
 

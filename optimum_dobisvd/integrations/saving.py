@@ -55,7 +55,7 @@ def with_safe_save(model: Any) -> None:
 
 def without_safe_save(model: Any) -> None:
     """Undo `with_safe_save`: a dense model again, with transformers' own save and nothing of ours in its config."""
-    for name in ("save_pretrained", "dobisvd_plan", "dobisvd_report"):
+    for name in ("save_pretrained", "dobisvd_plan", "dobisvd_report", "dobisvd_training"):
         model.__dict__.pop(name, None)
     forget_bundled_loader(model)
 
@@ -88,7 +88,7 @@ def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: A
             model.hf_quantizer.state_dict_to_save = None
         (stage / MODELING_FILE).write_text(modeling_source(), encoding="utf-8")
         if getattr(model, "dobisvd_report", None) is not None:
-            write_beside(stage, model.dobisvd_plan, model.dobisvd_report, pictures=False)
+            write_beside(stage, model.dobisvd_plan, model.dobisvd_report, model.dobisvd_training, pictures=False)
         written = sorted(path.name for path in stage.iterdir())
         _carry_over(target, stage, set(written), arguments.get("variant"))
     if push:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from ..allocation.plan import Plan
+from ..learning.curve import TrainingCurve
 from .pictures import ERRORS_PICTURE, RANKS_PICTURE, errors_picture, matplotlib_is_installed, ranks_picture
 from .report import CompressionReport
 
@@ -16,12 +17,18 @@ PLAN_NAME = "dobisvd_plan.json"
 
 
 def write_beside(
-    folder: str | os.PathLike[str], plan: Plan, report: CompressionReport, pictures: bool = True
+    folder: str | os.PathLike[str],
+    plan: Plan,
+    report: CompressionReport,
+    curve: TrainingCurve | None = None,
+    pictures: bool = True,
 ) -> list[Path]:
-    """Write plan, report and, where matplotlib is installed, the pictures into a folder; returns the files."""
+    """Write plan, report, the curve of learned ranks and, with matplotlib, pictures; returns the files."""
     folder = Path(folder)
     plan.save(folder / PLAN_NAME)
     written = [folder / PLAN_NAME, report.save(folder)]
+    if curve is not None:
+        written.append(curve.save(folder))
     if pictures:
         written += write_pictures(folder, report)
     return written

@@ -1,0 +1,77 @@
+"""How ranks are learned: the settings, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RankTraining:
+    """Settings of the rank training.
+
+    Attributes:
+        steps: how many optimiser steps.
+        windows: calibration windows a step, cut to `seqlen` tokens where that is given.
+        seqlen: tokens in a window; None: those of the calibration.
+        learning_rate: of Adam, in shares of each matrix's largest useful rank; falls to zero along a cosine.
+        width: where the gates' softness starts and ends, as a share of the largest useful rank: `beta` is `1 / (width
+            * rank)`, and at most the paper's 10. At a `beta` of 10 from the start, as in the paper, a rank half-way
+            between two integers has no gradient.
+        held_out: windows of calibration text that nothing else is computed from; the ranks with the lowest loss on
+            them are kept.
+        evaluate_every: steps from one evaluation on them to the next.
+        patience: evaluations without a gain after which the training stops.
+
+    Raises:
+        TypeError, ValueError: naming the field that cannot be.
+    """
+
+    steps: int = 40
+    windows: int = 2
+    seqlen: int | None = None
+    learning_rate: float = 0.02
+    width: tuple[float, float] = (0.1, 0.02)
+    held_out: int = 8
+    evaluate_every: int = 5
+    patience: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "windows", "held_out", "evaluate_every", "patience"):
+            _check_count(name, getattr(self, name), 1)
+        if self.seqlen is not None:
+            _check_count("seqlen", self.seqlen, 2)
+        _check_share("learning_rate", self.learning_rate)
+        if not isinstance(self.width, list | tuple) or len(self.width) != 2:
+            raise ValueError(f"training: width is a pair, from and to, got {self.width!r}")
+        for value in self.width:
+            _check_share("width", value)
+        object.__setattr__(self, "width", tuple(float(value) for value in self.width))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RankTraining:
+        """From JSON values; an unknown key is an error."""
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ValueError(f"training: unknown key {key!r}; known keys: {', '.join(known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; `from_dict` reads them back."""
+        return {**asdict(self), "width": list(self.width)}
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"training: {name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"training: {name} must be at least {least}, got {value}")
+
+
+def _check_share(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"training: {name} must be a number, got {value!r}")
+    if not 0 < value <= 1:
+        raise ValueError(f"training: {name} is a share of the largest useful rank, 0 < {name} <= 1, got {value}")
