@@ -29,7 +29,8 @@ class DobiSVDConfig(QuantizationConfigMixin):
     """Configuration of a low-rank compression; pass it as `quantization_config` to `from_pretrained`.
 
     Args:
-        method: row of `METHODS`: `svd`, `asvd`, `svd_llm`, `svd_llm_v2`, `output_pca`, `dobi_ipca`.
+        method: row of `METHODS`: `global` (the best without training), `dobi` and `dobi_no_remap` (the paper's),
+            `svd_llm_v2`, `svd_llm`, `asvd`, `svd`, `output_pca`, `dobi_ipca`.
         ratio: fraction of the compressed matrices' bytes that is **kept**, `0 < ratio <= 1`. 20 % removed is 0.8.
         allocation, factorization, storage: replace one column of the method's row.
         dataset: calibration text: a name (`wikitext2`, `c4`, `ptb`), a path to .txt/.jsonl/.parquet (gz too), a list
@@ -56,7 +57,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
     """
 
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]
-    method: str = "svd_llm_v2"
+    method: str = "global"
     ratio: float = 0.8
     allocation: str | None = None
     factorization: str | None = None

@@ -58,9 +58,15 @@ def distinct_inputs(layout: Layout) -> dict[str, list[int]]:
     return found
 
 
-def store_bytes(layout: Layout) -> int:
-    """Size of the statistics: a packed float32 triangle and a mean per channel for every distinct input."""
-    return sum(4 * (packed_length(size) + size) for sizes in distinct_inputs(layout).values() for size in sizes)
+def store_bytes(layout: Layout, config: DobiSVDConfig) -> int:
+    """Size of the statistics: a packed float32 triangle and a mean per channel for every distinct input.
+
+    With gradients a triangle for every linear's output, too.
+    """
+    inputs = sum(4 * (packed_length(size) + size) for sizes in distinct_inputs(layout).values() for size in sizes)
+    if not config.resolved_method().needs_gradients:
+        return inputs
+    return inputs + sum(4 * packed_length(len(weight_matrix(module))) for module in layout.linears.values())
 
 
 def needs_text(config: DobiSVDConfig) -> bool:
@@ -92,12 +98,17 @@ def memory_need(model: nn.Module, layout: Layout, config: DobiSVDConfig, *, coll
         tokens = config.batch_size * config.seqlen
         # Every linear's output and its input in float32; attention itself adds little with the fused kernels.
         activations = tokens * (sum(len(weight) for weight in linears) * element + 4 * max(gram_sizes))
-        calibrating = {
-            "one block's activations": activations,
-            "one block's Grams": 8 * sum(size**2 for size in gram_sizes) + 4 * max(gram_sizes) ** 2,
-        }
+        grams = 8 * sum(size**2 for size in gram_sizes) + 4 * max(gram_sizes) ** 2
+        if config.resolved_method().needs_gradients:
+            outputs = [len(weight) for weight in linears]
+            grams = max(grams, 8 * sum(size**2 for size in outputs) + 4 * max(outputs) ** 2)
+            activations *= 2  # every activation and its gradient
+            windows = min(config.gradient_windows, config.nsamples)
+            boundaries = windows * config.seqlen * _hidden_size(model) * element * (len(layout.blocks) + 1)
+            hidden = max(hidden, boundaries)
+        calibrating = {"one block's activations": activations, "one block's Grams": grams}
     work = calibrating if sum(calibrating.values()) > factorising else {"one block's factorisation": factorising}
-    store = store_bytes(layout) if needs_text(config) else 0
+    store = store_bytes(layout, config) if needs_text(config) else 0
     host = {"Python and libraries": _LIBRARIES, "model": model_bytes(model.parameters())}
     if hidden:
         host["hidden states of all windows"] = hidden
@@ -121,6 +132,13 @@ def seconds_need(
             model
         )
         seconds["calibration, forward"] = forward / speed.model_products
+        if config.resolved_method().needs_gradients:
+            # Boundaries, each block again, and its gradients by inputs only; then the Grams of the outputs.
+            taken_back = min(config.gradient_windows, config.nsamples) * config.seqlen
+            seconds["calibration, gradients"] = 3 * forward / speed.model_products * taken_back / tokens
+            outputs = [len(weight_matrix(module)) for module in layout.linears.values()]
+            squares = sum(size**2 for size in outputs)
+            seconds["calibration, gradients"] += 2 * taken_back * squares / speed.float32_products
         seconds["calibration, Grams"] = 2 * tokens * sum(size**2 for size in inputs) / speed.float32_products
     shapes = [weight_matrix(module).shape for module in layout.linears.values()]
     decompositions = sum(m * n * min(m, n) for m, n in shapes)
@@ -130,6 +148,14 @@ def seconds_need(
     seconds["factorisation"] = decompositions / speed.float64_svds
     if not priced:
         seconds["pricing ranks"] = decompositions / speed.float64_svds
+    if config.plan is None and config.resolved_method().learns:
+        training = config.rank_training
+        length = min(training.seqlen or config.seqlen, config.seqlen)
+        judged = (training.steps // training.evaluate_every + 1) * training.held_out * config.seqlen
+        # A step is a forward and a backward pass with weights' gradients; an evaluation a forward pass.
+        passes = 3 * training.steps * training.windows * length + judged
+        seconds["rank training"] = 2 * macs_of_blocks(layout) * passes / speed.model_products
+        seconds["rank training"] += decompositions / speed.float64_svds
     return seconds
 
 

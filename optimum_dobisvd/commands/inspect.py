@@ -67,9 +67,10 @@ SPEC = CommandSpec(
 
 
 def _draw(folder: str, report: Any) -> list[str]:
+    from ..learning.curve import TrainingCurve
     from ..report.pictures import matplotlib_is_installed
     from ..report.write import write_pictures
 
     if not matplotlib_is_installed():
         raise ImportError("--pictures needs matplotlib: pip install 'optimum-dobisvd[plots]'")
-    return [str(path) for path in write_pictures(folder, report)]
+    return [str(path) for path in write_pictures(folder, report, TrainingCurve.load(folder))]

@@ -131,11 +131,14 @@ def _plan(config: DobiSVDConfig, layout: Layout, store: StatisticsStore | None) 
         given.check(layout.targets)
         return given, f"ranks: from {config.plan}"
     method = config.resolved_method()
+    learned = ", before training" if method.learns else ""
     if not allocation_named(method.allocation).needs_spectra:
-        return make_plan(config, layout, None), f"ranks: {method.allocation}"
+        return make_plan(config, layout, None), f"ranks: {method.allocation}{learned}"
     spectra = store.spectra(method.metric) if store is not None else None
     if spectra is not None and all(name in spectra for name in layout.linears):
-        return make_plan(config, layout, store), f"ranks: {method.allocation}, from the spectra in {config.statistics}"
+        return make_plan(config, layout, store), (
+            f"ranks: {method.allocation}{learned}, from the spectra in {config.statistics}"
+        )
     return make_plan(replace(config, allocation="uniform"), layout, None), (
         f"ranks: uniform, to give an idea; {method.allocation} needs spectra, which there are none of yet (the bytes "
         "come out the same; compress with --statistics once, then plan with the same folder)"
@@ -157,6 +160,8 @@ def _needs(
 
     method = config.resolved_method()
     collected = store is not None and store.is_complete
+    if store is not None and method.needs_gradients:
+        collected = collected and all(store.has_gradients(block) for block in layout.blocks)
     priced = (
         config.plan is not None
         or not allocation_named(method.allocation).needs_spectra

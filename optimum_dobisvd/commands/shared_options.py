@@ -27,11 +27,27 @@ MODEL = (
 )
 
 METHOD = (
-    Option("method", "svd, asvd, svd_llm, svd_llm_v2, output_pca or dobi_ipca", default="svd_llm_v2"),
+    Option(
+        "method",
+        "global, dobi, dobi_no_remap, svd, asvd, svd_llm, svd_llm_v2, output_pca or dobi_ipca",
+        default="global",
+    ),
     Option("ratio", "fraction of the bytes of the compressed matrices to KEEP", kind=float, default=0.8),
-    Option("allocation", "who shares out the ranks: uniform or svd_llm_v2 (default: the method's own)"),
+    Option(
+        "allocation",
+        "who shares out the ranks: uniform, svd_llm_v2, global, dobi_fixed_basis or dobi_activation (default: the "
+        "method's own)",
+    ),
     Option("factorization", "another method's factors (default: the method's own)"),
     Option("storage", "form of the factors on disk: plain (default: the method's own)"),
+    Option(
+        "training",
+        'settings of allocations that learn ranks, such as {"steps": 40, "windows": 2}',
+        kind=dict,
+        default={},
+        item_flag="--train",
+        metavar="KEY:JSON",
+    ),
     Option("plan", "take ranks from this plan instead of allocating them", metavar="FILE"),
     Option(
         "overrides",
@@ -62,6 +78,18 @@ CALIBRATION = (
     Option("nsamples", "windows of text", kind=int, default=128, metavar="N"),
     Option("seqlen", "tokens in a window", kind=int, default=2048, metavar="N"),
     Option("seed", "of the draw of the windows", kind=int, default=0, metavar="N"),
+    Option(
+        "gradient_nsamples",
+        "windows that the loss is taken back through, by methods that need its gradient (default: half of them)",
+        kind=int,
+        metavar="N",
+    ),
+    Option(
+        "fisher",
+        "labels of that loss: the text's own, or drawn from the model",
+        default="empirical",
+        choices=("empirical", "sampled"),
+    ),
     Option("batch_size", "windows per forward pass", kind=int, default=4, metavar="N"),
     Option(
         "statistics", "folder of calibration statistics: reused where it fits, filled where it is new", metavar="DIR"

@@ -1,18 +1,28 @@
-"""The modules of a report as layers by types, for tables and pictures."""
+"""Modules as layers by types, for tables and pictures."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-from .report import ModuleReport
+from typing import Generic, Protocol, TypeVar
 
 _NUMBER = re.compile(r"\d+")
 
 
+class Named(Protocol):
+    """Anything that says which module it is about."""
+
+    @property
+    def name(self) -> str: ...
+
+
+M = TypeVar("M", bound=Named)
+
+
 @dataclass(frozen=True)
-class Grid:
+class Grid(Generic[M]):
     """Modules by type and layer.
 
     Attributes:
@@ -24,16 +34,16 @@ class Grid:
 
     types: list[str]
     layers: list[int]
-    cells: dict[tuple[str, int], list[ModuleReport]]
+    cells: dict[tuple[str, int], list[M]]
 
-    def of_type(self, kind: str) -> list[ModuleReport]:
+    def of_type(self, kind: str) -> list[M]:
         """All modules of a type, layer after layer."""
         return [module for layer in self.layers for module in self.cells.get((kind, layer), [])]
 
 
-def grid_of(modules: list[ModuleReport]) -> Grid:
+def grid_of(modules: Iterable[M]) -> Grid[M]:
     """Sort modules into a grid. A name without a number counts as layer 0."""
-    placed: dict[tuple[str, int], list[ModuleReport]] = defaultdict(list)
+    placed: dict[tuple[str, int], list[M]] = defaultdict(list)
     for module in modules:
         path, layer = _path_and_layer(module.name)
         placed[path, layer].append(module)

@@ -95,7 +95,7 @@ def _mean_error(modules: list[ModuleReport]) -> float | None:
 
 def _heat_map(
     report: CompressionReport,
-    grid: Grid,
+    grid: Grid[ModuleReport],
     values: dict[tuple[str, int], float | None],
     labels: dict[tuple[str, int], str],
     path: str | os.PathLike[str],
@@ -161,7 +161,7 @@ def _annotate(axes: Axes, image: Any, x: int, y: int, value: float, label: str) 
     axes.text(x, y, label, ha="center", va="center", fontsize=6.5, color="black" if light else "white")
 
 
-def _name_axes(axes: Axes, grid: Grid) -> None:
+def _name_axes(axes: Axes, grid: Grid[Any]) -> None:
     step = next(
         step for step in (1, 2, 5, 10, 20, 50, 100) if len(grid.layers) / step <= _ANNOTATED_LAYERS or step == 100
     )
@@ -174,7 +174,7 @@ def _name_axes(axes: Axes, grid: Grid) -> None:
         spine.set_visible(False)
 
 
-def _separate_cells(axes: Axes, grid: Grid) -> None:
+def _separate_cells(axes: Axes, grid: Grid[Any]) -> None:
     axes.set_xticks([x + 0.5 for x in range(len(grid.layers) - 1)], minor=True)
     axes.set_yticks([y + 0.5 for y in range(len(grid.types) - 1)], minor=True)
     axes.grid(which="minor", color="white", linewidth=0.6)

@@ -10,6 +10,14 @@ from ..allocation.plan import Plan
 from ..learning.curve import TrainingCurve
 from .pictures import ERRORS_PICTURE, RANKS_PICTURE, errors_picture, matplotlib_is_installed, ranks_picture
 from .report import CompressionReport
+from .training_pictures import (
+    BEFORE_AFTER_PICTURE,
+    SVD_GRADIENTS_PICTURE,
+    TRAINING_PICTURE,
+    before_after_picture,
+    svd_gradients_picture,
+    training_picture,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +38,13 @@ def write_beside(
     if curve is not None:
         written.append(curve.save(folder))
     if pictures:
-        written += write_pictures(folder, report)
+        written += write_pictures(folder, report, curve)
     return written
 
 
-def write_pictures(folder: str | os.PathLike[str], report: CompressionReport) -> list[Path]:
+def write_pictures(
+    folder: str | os.PathLike[str], report: CompressionReport, curve: TrainingCurve | None = None
+) -> list[Path]:
     """The pictures alone; none, and a line in the log, where matplotlib is missing."""
     if not matplotlib_is_installed():
         logger.info("no pictures: matplotlib is not installed (pip install 'optimum-dobisvd[plots]')")
@@ -43,4 +53,9 @@ def write_pictures(folder: str | os.PathLike[str], report: CompressionReport) ->
     written = [ranks_picture(report, folder / RANKS_PICTURE)]
     if any(module.error is not None for module in report.modules):
         written.append(errors_picture(report, folder / ERRORS_PICTURE))
+    if curve is not None and curve.steps:
+        written.append(training_picture(curve, folder / TRAINING_PICTURE))
+        written.append(before_after_picture(curve, folder / BEFORE_AFTER_PICTURE))
+        if curve.mode == "activation":
+            written.append(svd_gradients_picture(folder / SVD_GRADIENTS_PICTURE))
     return written

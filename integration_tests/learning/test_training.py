@@ -1,0 +1,219 @@
+"""Learned ranks: the budget holds at every step, the best ones are kept, and a killed run goes on."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from integration_tests.allocation.samples import random_spectra
+from optimum_dobisvd.allocation import Override, PlannedModule, Target, global_prices, uniform
+from optimum_dobisvd.allocation.budget import open_budget
+from optimum_dobisvd.allocation.plan import planned_bytes
+from optimum_dobisvd.learning.curve import TrainingCurve
+from optimum_dobisvd.learning.settings import RankTraining
+from optimum_dobisvd.learning.training import RankLearner
+
+SHAPES = {"q": (64, 64), "v": (16, 64), "up": (96, 64)}
+TARGETS = [Target(f"layers.{i}.{kind}", *shape, 2) for i in range(4) for kind, shape in SHAPES.items()]
+BATCH = (torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.bool))
+
+
+class Bowl:
+    """A loss that is the sum of every matrix's weight times the spectrum it loses, in place of a model."""
+
+    def __init__(self, weights: Mapping[str, float], noise: float = 0.0) -> None:
+        self.weights = dict(weights)
+        self.linears = dict.fromkeys(weights)
+        self.calls: list[dict[str, float | None]] = []
+        self.placed: dict[str, int | None] = {}
+        self.generator = torch.Generator().manual_seed(0)
+        self.noise = noise
+        self.fail_at: int | None = None
+        self.fail: BaseException | None = None
+        self.slope = -1.0
+
+    def count(self, name: str) -> int:
+        return next(min(t.out_features, t.in_features) for t in TARGETS if t.name == name)
+
+    def value(self, ranks: Mapping[str, float | None]) -> float:
+        return sum(w * (1 - (ranks[n] or 1e9) / self.count(n)) ** 2 for n, w in self.weights.items() if ranks[n])
+
+    def loss_and_slopes(
+        self, ranks: Mapping[str, float | None], betas: Mapping[str, float], ids: Tensor, mask: Tensor
+    ) -> tuple[float, dict[str, float]]:
+        if self.fail is not None and len(self.calls) == self.fail_at:
+            raise self.fail
+        self.calls.append(dict(ranks))
+        found = {
+            n: 2 * self.slope * self.weights[n] * (1 - rank / self.count(n)) / self.count(n)
+            for n, rank in ranks.items()
+            if rank is not None
+        }
+        return self.value(ranks), found
+
+    def put_ranks(self, ranks: Mapping[str, int | None]) -> None:
+        self.placed = dict(ranks)
+
+    def loss(self, batches: Any) -> float:
+        return self.value(self.placed)
+
+
+def bowl(seed: int = 0) -> Bowl:
+    generator = torch.Generator().manual_seed(seed)
+    return Bowl({t.name: float(10 ** (2 * torch.rand(1, generator=generator) - 1)) for t in TARGETS})
+
+
+def learner(
+    model: Bowl, ratio: float = 0.5, journal: Path | None = None, start: Any = None, **settings: Any
+) -> RankLearner:
+    budget = open_budget(TARGETS, ratio, storage="plain")
+    begin = start or uniform(TARGETS, ratio, storage="plain")
+    return RankLearner(model, model, budget, begin, RankTraining(**settings), journal)  # type: ignore[arg-type]
+
+
+def total_bytes(planned: Mapping[str, PlannedModule]) -> int:
+    return sum(planned_bytes(target, planned[target.name]) for target in TARGETS)
+
+
+DENSE = sum(target.dense_bytes for target in TARGETS)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8])
+def test_ranks_move_to_where_the_loss_wants_them_and_the_budget_holds_at_every_step(ratio: float) -> None:
+    model = bowl()
+    planned, curve = learner(model, ratio, steps=60).run([BATCH], [BATCH])
+    losses = [found.loss for found in curve.evaluations]
+    assert min(losses) < 0.9 * losses[0]
+    assert 0.99 * ratio * DENSE <= total_bytes(planned) <= ratio * DENSE
+    for step in curve.steps:
+        sizes = [
+            rank * (t.out_features + t.in_features) * 2
+            for rank, name in zip(step.ranks, curve.names, strict=True)
+            for t in TARGETS
+            if t.name == name
+        ]
+        assert sum(sizes) == pytest.approx(int(ratio * DENSE), rel=1e-6)
+
+
+def test_the_best_ranks_on_the_held_out_windows_are_kept_the_start_among_them() -> None:
+    model = bowl()
+    model.slope = 1.0  # uphill: every step makes it worse
+    planned, curve = learner(model, 0.5, steps=30, evaluate_every=4, patience=3).run([BATCH], [BATCH])
+    assert planned == uniform(TARGETS, 0.5, storage="plain")
+    assert curve.best == 0
+    assert len(curve.steps) == 12
+    assert curve.stopped == "no gain on the held-out windows in 3 evaluations"
+
+
+def test_matrices_that_start_dense_stay_dense_and_are_paid_for() -> None:
+    spectra = random_spectra(TARGETS, 0)
+    spectra["layers.0.q"] = 1e6 * torch.ones(64, dtype=torch.float64)
+    start = global_prices(TARGETS, 0.6, storage="plain", spectra=spectra)
+    assert start["layers.0.q"].rank is None
+    model = bowl()
+    planned, curve = learner(model, 0.6, start=start, steps=20).run([BATCH], [BATCH])
+    assert planned["layers.0.q"] == PlannedModule(None, "dense")
+    assert "layers.0.q" not in curve.names
+    assert all(call["layers.0.q"] is None for call in model.calls)
+    assert total_bytes(planned) <= 0.6 * DENSE
+
+
+def test_overridden_matrices_are_left_alone() -> None:
+    overrides = {"layers.1.up": Override(rank=5), "layers.2.up": Override(dense=True)}
+    budget = open_budget(TARGETS, 0.5, storage="plain", overrides=overrides)
+    start = uniform(TARGETS, 0.5, storage="plain", overrides=overrides)
+    model = bowl()
+    planned, curve = RankLearner(model, model, budget, start, RankTraining(steps=10)).run([BATCH], [BATCH])  # type: ignore[arg-type]
+    assert planned["layers.1.up"] == PlannedModule(5, "plain")
+    assert planned["layers.2.up"] == PlannedModule(None, "dense")
+    assert not {"layers.1.up", "layers.2.up"} & set(curve.names)
+    assert total_bytes(planned) <= 0.5 * DENSE
+
+
+@pytest.mark.parametrize("killed", [1, 4, 7])
+def test_a_killed_training_goes_on_and_ends_alike(tmp_path: Path, killed: int) -> None:
+    whole = learner(bowl(), steps=10, evaluate_every=3).run([BATCH], [BATCH])
+    model = bowl()
+    model.fail_at, model.fail = killed, KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        learner(model, journal=tmp_path / "j.json", steps=10, evaluate_every=3).run([BATCH], [BATCH])
+    model = bowl()
+    resumed = learner(model, journal=tmp_path / "j.json", steps=10, evaluate_every=3).run([BATCH], [BATCH])
+    assert len(model.calls) == 10 - killed
+    assert resumed[0] == whole[0]
+    assert resumed[1].to_dict() == whole[1].to_dict()
+
+
+def test_a_loss_that_turns_nan_ends_the_training_with_the_last_good_ranks() -> None:
+    model = bowl()
+    model.fail_at, model.fail = 7, ValueError("the loss is nan after 0 tokens of calibration text")
+    planned, curve = learner(model, steps=20, evaluate_every=3).run([BATCH], [BATCH])
+    assert curve.stopped is not None
+    assert curve.stopped.startswith("step 8: the loss is nan")
+    assert len(curve.steps) == 7
+    assert curve.best == 6
+    assert planned != uniform(TARGETS, 0.5, storage="plain")
+
+
+def test_a_gradient_that_is_nan_names_the_matrix() -> None:
+    model = bowl()
+    model.weights["layers.2.v"] = float("nan")
+    model.value = lambda ranks: 1.0  # type: ignore[method-assign]
+    _, curve = learner(model, steps=5).run([BATCH], [BATCH])
+    assert curve.stopped == "step 1: the gradient of the rank of layers.2.v is not finite"
+
+
+def test_no_gradient_at_all_is_an_error() -> None:
+    model = bowl()
+    model.slope = 0.0
+    with pytest.raises(ValueError, match="step 1: no rank has a gradient"):
+        learner(model, steps=5).run([BATCH], [BATCH])
+
+
+def test_nothing_to_learn_is_an_error() -> None:
+    start = {target.name: PlannedModule(None, "dense") for target in TARGETS}
+    with pytest.raises(ValueError, match="no matrix has a rank to learn"):
+        learner(bowl(), 1.0, start=start)
+
+
+@pytest.mark.parametrize("damage", ["", "{}", '{"shares": []}'])
+def test_a_damaged_journal_is_named(tmp_path: Path, damage: str) -> None:
+    (tmp_path / "j.json").write_text(damage)
+    with pytest.raises(ValueError, match=r"j.json is damaged .*delete it to train from the start"):
+        learner(bowl(), journal=tmp_path / "j.json")
+
+
+def test_the_curve_survives_its_file(tmp_path: Path) -> None:
+    _, curve = learner(bowl(), steps=4, evaluate_every=2).run([BATCH], [BATCH])
+    curve.save(tmp_path)
+    assert TrainingCurve.load(tmp_path) == curve
+    assert TrainingCurve.load(tmp_path / "elsewhere") is None
+    (tmp_path / "dobisvd_training.json").write_text(json.dumps({"mode": "x"}))
+    with pytest.raises(ValueError, match=r"dobisvd_training.json is damaged"):
+        TrainingCurve.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 0}, "training: steps must be at least 1"),
+        ({"steps": 2.5}, "training: steps must be an integer"),
+        ({"learning_rate": 0}, "training: learning_rate is a share"),
+        ({"width": 0.1}, "training: width is a pair"),
+        ({"width": [0.1, 2]}, "training: width is a share"),
+        ({"seqlen": 1}, "training: seqlen must be at least 2"),
+        ({"step": 3}, "training: unknown key 'step'; known keys: steps"),
+    ],
+)
+def test_impossible_settings_name_the_field(values: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        RankTraining.from_dict(values)
+
+
+def test_settings_survive_json() -> None:
+    settings = RankTraining(steps=7, width=(0.2, 0.05), seqlen=64)
+    assert RankTraining.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings

@@ -1,0 +1,214 @@
+"""Learned ranks as pictures: how they moved, where they went, and what their prices were worth."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..learning.curve import TrainingCurve
+from ..storage.atomic import write_atomically
+from .grid import Grid, grid_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TRAINING_PICTURE = "dobisvd_training.png"
+BEFORE_AFTER_PICTURE = "dobisvd_ranks_learned.png"
+SVD_GRADIENTS_PICTURE = "dobisvd_svd_gradients.png"
+
+
+@dataclass(frozen=True)
+class _Path:
+    """One matrix's share of its full rank after every step."""
+
+    name: str
+    shares: list[float]
+
+
+def training_picture(curve: TrainingCurve, path: str | os.PathLike[str]) -> Path:
+    """The loss over the steps, and for every type of matrix the ranks of its layers (Dobi-SVD, Figures 8 to 10).
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: the training took no step.
+    """
+    grid = grid_of(_paths(curve))
+    columns = min(4, len(grid.types))
+    rows = -(-len(grid.types) // columns)
+    figure = new_figure(3.1 * columns, 2.4 + 2.1 * rows)
+    above, below = figure.subfigures(2, 1, height_ratios=[2.4, 2.1 * rows], squeeze=False).flat
+    _draw_losses(above.subplots(), curve)
+    panels = below.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    first = min(grid.layers)
+    scale = ScalarMappable(Normalize(first, max(*grid.layers, first + 1)), colormaps["viridis"])
+    for place, axes in enumerate(panels.flat):
+        if place >= len(grid.types):
+            axes.set_visible(False)
+            continue
+        _draw_paths(axes, grid, grid.types[place], scale)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("k / min(m, n)")
+    below.colorbar(scale, ax=panels, label="layer", pad=0.01, fraction=0.03)
+    return save_figure(figure, path)
+
+
+def before_after_picture(curve: TrainingCurve, path: str | os.PathLike[str]) -> Path:
+    """Two heat maps, layers along x and types along y: every rank over its full rank at the start, and as kept.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: the training took no step.
+    """
+    grid = grid_of(_paths(curve))
+    kept = min(curve.best, len(curve.steps) - 1)
+    figure = new_figure(max(6.5, 2.6 + 0.3 * len(grid.layers)), 1.6 + 0.7 * len(grid.types))
+    panels = figure.subplots(2, 1, sharex=True)
+    images = []
+    for axes, step, title in zip(panels, (0, kept), ("before training", f"after {kept} steps, as kept"), strict=True):
+        rows = [[_share(grid, kind, layer, step) for layer in grid.layers] for kind in grid.types]
+        images.append(axes.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0, vmax=1))
+        axes.set_yticks(range(len(grid.types)), grid.types)
+        axes.set_title(title, loc="left", fontsize=10)
+    panels[-1].set_xticks(range(len(grid.layers)), [str(layer) for layer in grid.layers], fontsize=7)
+    panels[-1].set_xlabel("layer (blank: left dense)")
+    figure.colorbar(images[0], ax=panels, label="rank / full rank min(m, n)", pad=0.01, fraction=0.03)
+    return save_figure(figure, path)
+
+
+def prices_picture(
+    points: Sequence[tuple[str, float, float]], path: str | os.PathLike[str], *, title: str = ""
+) -> Path:
+    """What the price list said the loss would gain, against what it gained.
+
+    Args:
+        points: `(label, predicted, measured)`, in nats per token, above 0.
+        path: of the PNG.
+        title: above the picture.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure = new_figure(6.0, 5.0)
+    axes = figure.subplots()
+    for label, predicted, measured in points:
+        axes.plot(predicted, measured, "o", color="#31688e")
+        axes.annotate(label, (predicted, measured), textcoords="offset points", xytext=(6, -3), fontsize=8)
+    values = [value for _, *pair in points for value in pair]
+    ends = (min(values) * 0.8, max(values) * 1.25)
+    axes.plot(ends, ends, "--", color="grey", linewidth=1, label="as predicted")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("predicted increase of the loss, nats per token")
+    axes.set_ylabel("measured increase of the loss, nats per token")
+    axes.legend(frameon=False)
+    axes.set_title(title, loc="left", fontsize=10)
+    return save_figure(figure, path)
+
+
+def svd_gradients_picture(path: str | os.PathLike[str]) -> Path:
+    """The gradient through a singular value decomposition as two of the values draw together: torch's and ours.
+
+    A 6 x 6 matrix with singular values 1 and `1 - gap` in the middle of its spectrum, truncated between the two; the
+    norm of the gradient against the gap, in float32.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    gaps = [10 ** (-exponent / 4) for exponent in range(37)]
+    figure = new_figure(6.5, 4.2)
+    axes = figure.subplots()
+    for name, found, style in (
+        ("torch.linalg.svd", [svd_gradient_norm(gap, stable=False) for gap in gaps], "-"),
+        ("stable_svd", [svd_gradient_norm(gap, stable=True) for gap in gaps], "--"),
+    ):
+        axes.plot(gaps, found, style, label=name)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.invert_xaxis()
+    axes.set_xlabel("relative distance of two singular values")
+    axes.set_ylabel("norm of the gradient (gaps in the line: NaN or infinite)")
+    axes.legend(frameon=False)
+    axes.set_title("the gradient of a truncation between two values that draw together", loc="left", fontsize=10)
+    return save_figure(figure, path)
+
+
+def svd_gradient_norm(gap: float, *, stable: bool) -> float:
+    """Norm of the gradient of one soft truncation through either decomposition; NaN where it is not finite."""
+    import torch
+
+    from ..factorization.stable_svd import stable_svd
+
+    generator = torch.Generator().manual_seed(0)
+    left, right, weights = (torch.randn(6, 6, generator=generator) for _ in range(3))
+    left, right = torch.linalg.qr(left)[0], torch.linalg.qr(right)[0]
+    values = torch.tensor([4.0, 2.0, 1.0, 1.0 - gap, 0.5, 0.25])
+    matrix = (left * values @ right.T).requires_grad_(True)
+    with torch.enable_grad():
+        if stable:
+            u, s, v = stable_svd(matrix)
+        else:
+            u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+            v = vt.T
+        gates = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
+        (((u * (s * gates)) @ v.T) * weights).sum().backward()
+    found = matrix.grad
+    return float(found.norm()) if found is not None and bool(torch.isfinite(found).all()) else float("nan")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure in inches. No pyplot: it keeps figures alive and may look for a display."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'optimum-dobisvd[plots]'") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Write a PNG, whole or not at all."""
+    write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=150))
+    return Path(path)
+
+
+def _paths(curve: TrainingCurve) -> list[_Path]:
+    if not curve.steps:
+        raise ValueError("the rank training took no step; there is nothing to draw")
+    return [
+        _Path(name, [step.ranks[place] / full for step in curve.steps])
+        for place, (name, full) in enumerate(zip(curve.names, curve.full, strict=True))
+    ]
+
+
+def _draw_losses(axes: Axes, curve: TrainingCurve) -> None:
+    axes.plot(range(1, len(curve.steps) + 1), [step.loss for step in curve.steps], color="#b0b0b0", label="training")
+    steps, losses = [e.step for e in curve.evaluations], [e.loss for e in curve.evaluations]
+    axes.plot(steps, losses, "o-", color="#31688e", label="held-out windows, whole ranks")
+    axes.axvline(curve.best, color="#35b779", linestyle=":", label="kept")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_title(f"learned ranks, {curve.mode} mode", loc="left", fontsize=10)
+
+
+def _draw_paths(axes: Axes, grid: Grid[_Path], kind: str, scale: Any) -> None:
+    for layer in grid.layers:
+        for found in grid.cells.get((kind, layer), []):
+            axes.plot(range(1, len(found.shares) + 1), found.shares, color=scale.to_rgba(layer), linewidth=1)
+    axes.set_title(kind, fontsize=9, loc="left")
+    axes.tick_params(labelsize=7)
+
+
+def _share(grid: Grid[_Path], kind: str, layer: int, step: int) -> float:
+    found = grid.cells.get((kind, layer), [])
+    return sum(each.shares[step] for each in found) / len(found) if found else float("nan")
