@@ -220,6 +220,7 @@ class DobiSVDQuantizer:
             open_budget(layout.targets, self.config.ratio, **budget_options(self.config, layout)),
             mode=allocation_named(method.allocation).learns or "fixed_basis",
             row=factorization_named(method.factorization),
+            spectra=store.spectra(method.metric) if store is not None else None,
             store=store,
             windows=windows,
             held_out=held_out,

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from integration_tests.allocation.samples import random_spectra
 from optimum_dobisvd.allocation import Override, PlannedModule, Target, global_prices, uniform
-from optimum_dobisvd.allocation.budget import open_budget
+from optimum_dobisvd.allocation.budget import Budget, open_budget
 from optimum_dobisvd.allocation.plan import planned_bytes
 from optimum_dobisvd.learning.curve import TrainingCurve
+from optimum_dobisvd.learning.movers import AdamMover, Mover, PriceMover
 from optimum_dobisvd.learning.settings import RankTraining
 from optimum_dobisvd.learning.training import RankLearner
 
@@ -72,7 +73,24 @@ def learner(
 ) -> RankLearner:
     budget = open_budget(TARGETS, ratio, storage="plain")
     begin = start or uniform(TARGETS, ratio, storage="plain")
-    return RankLearner(model, model, budget, begin, RankTraining(**settings), journal)  # type: ignore[arg-type]
+    training = RankTraining(**settings)
+    mover = AdamMover(budget, begin, training) if training.optimizer != "prices" else prices(budget, begin, training)
+    return RankLearner(model, model, mover, begin, training, mode="test", journal=journal)  # type: ignore[arg-type]
+
+
+def bowl_spectra(weights: Mapping[str, float] | None = None) -> dict[str, Tensor]:
+    """Singular values whose tails are the bowl's own loss, by default of weights that are all one."""
+    spectra = {}
+    for target in TARGETS:
+        count = min(target.out_features, target.in_features)
+        tails = (1 - torch.arange(count + 1, dtype=torch.float64) / count) ** 2
+        weight = 1.0 if weights is None else weights[target.name]
+        spectra[target.name] = (weight * (tails[:-1] - tails[1:])).sqrt()
+    return spectra
+
+
+def prices(budget: Budget, begin: Mapping[str, PlannedModule], training: RankTraining) -> Mover:
+    return PriceMover(budget, begin, bowl_spectra(), training)
 
 
 def total_bytes(planned: Mapping[str, PlannedModule]) -> int:
@@ -99,6 +117,24 @@ def test_ranks_move_to_where_the_loss_wants_them_and_the_budget_holds_at_every_s
         assert sum(sizes) == pytest.approx(int(ratio * DENSE), rel=1e-6)
 
 
+@pytest.mark.parametrize("ratio", [0.4, 0.6])
+@pytest.mark.parametrize("seed", range(3))
+def test_prices_that_are_off_by_a_factor_of_the_matrix_are_put_right(ratio: float, seed: int) -> None:
+    model = bowl(seed)
+    start = global_prices(TARGETS, ratio, storage="plain", spectra=bowl_spectra())
+    settings = {"optimizer": "prices", "steps": 40, "learning_rate": 0.5, "patience": 99}
+    planned, _ = learner(model, ratio, start=start, **settings).run([BATCH], [BATCH])
+    best = global_prices(TARGETS, ratio, storage="plain", spectra=bowl_spectra(model.weights))
+
+    def value(plan: Mapping[str, PlannedModule]) -> float:
+        return model.value({name: module.rank for name, module in plan.items()})
+
+    assert value(best) < 0.9 * value(start)
+    assert value(planned) - value(best) < 0.2 * (value(start) - value(best))
+    assert total_bytes(planned) <= ratio * DENSE
+    assert {module.rank is None for module in start.values()} <= {True, False}
+
+
 def test_the_best_ranks_on_the_held_out_windows_are_kept_the_start_among_them() -> None:
     model = bowl()
     model.slope = 1.0  # uphill: every step makes it worse
@@ -117,7 +153,8 @@ def test_matrices_that_start_dense_stay_dense_and_are_paid_for() -> None:
     model = bowl()
     planned, curve = learner(model, 0.6, start=start, steps=20).run([BATCH], [BATCH])
     assert planned["layers.0.q"] == PlannedModule(None, "dense")
-    assert "layers.0.q" not in curve.names
+    place = curve.names.index("layers.0.q")
+    assert all(step.ranks[place] is None for step in curve.steps)
     assert all(call["layers.0.q"] is None for call in model.calls)
     assert total_bytes(planned) <= 0.6 * DENSE
 
@@ -127,22 +164,26 @@ def test_overridden_matrices_are_left_alone() -> None:
     budget = open_budget(TARGETS, 0.5, storage="plain", overrides=overrides)
     start = uniform(TARGETS, 0.5, storage="plain", overrides=overrides)
     model = bowl()
-    planned, curve = RankLearner(model, model, budget, start, RankTraining(steps=10)).run([BATCH], [BATCH])  # type: ignore[arg-type]
+    settings = RankTraining(steps=10)
+    mover = AdamMover(budget, start, settings)
+    planned, curve = RankLearner(model, model, mover, start, settings, mode="test").run([BATCH], [BATCH])  # type: ignore[arg-type]
     assert planned["layers.1.up"] == PlannedModule(5, "plain")
     assert planned["layers.2.up"] == PlannedModule(None, "dense")
     assert not {"layers.1.up", "layers.2.up"} & set(curve.names)
     assert total_bytes(planned) <= 0.5 * DENSE
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "prices"])
 @pytest.mark.parametrize("killed", [1, 4, 7])
-def test_a_killed_training_goes_on_and_ends_alike(tmp_path: Path, killed: int) -> None:
-    whole = learner(bowl(), steps=10, evaluate_every=3).run([BATCH], [BATCH])
+def test_a_killed_training_goes_on_and_ends_alike(tmp_path: Path, killed: int, optimizer: str) -> None:
+    settings = {"steps": 10, "evaluate_every": 3, "optimizer": optimizer}
+    whole = learner(bowl(), **settings).run([BATCH], [BATCH])
     model = bowl()
     model.fail_at, model.fail = killed, KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        learner(model, journal=tmp_path / "j.json", steps=10, evaluate_every=3).run([BATCH], [BATCH])
+        learner(model, journal=tmp_path / "j.json", **settings).run([BATCH], [BATCH])
     model = bowl()
-    resumed = learner(model, journal=tmp_path / "j.json", steps=10, evaluate_every=3).run([BATCH], [BATCH])
+    resumed = learner(model, journal=tmp_path / "j.json", **settings).run([BATCH], [BATCH])
     assert len(model.calls) == 10 - killed
     assert resumed[0] == whole[0]
     assert resumed[1].to_dict() == whole[1].to_dict()
@@ -206,7 +247,7 @@ def test_the_curve_survives_its_file(tmp_path: Path) -> None:
         ({"width": 0.1}, "training: width is a pair"),
         ({"width": [0.1, 2]}, "training: width is a share"),
         ({"seqlen": 1}, "training: seqlen must be at least 2"),
-        ({"step": 3}, "training: unknown key 'step'; known keys: steps"),
+        ({"step": 3}, "training: unknown key 'step'; known keys: optimizer, steps"),
     ],
 )
 def test_impossible_settings_name_the_field(values: dict[str, Any], message: str) -> None:

@@ -15,10 +15,10 @@ CURVE_NAME = "dobisvd_training.json"
 
 @dataclass
 class Step:
-    """One optimiser step: the loss on its windows, and the real ranks it was taken at."""
+    """One optimiser step: the loss on its windows, and the real ranks it was taken at, None for a dense matrix."""
 
     loss: float
-    ranks: list[float]
+    ranks: list[float | None]
 
 
 @dataclass

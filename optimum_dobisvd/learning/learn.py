@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..allocation.plan import PlannedModule
 from ..calibration.dataset import CalibrationWindows
@@ -17,14 +18,13 @@ from ..statistics.spectra import decompositions
 from .activation import ActivationTruncation
 from .curve import TrainingCurve
 from .fixed_basis import FixedBasis
-from .settings import RankTraining
+from .movers import AdamMover, Mover, PriceMover
+from .settings import Mode, RankTraining
 from .training import Batch, Objective, RankLearner
 
 if TYPE_CHECKING:
     from ..allocation.budget import Budget
     from ..statistics.store import StatisticsStore
-
-Mode = Literal["fixed_basis", "activation"]
 
 
 def learn_ranks(
@@ -35,6 +35,7 @@ def learn_ranks(
     *,
     mode: Mode,
     row: Factorization,
+    spectra: Mapping[str, Tensor] | None,
     store: StatisticsStore | None,
     windows: CalibrationWindows,
     held_out: CalibrationWindows,
@@ -51,6 +52,7 @@ def learn_ranks(
         budget: what the ranks may weigh.
         mode: `fixed_basis` truncates the weights in the basis of `row`; `activation`, the paper's, every output.
         row: the factoriser that the plan is for.
+        spectra: singular values in its metric, for the optimiser that corrects prices.
         store: its statistics.
         windows: to train on; taken from the last to the first, since the first ones are those of the gradients.
         held_out: to judge whole ranks on.
@@ -74,10 +76,11 @@ def learn_ranks(
         basis = FixedBasis(model, layout.linears, found)
     with basis:
         objective: Objective = basis if mode == "fixed_basis" else ActivationTruncation(basis)
-        learner = RankLearner(objective, basis, budget, start, settings, journal)
-        modules, curve = learner.run(_batches(windows, settings), list(held_out.batches(1)))
-    curve.mode = mode
-    return modules, curve
+        mover: Mover = AdamMover(budget, start, settings)
+        if settings.optimizer_of(mode) == "prices":
+            mover = PriceMover(budget, start, spectra or {}, settings)
+        learner = RankLearner(objective, basis, mover, start, settings, mode=mode, journal=journal)
+        return learner.run(_batches(windows, settings), list(held_out.batches(1)))
 
 
 def _batches(windows: CalibrationWindows, settings: RankTraining) -> Sequence[Batch]:

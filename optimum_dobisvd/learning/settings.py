@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
+
+Mode = Literal["fixed_basis", "activation"]
 
 
 @dataclass(frozen=True)
@@ -12,6 +14,8 @@ class RankTraining:
     """Settings of the rank training.
 
     Attributes:
+        optimizer: `adam`, the paper's, or `prices`, which corrects the price list of `global` (see `PriceMover`);
+            None: `prices` for the allocation `dobi_fixed_basis`, `adam` for `dobi_activation`.
         steps: how many optimiser steps.
         windows: calibration windows a step, cut to `seqlen` tokens where that is given.
         seqlen: tokens in a window; None: those of the calibration.
@@ -28,6 +32,7 @@ class RankTraining:
         TypeError, ValueError: naming the field that cannot be.
     """
 
+    optimizer: Literal["adam", "prices"] | None = None
     steps: int = 40
     windows: int = 2
     seqlen: int | None = None
@@ -38,6 +43,8 @@ class RankTraining:
     patience: int = 4
 
     def __post_init__(self) -> None:
+        if self.optimizer not in (None, "adam", "prices"):
+            raise ValueError(f"training: optimizer is 'adam' or 'prices', got {self.optimizer!r}")
         for name in ("steps", "windows", "held_out", "evaluate_every", "patience"):
             _check_count(name, getattr(self, name), 1)
         if self.seqlen is not None:
@@ -48,6 +55,10 @@ class RankTraining:
         for value in self.width:
             _check_share("width", value)
         object.__setattr__(self, "width", tuple(float(value) for value in self.width))
+
+    def optimizer_of(self, mode: Mode) -> Literal["adam", "prices"]:
+        """The optimiser, the mode's own where none was asked for."""
+        return self.optimizer or ("prices" if mode == "fixed_basis" else "adam")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RankTraining:

@@ -23,7 +23,7 @@ SVD_GRADIENTS_PICTURE = "dobisvd_svd_gradients.png"
 
 @dataclass(frozen=True)
 class _Path:
-    """One matrix's share of its full rank after every step."""
+    """One matrix's share of its full rank at every step, NaN where it is dense."""
 
     name: str
     shares: list[float]
@@ -185,9 +185,13 @@ def _paths(curve: TrainingCurve) -> list[_Path]:
     if not curve.steps:
         raise ValueError("the rank training took no step; there is nothing to draw")
     return [
-        _Path(name, [step.ranks[place] / full for step in curve.steps])
+        _Path(name, [_share_of(step.ranks[place], full) for step in curve.steps])
         for place, (name, full) in enumerate(zip(curve.names, curve.full, strict=True))
     ]
+
+
+def _share_of(rank: float | None, full: int) -> float:
+    return float("nan") if rank is None else rank / full
 
 
 def _draw_losses(axes: Axes, curve: TrainingCurve) -> None:
