@@ -134,6 +134,7 @@ class DobiSVDQuantizer:
             compressed_model_bytes=model_bytes(model.parameters()),
             seconds=stages.seconds,
             peak_bytes=stages.peak_bytes,
+            predicted_increase=predicted_increase(plan, store),
         )
         model.dobisvd_plan, model.dobisvd_report, model.dobisvd_training = plan, self.report, self.training_curve
         from .integrations.transformers_quantizer import attach
@@ -339,6 +340,15 @@ def make_plan(
     options = budget_options(config, layout)
     modules = allocation.function(layout.targets, config.ratio, **options, spectra=spectra)
     return Plan(modules=modules, method=config.method, ratio=config.ratio, allocation=method.allocation)
+
+
+def predicted_increase(plan: Plan, store: StatisticsStore | None) -> float | None:
+    """What the prices of `kfac` say the loss gains, in nats per token; None if the store has no such prices."""
+    spectra = store.spectra("kfac") if store is not None else None
+    if spectra is None or not plan.modules.keys() <= spectra.keys():
+        return None
+    ranks = {name: module.rank for name, module in plan.modules.items() if module.rank is not None}
+    return sum(float(spectra[name][rank:].double().square().sum()) for name, rank in ranks.items())
 
 
 def budget_options(config: DobiSVDConfig, layout: Layout) -> dict[str, Any]:

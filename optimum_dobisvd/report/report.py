@@ -44,7 +44,11 @@ class ModuleReport:
 
 @dataclass
 class CompressionReport:
-    """All that was measured while compressing. `*_macs`: multiply-adds per token of all linears, `lm_head` too."""
+    """All that was measured while compressing. `*_macs`: multiply-adds per token of all linears, `lm_head` too.
+
+    `predicted_increase` is what the price list of `kfac` says the loss gains, in nats per token of the calibration
+    text, where ranks were priced with it.
+    """
 
     model: str
     method: str
@@ -60,6 +64,7 @@ class CompressionReport:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
+    predicted_increase: float | None = None
 
     @property
     def target_bytes(self) -> int:

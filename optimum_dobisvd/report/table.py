@@ -46,6 +46,8 @@ def summary_table(report: CompressionReport) -> Table:
         count_text(2 * report.compressed_macs),
         ratio_text(report.compressed_macs, report.dense_macs),
     )
+    if report.predicted_increase is not None:
+        table.add_row("predicted increase of the loss", "", f"{report.predicted_increase:.3f} nats", "")
     for name, found in report.perplexity.items():
         dense, compressed = found.get("dense"), found.get("compressed")
         table.add_row(

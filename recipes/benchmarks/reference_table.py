@@ -19,6 +19,9 @@ from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
 from optimum_dobisvd.calibration.dataset import read_text
 from optimum_dobisvd.report.perplexity import perplexity
 
+# Cheap enough for two cores: a step of this mode decomposes every activation.
+ACTIVATION = {"seqlen": 256, "windows": 1}
+
 # Name in the table -> what it changes in the config. `svd_llm_v2, uniform` has the factors of V2 without its ranks.
 ROWS = {
     "svd": {"method": "svd"},
@@ -29,6 +32,9 @@ ROWS = {
     "svd_llm_v2": {"method": "svd_llm_v2"},
     "kfac, uniform": {"method": "global", "allocation": "uniform"},
     "global": {"method": "global"},
+    "dobi, fixed basis": {"method": "global", "allocation": "dobi_fixed_basis"},
+    "dobi, untrained": {"method": "dobi", "allocation": "uniform", "factorization": "output_pca"},
+    "dobi, activation": {"method": "dobi", "factorization": "output_pca", "training": ACTIVATION},
 }
 
 
@@ -48,7 +54,13 @@ def measure(model_id: str, row: dict, ratio: float, texts: dict[str, str], args:
         name: round(perplexity(model, tokenizer, text, seqlen=1024, windows=args.eval_windows), 2)
         for name, text in texts.items()
     }
-    return {"perplexity": found, "seconds": seconds, "bytes": report.target_bytes / report.dense_target_bytes}
+    return {
+        "perplexity": found,
+        "seconds": seconds,
+        "stages": report.seconds,
+        "bytes": report.target_bytes / report.dense_target_bytes,
+        "predicted": report.predicted_increase,
+    }
 
 
 def print_table(rows: list[dict], texts: list[str], ratios: list[float]) -> None:
