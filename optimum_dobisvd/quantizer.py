@@ -27,7 +27,7 @@ from .config import DobiSVDConfig
 from .factorization.factors import Factors
 from .factorization.registry import factorization_named
 from .learning.curve import TrainingCurve
-from .learning.learn import learn_ranks
+from .learning.learn import check_learnable, learn_ranks
 from .nn.dense_linear import weight_matrix
 from .replacement import Replacement
 from .report.measure import Stages
@@ -104,6 +104,8 @@ class DobiSVDQuantizer:
         targets = layout.targets
         stages = Stages()
         windows, held_out = self._split(windows)
+        if held_out is not None:
+            check_learnable(layout)
         before = (macs_per_token(model), model_bytes(model.parameters()))
         with stages.stage("statistics"):
             store = self._statistics(model, layout, windows)
@@ -315,6 +317,13 @@ def check_model(model: Any, config: DobiSVDConfig) -> Layout:
         raise ValueError(
             "the model has adapters (PEFT); merge them (merge_and_unload) or take them off before compressing"
         )
+    method = config.resolved_method()
+    if (method.needs_gradients or method.learns) and not _has_head(model):
+        raise ValueError(
+            f"{type(model).__name__} gives no next-token logits, and method {config.method!r} weighs matrices by the "
+            "next-token loss: load it as a causal language model, or choose a method that reads no gradients "
+            "(svd_llm_v2)"
+        )
     layout = find_layout(model, config.modules_to_not_convert, config.min_coverage)
     resolve_overrides(config.overrides, list(layout.linears))
     for name, module in layout.linears.items():
@@ -326,6 +335,12 @@ def check_model(model: Any, config: DobiSVDConfig) -> Layout:
     if layout.left_dense:
         logger.info("left dense: %s", layout.describe_left_dense())
     return layout
+
+
+def _has_head(model: Any) -> bool:
+    """Whether the model has a language model's head, as far as it says."""
+    head_of = getattr(model, "get_output_embeddings", None)
+    return head_of is None or head_of() is not None
 
 
 def make_plan(

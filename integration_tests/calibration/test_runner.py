@@ -19,7 +19,7 @@ from integration_tests.statistics.collecting import (
 )
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd.calibration.layout import find_layout
-from optimum_dobisvd.calibration.runner import BlockRunner
+from optimum_dobisvd.calibration.runner import BlockRunner, hidden_of
 
 FALLBACK = "passes state between its blocks"
 
@@ -239,7 +239,7 @@ def test_calibration_runs_in_evaluation_mode_without_gradients() -> None:
     class Looking(Diary):
         def enter(self, name: str, block: nn.Module) -> None:
             block.register_forward_hook(
-                lambda _, __, output: states.append((torch.is_grad_enabled(), output.requires_grad))
+                lambda _, __, output: states.append((torch.is_grad_enabled(), hidden_of(output).requires_grad))
             )
 
     states: list[tuple[bool, bool]] = []

@@ -47,7 +47,7 @@ def ranks_of(basis: FixedBasis, share: float = 0.5) -> dict[str, float]:
 
 def expected_loss(model: torch.nn.Module, ids: Tensor) -> float:
     logits = model(ids).logits
-    return float(cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+    return cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
 
 
 @given(rank=st.floats(0.5, 40), count=st.integers(1, 40), beta=st.floats(0.05, 20), shift=st.floats(-1, 1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import transformers
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -31,15 +32,14 @@ class CheckpointConfig(QuantizationConfigMixin):
             )
 
 
-class DobiSVDModel:
+class _Entry:
     """Registers the loader, then hands over to the architecture's own class."""
 
-    _auto_class: Any = None
+    auto_class: Any = None
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Called by transformers with the auto class that the user called."""
-        cls._auto_class = auto_class
+        """Called by some versions of transformers, with what is known here already."""
 
     @classmethod
     def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
@@ -48,4 +48,15 @@ class DobiSVDModel:
             register_quantization_config("dobi_svd")(CheckpointConfig)
             register_quantizer("dobi_svd")(LowRankLoader)
         kwargs["trust_remote_code"] = False
-        return cls._auto_class.from_pretrained(name, *args, **kwargs)
+        return cls.auto_class.from_pretrained(name, *args, **kwargs)
+
+
+def __getattr__(name: str) -> Any:
+    """`DobiSVDAutoModelForCausalLM` and so on: one entry for every auto class, made when transformers asks for it.
+
+    One for each, because no version of transformers tells an entry reliably which auto class the user called.
+    """
+    auto_class = getattr(transformers, name.removeprefix("DobiSVD"), None) if name.startswith("DobiSVDAuto") else None
+    if auto_class is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return type(name, (_Entry,), {"auto_class": auto_class, "__module__": __name__})

@@ -15,14 +15,14 @@ from ..nn.dense_linear import empty_low_rank, is_dense_linear, to_dense
 from ..nn.low_rank_linear import LowRankLinear
 from .checkpoint import check_factors, module_names_in
 
-BUNDLED_ENTRY = "DobiSVDModel"
-"""The class in the bundled file that `auto_map` names."""
+BUNDLED_ENTRY = "DobiSVD"
+"""What the classes in the bundled file are called that `auto_map` names, followed by the auto class."""
 
 
 def forget_bundled_loader(model: Any) -> None:
     """Take the bundled loader out of `auto_map`: a dense model is saved without it."""
     auto_map = getattr(model.config, "auto_map", None) or {}
-    kept = {key: value for key, value in auto_map.items() if not str(value).endswith(f".{BUNDLED_ENTRY}")}
+    kept = {key: value for key, value in auto_map.items() if f".{BUNDLED_ENTRY}Auto" not in str(value)}
     if kept:
         model.config.auto_map = kept
     elif auto_map:

@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,10 @@ def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: A
     original = type(model).save_pretrained
     arguments = _by_name(original, model, target, args, kwargs)
     if not arguments.get("is_main_process", True):
-        original(model, target, *args, **kwargs)  # takes part in gathering, writes nothing
+        # It takes part in gathering. Early versions of transformers 5 write the weights on every process all the same.
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.discarded-") as elsewhere:
+            original(model, elsewhere, *args, **kwargs)
         return
     push = arguments.pop("push_to_hub", False)
     arguments.pop("save_directory")
@@ -110,7 +114,7 @@ def _declare_bundled_loader(model: Any) -> None:
     for name, auto_class in vars(modeling_auto).items():
         mapping = getattr(auto_class, "_model_mapping", None)
         if name.startswith("AutoModel") and mapping is not None and type(model.config) in mapping:
-            auto_map[name] = f"{MODELING_FILE.removesuffix('.py')}.{BUNDLED_ENTRY}"
+            auto_map[name] = f"{MODELING_FILE.removesuffix('.py')}.{BUNDLED_ENTRY}{name}"
     model.config.auto_map = auto_map
 
 

@@ -159,5 +159,11 @@ def logits_of(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """Next-token logits of a causal language model, `batch x seqlen x vocabulary`."""
     device = next(model.parameters()).device
     attention = {} if bool(mask.all()) else {"attention_mask": mask.long().to(device)}
-    logits: Tensor = model(input_ids=ids.to(device), use_cache=False, **attention).logits
+    output = model(input_ids=ids.to(device), use_cache=False, **attention)
+    logits: Tensor | None = getattr(output, "logits", None)
+    if logits is None or logits.shape[:2] != ids.shape:
+        raise ValueError(
+            f"{type(model).__name__} gives no next-token logits, and ranks are learned on the next-token loss: load "
+            "it as a causal language model, or choose an allocation that learns nothing (uniform)"
+        )
     return logits

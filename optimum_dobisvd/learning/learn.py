@@ -61,16 +61,8 @@ def learn_ranks(
         journal: a file to resume from.
 
     Raises:
-        ValueError: offloaded weights; no rank to learn; whatever the loss raises at the start.
+        ValueError: no rank to learn; whatever the loss raises at the start.
     """
-    offloaded = next(
-        (name for name, each in layout.linears.items() if weight_matrix(each).device.type == "meta"), None
-    )
-    if offloaded is not None:
-        raise ValueError(
-            f"{offloaded}: its weight is offloaded, and learning ranks rebuilds every weight in every step; load the "
-            "model without offload, or use allocation='global', which needs no training"
-        )
     with torch.no_grad():
         found = ((name, each) for name, each, _ in decompositions(layout, row, store, device, layout.linears))
         basis = FixedBasis(model, layout.linears, found)
@@ -81,6 +73,16 @@ def learn_ranks(
             mover = PriceMover(budget, start, spectra or {}, settings)
         learner = RankLearner(objective, basis, mover, start, settings, mode=mode, journal=journal)
         return learner.run(_batches(windows, settings), list(held_out.batches(1)))
+
+
+def check_learnable(layout: Layout) -> None:
+    """Raise ValueError, naming it, if a weight is offloaded."""
+    for name, module in layout.linears.items():
+        if weight_matrix(module).device.type == "meta":
+            raise ValueError(
+                f"{name}: its weight is offloaded, and learning ranks rebuilds every weight in every step; load the "
+                "model without offload, or use allocation='global', which needs no training"
+            )
 
 
 def _batches(windows: CalibrationWindows, settings: RankTraining) -> Sequence[Batch]:

@@ -9,6 +9,7 @@ to the results; rows that are there already are skipped, so a killed run goes on
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
 from optimum_dobisvd.calibration.dataset import read_text
 from optimum_dobisvd.report.perplexity import perplexity
+from optimum_dobisvd.report.training_pictures import prices_picture
 
 # Cheap enough for two cores: a step of this mode decomposes every activation.
 ACTIVATION = {"seqlen": 256, "windows": 1}
@@ -38,10 +40,23 @@ ROWS = {
 }
 
 
-def measure(model_id: str, row: dict, ratio: float, texts: dict[str, str], args: argparse.Namespace) -> dict:
+def load(args: argparse.Namespace) -> tuple:
+    """The dense model and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
+    return model, AutoTokenizer.from_pretrained(args.model)
+
+
+def judge(model: torch.nn.Module, tokenizer: object, texts: dict[str, str], windows: int) -> dict[str, float]:
+    """Perplexity by text."""
+    return {
+        name: round(perplexity(model, tokenizer, text, seqlen=1024, windows=windows), 3)
+        for name, text in texts.items()
+    }
+
+
+def measure(row: dict, ratio: float, texts: dict[str, str], args: argparse.Namespace) -> dict:
     """Compress once; perplexities by text, seconds and ratio of bytes."""
-    tokenizer = AutoTokenizer.from_pretrained(model_id)
-    model = AutoModelForCausalLM.from_pretrained(model_id, dtype=getattr(torch, args.dtype)).to(args.device)
+    model, tokenizer = load(args)
     calibration = {"nsamples": args.nsamples, "seqlen": args.seqlen, "seed": args.seed, "dataset": args.dataset}
     quantizer = DobiSVDQuantizer(
         DobiSVDConfig(**row, ratio=ratio, **calibration, statistics=str(args.work / "statistics"))
@@ -50,12 +65,8 @@ def measure(model_id: str, row: dict, ratio: float, texts: dict[str, str], args:
     quantizer.quantize_model(model, tokenizer)
     seconds = round(time.perf_counter() - started, 1)
     report = quantizer.report
-    found = {
-        name: round(perplexity(model, tokenizer, text, seqlen=1024, windows=args.eval_windows), 2)
-        for name, text in texts.items()
-    }
     return {
-        "perplexity": found,
+        "perplexity": judge(model, tokenizer, texts, args.eval_windows),
         "seconds": seconds,
         "stages": report.seconds,
         "bytes": report.target_bytes / report.dense_target_bytes,
@@ -75,6 +86,18 @@ def print_table(rows: list[dict], texts: list[str], ratios: list[float]) -> None
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
+def draw(rows: list[dict], path: Path) -> None:
+    """Predicted against measured increase of the loss, on the first text, of all rows that have a prediction."""
+    text = next(iter(rows[0]["perplexity"]))
+    dense = next(row["perplexity"][text] for row in rows if row["row"] == "dense")
+    points = [
+        (f"{row['row']} {row['ratio']:g}", row["predicted"], math.log(row["perplexity"][text] / dense))
+        for row in rows
+        if row.get("predicted")
+    ]
+    prices_picture(points, path, title=f"what the prices predict, and what happens on {text}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -82,6 +105,7 @@ def main() -> None:
     parser.add_argument("--eval-dataset", nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True, help="results, one JSON object a line")
     parser.add_argument("--work", type=Path, default=Path("reference-table-work"))
+    parser.add_argument("--picture", type=Path, help="draw predicted against measured increases of the loss")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.8, 0.6, 0.4])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--nsamples", type=int, default=96)
@@ -94,15 +118,21 @@ def main() -> None:
 
     texts = {Path(name).name: read_text(name, "test") for name in args.eval_dataset}
     rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    for ratio in args.ratios:
-        for name in args.rows:
-            if any(done["row"] == name and done["ratio"] == ratio for done in rows):
-                continue
-            rows.append({"row": name, "ratio": ratio, **measure(args.model, ROWS[name], ratio, texts, args)})
-            with open(args.out, "a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-            print(json.dumps(rows[-1]), flush=True)
+    wanted = [("dense", 1.0), *((name, ratio) for ratio in args.ratios for name in args.rows)]
+    for name, ratio in wanted:
+        if any(done["row"] == name and done["ratio"] == ratio for done in rows):
+            continue
+        if name == "dense":
+            found = {"perplexity": judge(*load(args), texts, args.eval_windows)}
+        else:
+            found = measure(ROWS[name], ratio, texts, args)
+        rows.append({"row": name, "ratio": ratio, **found})
+        with open(args.out, "a", encoding="utf-8") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        print(json.dumps(rows[-1]), flush=True)
     print_table(rows, list(texts), args.ratios)
+    if args.picture is not None:
+        draw(rows, args.picture)
 
 
 if __name__ == "__main__":

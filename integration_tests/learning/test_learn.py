@@ -1,0 +1,193 @@
+"""Learned ranks from config to checkpoint, on real architectures."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from torch import nn
+
+from integration_tests.tiny_models import tiny, tokens
+from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
+from optimum_dobisvd.calibration.layout import find_layout
+from optimum_dobisvd.learning.curve import TrainingCurve
+from optimum_dobisvd.learning.training import RankLearner
+from optimum_dobisvd.report.report import is_low_rank
+
+WINDOWS = tokens(14, 32)
+TRAINING = {"steps": 4, "evaluate_every": 2, "held_out": 2}
+
+
+def learned(model: nn.Module, **settings: Any) -> DobiSVDQuantizer:
+    defaults = {"method": "global", "allocation": "dobi_fixed_basis", "ratio": 0.5, "dataset": WINDOWS}
+    quantizer = DobiSVDQuantizer(**{**defaults, "nsamples": 12, "training": TRAINING, **settings})
+    quantizer.quantize_model(model)
+    return quantizer
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral", "opt", "gpt2", "gemma2", "phi"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"method": "dobi", "allocation": None}, {"training": {**TRAINING, "optimizer": "adam"}}]
+)
+def test_every_architecture_learns_ranks_within_the_budget(model_type: str, settings: dict[str, Any]) -> None:
+    model, dense = tiny(model_type), tiny(model_type)
+    quantizer = learned(model, **settings)
+    plan, curve = quantizer.plan, quantizer.training_curve
+    assert plan is not None
+    assert curve is not None
+    targets = find_layout(dense).targets
+    assert 0.5 - 4 * 128 / sum(each.dense_bytes for each in targets) < plan.ratio_of(targets) <= 0.5
+    assert len(curve.steps) == 4
+    assert [found.step for found in curve.evaluations] == [0, 2, 4]
+    assert min(found.loss for found in curve.evaluations) == next(
+        found.loss for found in curve.evaluations if found.step == curve.best
+    )
+    assert is_low_rank(model)
+    with torch.no_grad():
+        assert bool(torch.isfinite(model(WINDOWS[:1]).logits).all())
+
+
+def test_the_held_out_windows_are_used_for_nothing_else() -> None:
+    """Neither in the statistics nor in a step: other held-out windows change which ranks are kept, not the ranks."""
+    other = WINDOWS.clone()
+    other[12:] = tokens(2, 32, seed=9)
+    curves = [learned(tiny("llama"), dataset=windows).training_curve for windows in (WINDOWS, other)]
+    assert curves[0] is not None
+    assert curves[1] is not None
+    assert [step.ranks for step in curves[0].steps] == [step.ranks for step in curves[1].steps]
+    assert [step.loss for step in curves[0].steps] == [step.loss for step in curves[1].steps]
+    assert [found.loss for found in curves[0].evaluations] != [found.loss for found in curves[1].evaluations]
+
+
+def test_the_loss_of_the_kept_ranks_is_that_of_the_compressed_model() -> None:
+    model = tiny("llama")
+    quantizer = learned(model)
+    curve = quantizer.training_curve
+    assert curve is not None
+    with torch.no_grad():
+        found = float(model(WINDOWS[12:], labels=WINDOWS[12:]).loss)
+    assert found == pytest.approx(min(each.loss for each in curve.evaluations), rel=1e-4)
+
+
+def test_a_stopped_training_resumes_from_the_statistics_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = learned(tiny("llama"))
+    step = RankLearner._step
+
+    def stops(self: RankLearner, number: int, batch: Any) -> None:
+        if number == 3:
+            raise KeyboardInterrupt
+        step(self, number, batch)
+
+    monkeypatch.setattr(RankLearner, "_step", stops)
+    model = tiny("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt):
+        learned(model, statistics=str(tmp_path / "s"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert len(list((tmp_path / "s").glob("training-*.json"))) == 1
+    taken: list[int] = []
+
+    def counts(self: RankLearner, number: int, batch: Any) -> None:
+        taken.append(number)
+        step(self, number, batch)
+
+    monkeypatch.setattr(RankLearner, "_step", counts)
+    resumed = learned(model, statistics=str(tmp_path / "s"))
+    assert taken == [3]
+    assert resumed.plan == whole.plan
+    assert resumed.training_curve == whole.training_curve
+
+
+def test_another_ratio_does_not_take_the_journal_of_the_first(tmp_path: Path) -> None:
+    for ratio in (0.5, 0.6):
+        learned(tiny("llama"), ratio=ratio, statistics=str(tmp_path / "s"))
+    assert len(list((tmp_path / "s").glob("training-*.json"))) == 2
+
+
+def test_curve_and_pictures_lie_beside_the_checkpoint(tmp_path: Path) -> None:
+    model = tiny("llama")
+    quantizer = learned(model, method="dobi", allocation=None)
+    quantizer.save(model, tmp_path / "out")
+    assert TrainingCurve.load(tmp_path / "out") == quantizer.training_curve
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"dobisvd_training.png", "dobisvd_ranks_learned.png", "dobisvd_svd_gradients.png"} <= names
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert written["training"]["steps"] == 4
+
+
+def test_ranks_that_a_plan_gives_are_not_learned() -> None:
+    plan = learned(tiny("llama")).plan
+    again = learned(tiny("llama"), plan=plan)
+    assert again.training_curve is None
+    assert again.plan == plan
+
+
+def test_overrides_hold() -> None:
+    overrides = {"model.layers.0.mlp.up_proj": {"rank": 3}, "model.layers.1.mlp.up_proj": {"dense": True}}
+    for settings in ({}, {"method": "dobi", "allocation": None}):
+        plan = learned(tiny("llama"), overrides=overrides, **settings).plan
+        assert plan is not None
+        assert plan.modules["model.layers.0.mlp.up_proj"].rank == 3
+        assert plan.modules["model.layers.1.mlp.up_proj"].rank is None
+
+
+def test_too_few_windows_say_so_before_any_work() -> None:
+    model = tiny("llama")
+    with pytest.raises(ValueError, match=r"there are 2 windows of calibration text, and 2 of them are held out"):
+        learned(model, dataset=WINDOWS[:2])
+    assert not is_low_rank(model)
+
+
+def test_offloaded_weights_are_refused() -> None:
+    model = tiny("llama")
+    cpu_offload(model, execution_device="cpu")
+    with pytest.raises(ValueError, match=r"q_proj: its weight is offloaded.*allocation='global'"):
+        learned(model)
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    with pytest.raises(ValueError, match="gives no next-token logits"):
+        learned(tiny("llama").model)
+    with pytest.raises(ValueError, match="gives no next-token logits"):
+        learned(tiny("llama").model, method="dobi", allocation=None)
+
+
+def test_a_loss_that_turns_nan_keeps_the_last_good_ranks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from optimum_dobisvd.learning import fixed_basis
+
+    taken_back = fixed_basis.taken_back
+    calls: list[int] = []
+
+    def breaks(model: Any, ids: Any, mask: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            with torch.no_grad():
+                model.lm_head.weight.fill_(float("nan"))
+        return taken_back(model, ids, mask)
+
+    monkeypatch.setattr(fixed_basis, "taken_back", breaks)
+    model = tiny("llama")
+    with caplog.at_level(logging.WARNING):
+        quantizer = learned(model)
+    curve = quantizer.training_curve
+    assert curve is not None
+    assert curve.stopped is not None
+    assert curve.stopped.startswith("step 3: the loss is nan after 0 tokens of calibration text")
+    assert "rank training ended after 2 steps: step 3: the loss is nan" in caplog.text
+    assert len(curve.evaluations) == 2
+
+
+def test_the_config_refuses_impossible_settings() -> None:
+    with pytest.raises(ValueError, match="training: unknown key 'stepz'"):
+        DobiSVDConfig(training={"stepz": 3})
+    with pytest.raises(ValueError, match="fisher is 'empirical' or 'sampled'"):
+        DobiSVDConfig(fisher="true")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="gradient_nsamples must be at least 1"):
+        DobiSVDConfig(gradient_nsamples=0)
