@@ -51,6 +51,7 @@ class AdamMover:
     """
 
     _MOMENTS = (0.9, 0.95)
+    _RATE = 0.02
 
     def __init__(self, budget: Budget, start: Mapping[str, PlannedModule], settings: RankTraining) -> None:
         self._budget, self._settings = budget, settings
@@ -84,7 +85,7 @@ class AdamMover:
         self._second = self._MOMENTS[1] * self._second + (1 - self._MOMENTS[1]) * excess.square()
         corrected = self._first / (1 - self._MOMENTS[0] ** (step + 1))
         scale = (self._second / (1 - self._MOMENTS[1] ** (step + 1))).sqrt()
-        rate = self._settings.learning_rate * (1 + math.cos(math.pi * step / self._settings.steps)) / 2
+        rate = (self._settings.learning_rate or self._RATE) * (1 + math.cos(math.pi * step / self._settings.steps)) / 2
         self._shares = self._held(self._shares - rate * corrected / scale.clamp_min(1e-300))
 
     def planned(self) -> dict[str, PlannedModule]:
@@ -119,12 +120,15 @@ class PriceMover:
     The spectrum says how the price of a matrix's next rank falls with its rank, and is off by a factor of the matrix:
     the loss is not quadratic and truncations interact. Where the ranks are right, a byte is worth the same in every
     matrix. A matrix in which it is worth more than on average, `-dLoss/dk` over the bytes of a rank, has its prices
-    raised by a power of that ratio (and lowered where it is worth less); all ranks are then chosen anew within the
-    budget, the dense weight among the choices. So a matrix may become dense or cease to be, the budget holds by
-    construction, and the power, falling along a cosine, averages the noise of the batches out.
+    raised, and lowered where it is worth less, exponentially in what it is worth beyond the average; all ranks are then
+    chosen anew within the budget, the dense weight among the choices. So a matrix may become dense or cease to be, the
+    budget holds by construction, and the rate, falling along a cosine, averages the noise of the batches out. (The
+    logarithm of what a byte is worth would be the natural step, but a noisy one has a lower mean: small matrices, whose
+    derivatives are noisiest, would drift down.)
     """
 
-    _FURTHEST = math.log(3)  # how far one batch may move a factor, before the power
+    _RATE = 0.6
+    _FURTHEST = 1.0  # how far one batch may move the logarithm of a factor, times the rate
 
     def __init__(
         self,
@@ -158,10 +162,10 @@ class PriceMover:
         price = worth / sum(self._cost[name] * self._largest[name] for name in moving)
         if price <= 0:
             return  # on this batch bytes are worth nothing at all: noise, so no news
-        rate = self._settings.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * step / self._settings.steps)) / 2)
+        fall = 0.05 + 0.95 * (1 + math.cos(math.pi * step / self._settings.steps)) / 2
+        rate = (self._settings.learning_rate or self._RATE) * fall
         for name in moving:
-            ratio = -slopes[name] / (self._cost[name] * price)
-            news = math.log(ratio) if ratio > 0 else -self._FURTHEST
+            news = -slopes[name] / (self._cost[name] * price) - 1
             self._factors[name] += rate * min(max(news, -self._FURTHEST), self._FURTHEST)
         tails = {name: (math.exp(self._factors[name]) * tail).tolist() for name, tail in self._tails.items()}
         self._planned = allocate_by_tails(self._budget, tails)

@@ -19,7 +19,8 @@ class RankTraining:
         steps: how many optimiser steps.
         windows: calibration windows a step, cut to `seqlen` tokens where that is given.
         seqlen: tokens in a window; None: those of the calibration.
-        learning_rate: of Adam, in shares of each matrix's largest useful rank; falls to zero along a cosine.
+        learning_rate: of `adam`, in shares of each matrix's largest useful rank, by default 0.02; of `prices`, what the
+            logarithm of a price may move by in a step, by default 0.6. Both fall along a cosine.
         width: where the gates' softness starts and ends, as a share of the largest useful rank: `beta` is `1 / (width
             * rank)`, and at most the paper's 10. At a `beta` of 10 from the start, as in the paper, a rank half-way
             between two integers has no gradient.
@@ -36,8 +37,8 @@ class RankTraining:
     steps: int = 40
     windows: int = 2
     seqlen: int | None = None
-    learning_rate: float = 0.02
-    width: tuple[float, float] = (0.1, 0.02)
+    learning_rate: float | None = None
+    width: tuple[float, float] = (0.05, 0.02)
     held_out: int = 8
     evaluate_every: int = 5
     patience: int = 4
@@ -49,7 +50,8 @@ class RankTraining:
             _check_count(name, getattr(self, name), 1)
         if self.seqlen is not None:
             _check_count("seqlen", self.seqlen, 2)
-        _check_share("learning_rate", self.learning_rate)
+        if self.learning_rate is not None:
+            _check_share("learning_rate", self.learning_rate)
         if not isinstance(self.width, list | tuple) or len(self.width) != 2:
             raise ValueError(f"training: width is a pair, from and to, got {self.width!r}")
         for value in self.width:
@@ -85,4 +87,4 @@ def _check_share(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"training: {name} must be a number, got {value!r}")
     if not 0 < value <= 1:
-        raise ValueError(f"training: {name} is a share of the largest useful rank, 0 < {name} <= 1, got {value}")
+        raise ValueError(f"training: {name} is a share, 0 < {name} <= 1, got {value}")
