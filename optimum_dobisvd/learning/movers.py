@@ -120,11 +120,11 @@ class PriceMover:
     The spectrum says how the price of a matrix's next rank falls with its rank, and is off by a factor of the matrix:
     the loss is not quadratic and truncations interact. Where the ranks are right, a byte is worth the same in every
     matrix. A matrix in which it is worth more than on average, `-dLoss/dk` over the bytes of a rank, has its prices
-    raised, and lowered where it is worth less, exponentially in what it is worth beyond the average; all ranks are then
-    chosen anew within the budget, the dense weight among the choices. So a matrix may become dense or cease to be, the
-    budget holds by construction, and the rate, falling along a cosine, averages the noise of the batches out. (The
-    logarithm of what a byte is worth would be the natural step, but a noisy one has a lower mean: small matrices, whose
-    derivatives are noisiest, would drift down.)
+    raised, and lowered where it is worth less, exponentially in what it is worth beyond the average; all ranks are
+    then chosen anew within the budget, the dense weight among the choices. So a matrix may become dense or cease to
+    be, the budget holds by construction, and the rate, falling along a cosine, averages the noise of the batches out.
+    (The logarithm of what a byte is worth would be the natural step, but a noisy one has a lower mean: small matrices,
+    whose derivatives are noisiest, would drift down.)
     """
 
     _RATE = 0.6

@@ -19,8 +19,8 @@ class RankTraining:
         steps: how many optimiser steps.
         windows: calibration windows a step, cut to `seqlen` tokens where that is given.
         seqlen: tokens in a window; None: those of the calibration.
-        learning_rate: of `adam`, in shares of each matrix's largest useful rank, by default 0.02; of `prices`, what the
-            logarithm of a price may move by in a step, by default 0.6. Both fall along a cosine.
+        learning_rate: of `adam`, in shares of each matrix's largest useful rank, by default 0.02; of `prices`, what
+            the logarithm of a price may move by in a step, by default 0.6. Both fall along a cosine.
         width: where the gates' softness starts and ends, as a share of the largest useful rank: `beta` is `1 / (width
             * rank)`, and at most the paper's 10. At a `beta` of 10 from the start, as in the paper, a rank half-way
             between two integers has no gradient.

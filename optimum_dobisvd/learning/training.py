@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
 
+HARD = 50.0
+"""A sharpness at which gates are open or shut."""
+
 
 class Objective(Protocol):
     """The loss as a function of real ranks."""
@@ -148,7 +151,3 @@ class RankLearner:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self._journal} is damaged ({error}); delete it to train from the start") from error
         self._curve = curve
-
-
-HARD = 50.0
-"""A sharpness at which gates are open or shut."""
