@@ -128,6 +128,22 @@ def test_the_remedy_is_for_what_takes_most(
     assert f"most of it for the {part}: lower" in capfd.readouterr().err
 
 
+def test_learned_ranks_are_planned_as_they_start_and_trained_by_compress(work: Path, capfd: Any) -> None:
+    training = json.dumps({"steps": 2, "held_out": 1})
+    learning = ("--allocation", "dobi_fixed_basis", "--training", training, "--ratio", "0.5")
+    first = planned(capfd, *PLAN, *learning, "--statistics", "stats")
+    assert {"rank training", "calibration, gradients"} <= first["needs"]["seconds"].keys()
+    assert first["needs"]["memory_bytes"]["rank training"] > 0
+    assert dobisvd(*COMPRESS, *learning, "--statistics", "stats", "out") == 0
+    assert (work / "out" / "dobisvd_training.json").exists()
+    second = planned(capfd, *PLAN, *learning, "--statistics", "stats")
+    assert "ranks: dobi_fixed_basis, before training, from the spectra in stats" in second["note"]
+    assert "calibration, gradients" not in second["needs"]["seconds"]
+    capfd.readouterr()
+    assert dobisvd("inspect", "out", "--pictures", "drawn") == 0
+    assert {"dobisvd_training.png", "dobisvd_ranks_learned.png"} <= set(names_in(work / "drawn"))
+
+
 def test_a_bad_plan_or_pattern_is_refused(work: Path, capfd: Any) -> None:
     assert dobisvd(*PLAN, "--modules-to-not-convert", "q_porj") == 1
     assert "q_proj" in capfd.readouterr().err

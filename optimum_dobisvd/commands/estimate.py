@@ -114,6 +114,10 @@ def memory_need(model: nn.Module, layout: Layout, config: DobiSVDConfig, *, coll
         host["hidden states of all windows"] = hidden
     if store and config.statistics is None:
         host["statistics, kept in memory"] = store
+    if config.plan is None and config.resolved_method().learns:
+        shapes = [weight_matrix(module).shape for module in layout.linears.values()]
+        # Both factors of every matrix at full rank, a copy of its dense weight, and its gradient.
+        host["rank training"] = sum(((m + n) * min(m, n) + 2 * m * n) * element for m, n in shapes)
     if config.device is None or config.device == "cpu":
         return Need({**host, **work}, {}, store)
     block = model_bytes(layout.blocks[widest].parameters())

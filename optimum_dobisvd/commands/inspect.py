@@ -9,6 +9,8 @@ from .running import RUNNING
 from .shared_options import TRUST_REMOTE_CODE
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
 _GROUPS = {
@@ -51,7 +53,7 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     print_report(report, console, modules=True)
     result = report.to_dict()
     if options["pictures"] is not None:
-        drawn = _draw(options["pictures"], report)
+        drawn = _draw(folder, options["pictures"], report)
         console.print(f"\npictures: {', '.join(drawn)}")
         result["pictures"] = drawn
     return result
@@ -66,11 +68,11 @@ SPEC = CommandSpec(
 )
 
 
-def _draw(folder: str, report: Any) -> list[str]:
+def _draw(checkpoint: Path, folder: str, report: Any) -> list[str]:
     from ..learning.curve import TrainingCurve
     from ..report.pictures import matplotlib_is_installed
     from ..report.write import write_pictures
 
     if not matplotlib_is_installed():
         raise ImportError("--pictures needs matplotlib: pip install 'optimum-dobisvd[plots]'")
-    return [str(path) for path in write_pictures(folder, report, TrainingCurve.load(folder))]
+    return [str(path) for path in write_pictures(folder, report, TrainingCurve.load(checkpoint))]

@@ -87,6 +87,7 @@ _REMEDIES = {
     "model": "load it in bfloat16",
     "hidden states of all windows": "lower --nsamples or --seqlen",
     "statistics, kept in memory": "name a --statistics folder",
+    "rank training": "choose --allocation global, which learns nothing",
 }
 
 

@@ -45,8 +45,6 @@ METHOD = (
         'settings of allocations that learn ranks, such as {"steps": 40, "windows": 2}',
         kind=dict,
         default={},
-        item_flag="--train",
-        metavar="KEY:JSON",
     ),
     Option("plan", "take ranks from this plan instead of allocating them", metavar="FILE"),
     Option(
