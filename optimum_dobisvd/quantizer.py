@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .allocation.plan import Plan
 from .calibration.backward import BackwardRunner
 from .calibration.dataset import CalibrationWindows, load_windows
 from .calibration.layout import Layout, find_layout
-from .calibration.loss import NextTokenLoss
+from .calibration.loss import NextTokenLoss, require_labels
 from .calibration.runner import BlockRunner
 from .config import DobiSVDConfig
 from .factorization.factors import Factors
@@ -104,6 +104,7 @@ class DobiSVDQuantizer:
         targets = layout.targets
         stages = Stages()
         windows, held_out = self._split(windows)
+        self._check_labels(windows, held_out)
         if held_out is not None:
             check_learnable(layout)
         before = (macs_per_token(model), model_bytes(model.parameters()))
@@ -136,7 +137,7 @@ class DobiSVDQuantizer:
             compressed_model_bytes=model_bytes(model.parameters()),
             seconds=stages.seconds,
             peak_bytes=stages.peak_bytes,
-            predicted_increase=predicted_increase(plan, store),
+            predicted_increase=predicted_increase(plan, store, self.config.resolved_method().factorization),
         )
         model.dobisvd_plan, model.dobisvd_report, model.dobisvd_training = plan, self.report, self.training_curve
         from .integrations.transformers_quantizer import attach
@@ -154,6 +155,8 @@ class DobiSVDQuantizer:
         """
         layout = check_model(model, self.config)
         given = self._given_plan(layout)
+        if given is None:
+            open_budget(layout.targets, self.config.ratio, **budget_options(self.config, layout))
         return layout, given, windows if windows is not None else self._load_windows(model, tokenizer)
 
     def save(self, model: Any, save_dir: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -205,6 +208,14 @@ class DobiSVDQuantizer:
             return windows, None
         return windows.split(self.config.rank_training.held_out)
 
+    def _check_labels(self, windows: CalibrationWindows | None, held_out: CalibrationWindows | None) -> None:
+        """Refuse text without a single next token where a loss is to be taken of it."""
+        if windows is not None and self.config.resolved_method().needs_gradients:
+            require_labels(windows.first(self.config.gradient_windows).attention_mask, "the windows of the gradients")
+        if windows is not None and held_out is not None:
+            require_labels(windows.attention_mask, "the windows that ranks are learned on")
+            require_labels(held_out.attention_mask, "the held-out windows")
+
     def _learn(
         self,
         model: Any,
@@ -229,15 +240,21 @@ class DobiSVDQuantizer:
             held_out=held_out,
             settings=self.config.rank_training,
             device=self._device(layout),
-            journal=self._journal(start, windows),
+            journal=self._journal(start, windows, held_out),
         )
         return replace(start, modules=modules)
 
-    def _journal(self, start: Plan, windows: CalibrationWindows) -> Path | None:
+    def _journal(self, start: Plan, windows: CalibrationWindows, held_out: CalibrationWindows) -> Path | None:
         """Where a training notes its state: beside the statistics, under the name of all that decides it."""
         if self.config.statistics is None:
             return None
-        decides = [start.to_dict(), self.config.rank_training.to_dict(), windows.sha256()]
+        decides = [
+            start.to_dict(),
+            asdict(self.config.resolved_method()),
+            self.config.to_dict(),
+            windows.sha256(),
+            held_out.sha256(),
+        ]
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
         return Path(self.config.statistics) / f"training-{digest}.json"
 
@@ -260,9 +277,14 @@ class DobiSVDQuantizer:
     ) -> None:
         """Add the gradient statistics that the store lacks, over the first windows."""
         chosen = windows.first(self.config.gradient_windows)
-        store.open_gradients(
-            {"tokens": int(chosen.attention_mask.sum()), "windows": chosen.sha256(), "fisher": self.config.fisher}
-        )
+        settings = {
+            "tokens": int(chosen.attention_mask.sum()),
+            "windows": chosen.sha256(),
+            "fisher": self.config.fisher,
+        }
+        if self.config.fisher == "sampled":
+            settings["seed"] = self.config.seed
+        store.open_gradients(settings)
         collector = GradientCollector(
             layout.linears_of, store.put_gradients, lambda block: not store.has_gradients(block)
         )
@@ -357,9 +379,9 @@ def make_plan(
     return Plan(modules=modules, method=config.method, ratio=config.ratio, allocation=method.allocation)
 
 
-def predicted_increase(plan: Plan, store: StatisticsStore | None) -> float | None:
-    """What the prices of `kfac` say the loss gains, in nats per token; None if the store has no such prices."""
-    spectra = store.spectra("kfac") if store is not None else None
+def predicted_increase(plan: Plan, store: StatisticsStore | None, factorization: str) -> float | None:
+    """What the prices say the loss gains, in nats per token; None for factors whose prices are no such thing."""
+    spectra = store.spectra("kfac") if store is not None and factorization == "kfac" else None
     if spectra is None or not plan.modules.keys() <= spectra.keys():
         return None
     ranks = {name: module.rank for name, module in plan.modules.items() if module.rank is not None}

@@ -179,7 +179,7 @@ def test_a_loss_that_turns_nan_keeps_the_last_good_ranks(
     curve = quantizer.training_curve
     assert curve is not None
     assert curve.stopped is not None
-    assert curve.stopped.startswith("step 3: the loss is nan after 0 tokens of calibration text")
+    assert curve.stopped.startswith("step 3: the loss is nan after 0 tokens of text")
     assert "rank training ended after 2 steps: step 3: the loss is nan" in caplog.text
     assert len(curve.evaluations) == 2
 

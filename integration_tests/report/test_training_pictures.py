@@ -29,6 +29,7 @@ def made_up_curve(layers: int, kinds: tuple[str, ...] = KINDS, steps: int = 6, d
             ranks[0] = None if step % 2 else ranks[0]
             ranks[-1] = None
         curve.steps.append(Step(3 - 0.1 * step, ranks))
+    curve.kept = [rng.randint(1, 64) for _ in names]
     curve.evaluations = [Evaluation(step, 3 - 0.1 * step) for step in range(0, steps + 1, 2)]
     return curve
 

@@ -234,6 +234,16 @@ def test_a_loss_that_is_nan_says_where() -> None:
         collect_gradients(Blind(lambda logits: logits * float("nan")), tokens(2, 8))
 
 
+def test_gradients_whose_settings_are_lost_are_collected_again_and_their_prices_dropped(tmp_path: Path) -> None:
+    store = collect_gradients(tiny("llama"), tokens(3, 12), folder=tmp_path / "s")
+    store.put_spectra("kfac", {"a": torch.ones(3)})
+    (tmp_path / "s" / "gradients.json").unlink()
+    again = StatisticsStore(store.fingerprint, list(find_layout(tiny("llama")).blocks), tmp_path / "s")
+    again.open_gradients({"tokens": 36})
+    assert not again.has_gradients("model.layers.0")
+    assert again.spectra("kfac") is None
+
+
 def test_text_without_labels_is_an_error() -> None:
     ids, mask = tokens(2, 8), torch.zeros(2, 8)
     mask[:, 0] = 1

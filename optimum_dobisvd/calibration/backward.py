@@ -34,6 +34,8 @@ class BackwardRunner(BlockRunner):
             ValueError: the model gives no next-token logits; no token has a label; the loss or a gradient is not
                 finite (the message says where).
         """
+        if not any(visitor.wants(name) for name in self._blocks):
+            return
         try:
             with evaluating(self._model), without_cache(self._model), frozen(self._model):
                 with torch.no_grad():
@@ -51,8 +53,6 @@ class BackwardRunner(BlockRunner):
     def _walk_back(self, visitor: BlockVisitor, loss: NextTokenLoss, description: str) -> None:
         names = list(self._blocks)
         wanted = [name for name in names if visitor.wants(name)]
-        if not wanted:
-            return
         first = names.index(wanted[0])  # blocks before it need no gradient
         with tqdm(total=2 * len(names) - first, desc=description, unit="block") as progress:
             boundaries = self._walk_forward(first, progress)

@@ -17,6 +17,19 @@ def labelled(mask: Tensor) -> Tensor:
     return mask[:, 1:] & mask[:, :-1]
 
 
+def require_labels(mask: Tensor, what: str) -> None:
+    """Raise ValueError if no token under a mask (`N x seqlen`) has a label."""
+    if not bool(labelled(mask).any()):
+        raise ValueError(
+            f"{what}: no token has a label: every window is padding, or one token long. The loss needs windows of at "
+            "least two tokens of text"
+        )
+
+
+class NotFiniteError(ValueError):
+    """A loss or an activation is NaN or infinite; the message says where."""
+
+
 class NextTokenLoss:
     """Summed cross-entropy of the next token, in nats, and a count of what was summed.
 
@@ -35,11 +48,13 @@ class NextTokenLoss:
     def __call__(self, logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """`logits` is `batch x seqlen x vocabulary`; `ids` and `mask` (`batch x seqlen`) may be on another device.
 
-        Raises ValueError if the loss is NaN or infinite.
+        Raises NotFiniteError if the loss is NaN or infinite.
         """
         wanted = labelled(mask)
         rows = logits[:, :-1][wanted.to(logits.device)]
         rows = rows if rows.dtype == torch.float64 else rows.float()
+        if not bool(torch.isfinite(rows.detach()).all()):
+            self._refuse("nan")
         if self._fisher == "sampled":
             labels = torch.multinomial(rows.detach().softmax(-1).cpu(), 1, generator=self._generator).squeeze(-1)
         else:
@@ -47,18 +62,21 @@ class NextTokenLoss:
         loss = cross_entropy(rows, labels.to(rows.device), reduction="sum")
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise ValueError(
-                f"the loss is {value} after {self.tokens} tokens of calibration text. Check the checkpoint, or "
-                "load the model in float32 or bfloat16 (float16 overflows)"
-            )
+            self._refuse(str(value))
         self.total += value
         self.tokens += len(rows)
         return loss
+
+    def _refuse(self, what: str) -> None:
+        raise NotFiniteError(
+            f"the loss is {what} after {self.tokens} tokens of text. Check the checkpoint, or load the model in "
+            "float32 or bfloat16 (float16 overflows)"
+        )
 
     def check_seen(self) -> None:
         """Raise ValueError if no token had a label."""
         if self.tokens == 0:
             raise ValueError(
-                "no calibration token has a label: every window is padding, or one token long. Gradients need windows "
+                "no calibration token has a label: every window is padding, or one token long. The loss needs windows "
                 "of at least two tokens of text"
             )

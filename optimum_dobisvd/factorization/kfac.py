@@ -39,7 +39,8 @@ def output_root(gram: Tensor, damping: float = DAMPING) -> OutputRoot:
     mean = gram.diagonal().mean()
     if not float(mean) > 0:
         raise ValueError("the gradient Gram is zero: the loss does not feel this linear's output")
-    damped = (gram + gram.T) / 2 + damping * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    damped = (gram + gram.T) / 2
+    damped.diagonal().add_(damping * mean)
     return OutputRoot(torch.linalg.cholesky(damped))
 
 

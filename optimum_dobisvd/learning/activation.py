@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calibration.loss import NotFiniteError
 from ..factorization.stable_svd import stable_svd
+from ..statistics.collect import token_rows
 from .fixed_basis import FixedBasis, taken_back
 from .gates import gates
 
@@ -56,7 +58,7 @@ class ActivationTruncation:
     def _truncating(self, ranks: Mapping[str, Tensor], betas: Mapping[str, float], mask: Tensor) -> Iterator[None]:
         handles = [
             self._deployed.linears[name].register_forward_hook(
-                partial(self._truncate, self._deployed.count(name), rank, betas[name], mask)
+                partial(self._truncate, name, self._deployed.count(name), rank, betas[name], mask)
             )
             for name, rank in ranks.items()
         ]
@@ -68,15 +70,21 @@ class ActivationTruncation:
 
     @staticmethod
     def _truncate(
-        count: int, rank: Tensor, beta: float, mask: Tensor, module: Any, _args: tuple, output: Tensor
+        name: str, count: int, rank: Tensor, beta: float, mask: Tensor, module: Any, _args: tuple, output: Tensor
     ) -> Tensor:
         bias = 0 if module.bias is None else module.bias
         flat = (output - bias).reshape(-1, output.shape[-1])
-        keep = mask.reshape(-1).to(flat.device)
-        rows = flat[keep] if flat.dtype == torch.float64 else flat[keep].float()
+        rows = token_rows(name, flat, mask)
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        if not bool(torch.isfinite(rows.detach()).all()):
+            raise NotFiniteError(
+                f"the output of {name} has NaN or infinite values once the layers before are truncated"
+            )
         left, values, right = stable_svd(rows)
         scale = min(1.0, len(values) / count)
         soft = gates(rank * scale, len(values), beta / scale).to(values)
-        truncated = flat.clone()
-        truncated[keep] = ((left * (soft * values)) @ right.T).to(flat.dtype)
+        truncated = ((left * (soft * values)) @ right.T).to(flat.dtype)
+        if len(rows) < len(flat):  # padding stays as it is
+            keep = mask.reshape(-1).to(flat.device)
+            truncated = flat.masked_scatter(keep[:, None], truncated)
         return truncated.reshape(output.shape) + bias

@@ -33,8 +33,8 @@ class Evaluation:
 class TrainingCurve:
     """`names` are the matrices whose ranks were learned, in the order of the ranks of every step.
 
-    `full` are their numbers of singular values. `best` is the step after which the kept ranks were reached; `stopped`
-    says why the training ended before its last step, if it did.
+    `full` are their numbers of singular values. `kept` are the whole ranks that were kept (None: dense), reached after
+    step `best`; `stopped` says why the training ended before its last step, if it did.
     """
 
     mode: str
@@ -43,6 +43,7 @@ class TrainingCurve:
     steps: list[Step] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     best: int = 0
+    kept: list[int | None] = field(default_factory=list)
     stopped: str | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -41,7 +41,8 @@ class FixedBasis:
             weight = weight_matrix(self.linears[name])
             factors = found.truncate(found.left.shape[1]).balanced()
             self._bases[name] = (factors.second.to(weight), factors.first.to(weight))
-        self._dense = {name: weight_matrix(module).clone() for name, module in self.linears.items()}
+        # On the CPU: they are needed for dense matrices, and at the end.
+        self._dense = {name: weight_matrix(module).to("cpu", copy=True) for name, module in self.linears.items()}
         self._slopes: dict[str, float] = {}
         self._open = contextlib.ExitStack()
 
@@ -157,7 +158,7 @@ def taken_back(model: Any, ids: Tensor, mask: Tensor) -> NextTokenLoss:
 
 def logits_of(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """Next-token logits of a causal language model, `batch x seqlen x vocabulary`."""
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     attention = {} if bool(mask.all()) else {"attention_mask": mask.long().to(device)}
     output = model(input_ids=ids.to(device), use_cache=False, **attention)
     logits: Tensor | None = getattr(output, "logits", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from ..allocation.budget import Budget, Ladder, spend
 from ..allocation.plan import PlannedModule
 from ..allocation.prices import allocate_by_tails, level_tails
 from ..allocation.spectra import check_spectrum
+from .gates import slopes as slopes_of
 from .settings import RankTraining
 
 SHARPEST = 10.0
@@ -63,8 +65,12 @@ class AdamMover:
         self._largest = _vector(largest_rank(ladder) for ladder in ladders.values())
         self._cost = _vector(bytes_per_rank(ladder) for ladder in ladders.values())
         self._lowest = _vector(each.lowest_rank for each in ladders.values()) / self._largest
-        dense = sum(budget.ladders[name].target.dense_bytes for name, rank in ranks.items() if rank is None)
-        self._bytes = float(budget.free_bytes - dense)
+        dense = {name: start[name] for name, rank in ranks.items() if rank is None}
+        taken = sum(budget.ladders[name].target.dense_bytes for name in dense)
+        self._sliding = replace(
+            budget, settled=budget.settled | dense, ladders=ladders, free_bytes=budget.free_bytes - taken
+        )
+        self._bytes = float(self._sliding.free_bytes)
         self._shares = self._held(_vector(ranks[name] or 0 for name in ladders) / self._largest)
         self._first = torch.zeros_like(self._shares)
         self._second = torch.zeros_like(self._shares)
@@ -90,9 +96,7 @@ class AdamMover:
 
     def planned(self) -> dict[str, PlannedModule]:
         sizes = (self._shares * self._largest * self._cost).tolist()
-        wishes = {name: ladder.target.dense_bytes for name, ladder in self._budget.ladders.items()}
-        wishes |= {name: max(1, round(size)) for name, size in zip(self._names, sizes, strict=True)}
-        return spend(self._budget, wishes)
+        return spend(self._sliding, {name: max(1, round(size)) for name, size in zip(self._names, sizes, strict=True)})
 
     def state(self) -> dict[str, Any]:
         return {key: getattr(self, f"_{key}").tolist() for key in ("shares", "first", "second")}
@@ -122,12 +126,15 @@ class PriceMover:
     matrix. A matrix in which it is worth more than on average, `-dLoss/dk` over the bytes of a rank, has its prices
     raised, and lowered where it is worth less, exponentially in what it is worth beyond the average; all ranks are
     then chosen anew within the budget, the dense weight among the choices. So a matrix may become dense or cease to
-    be, the budget holds by construction, and the rate, falling along a cosine, averages the noise of the batches out.
+    be, the budget holds by construction. The ranks that are judged and kept are those of the factors' running mean: a
+    batch's derivatives are noisy, and the ranks they are taken at jump about the ones that are meant.
     (The logarithm of what a byte is worth would be the natural step, but a noisy one has a lower mean: small matrices,
     whose derivatives are noisiest, would drift down.)
     """
 
     _RATE = 0.6
+    _KEEP = 0.85  # of the running mean, a step
+    _LIMIT = 20.0  # of the logarithm of a factor
     _FURTHEST = 1.0  # how far one batch may move the logarithm of a factor, times the rate
 
     def __init__(
@@ -142,14 +149,20 @@ class PriceMover:
         for ladder in budget.ladders.values():
             check_spectrum(ladder.target, spectra, "dobi_fixed_basis")
         self._budget, self._settings = budget, settings
-        self._tails = {name: torch.tensor(level_tails(each, spectra[name])) for name, each in budget.ladders.items()}
+        self._tails = {
+            name: torch.tensor(level_tails(ladder, spectra[name]), dtype=torch.float64)
+            for name, ladder in budget.ladders.items()
+        }
+        self._count = {name: len(spectra[name]) for name in budget.ladders}
         self._largest = {name: largest_rank(ladder) for name, ladder in budget.ladders.items()}
         self._cost = {name: bytes_per_rank(ladder) for name, ladder in budget.ladders.items()}
         self._factors = dict.fromkeys(budget.ladders, 0.0)  # natural logarithms
-        self._planned = dict(start)
+        self._means = dict.fromkeys(budget.ladders, 0.0)
+        self._weight = 0.0  # of what the means have seen
+        self._placed = dict(start)
 
     def ranks(self) -> dict[str, float | None]:
-        found = {name: self._planned[name].rank for name in self._budget.ladders}
+        found = {name: self._placed[name].rank for name in self._budget.ladders}
         return {name: None if rank is None else float(rank) for name, rank in found.items()}
 
     def betas(self, step: int) -> dict[str, float]:
@@ -158,30 +171,49 @@ class PriceMover:
 
     def move(self, step: int, slopes: Mapping[str, float]) -> None:
         moving = [name for name, rank in self.ranks().items() if rank is not None]
-        worth = sum(-slopes[name] * self._largest[name] for name in moving)
+        # At a whole rank sharp gates have less than one rank's slope between them; the derivative is by a whole one.
+        betas = self.betas(step)
+        gains = {name: -slopes[name] / self._slope_at(name, betas[name]) for name in moving}
+        worth = sum(gains[name] * self._largest[name] for name in moving)
         price = worth / sum(self._cost[name] * self._largest[name] for name in moving)
         if price <= 0:
             return  # on this batch bytes are worth nothing at all: noise, so no news
         fall = 0.05 + 0.95 * (1 + math.cos(math.pi * step / self._settings.steps)) / 2
         rate = (self._settings.learning_rate or self._RATE) * fall
         for name in moving:
-            news = -slopes[name] / (self._cost[name] * price) - 1
-            self._factors[name] += rate * min(max(news, -self._FURTHEST), self._FURTHEST)
-        tails = {name: (math.exp(self._factors[name]) * tail).tolist() for name, tail in self._tails.items()}
-        self._planned = allocate_by_tails(self._budget, tails)
+            news = gains[name] / (self._cost[name] * price) - 1
+            moved = self._factors[name] + rate * min(max(news, -self._FURTHEST), self._FURTHEST)
+            self._factors[name] = min(max(moved, -self._LIMIT), self._LIMIT)
+        self._weight = self._KEEP * self._weight + 1 - self._KEEP
+        for name, factor in self._factors.items():
+            self._means[name] = self._KEEP * self._means[name] + (1 - self._KEEP) * factor
+        self._placed = self._allocated(self._factors)
+
+    def _allocated(self, factors: Mapping[str, float]) -> dict[str, PlannedModule]:
+        tails = {name: (math.exp(factors[name]) * tail).tolist() for name, tail in self._tails.items()}
+        return allocate_by_tails(self._budget, tails)
+
+    def _slope_at(self, name: str, beta: float) -> float:
+        rank = torch.tensor(float(self._placed[name].rank or 0), dtype=torch.float64)
+        return max(float(slopes_of(rank, self._count[name], beta).sum()), 1e-3)
 
     def planned(self) -> dict[str, PlannedModule]:
-        return self._planned
+        if not self._weight:
+            return self._placed
+        return self._allocated({name: mean / self._weight for name, mean in self._means.items()})
 
     def state(self) -> dict[str, Any]:
-        return {"factors": self._factors, "ranks": {name: each.rank for name, each in self._planned.items()}}
+        ranks = {name: each.rank for name, each in self._placed.items()}
+        return {"factors": self._factors, "means": self._means, "weight": self._weight, "ranks": ranks}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._factors = {name: float(state["factors"][name]) for name in self._factors}
+        self._means = {name: float(state["means"][name]) for name in self._means}
+        self._weight = float(state["weight"])
         for name, ladder in self._budget.ladders.items():
             rank = state["ranks"][name]
             dense = PlannedModule(None, "dense")
-            self._planned[name] = dense if rank is None else PlannedModule(rank, ladder.storage.name)
+            self._placed[name] = dense if rank is None else PlannedModule(rank, ladder.storage.name)
 
 
 def largest_rank(ladder: Ladder) -> int:

@@ -22,8 +22,8 @@ class RankTraining:
         learning_rate: of `adam`, in shares of each matrix's largest useful rank, by default 0.02; of `prices`, what
             the logarithm of a price may move by in a step, by default 0.6. Both fall along a cosine.
         width: where the gates' softness starts and ends, as a share of the largest useful rank: `beta` is `1 / (width
-            * rank)`, and at most the paper's 10. At a `beta` of 10 from the start, as in the paper, a rank half-way
-            between two integers has no gradient.
+            * rank)`, and at most the paper's 10. At a `beta` of 10 from the start, as in the paper, a whole rank has
+            no gradient.
         held_out: windows of calibration text that nothing else is computed from; the ranks with the lowest loss on
             them are kept.
         evaluate_every: steps from one evaluation on them to the next.
@@ -40,8 +40,8 @@ class RankTraining:
     learning_rate: float | None = None
     width: tuple[float, float] = (0.05, 0.02)
     held_out: int = 8
-    evaluate_every: int = 5
-    patience: int = 4
+    evaluate_every: int = 8
+    patience: int = 3
 
     def __post_init__(self) -> None:
         if self.optimizer not in (None, "adam", "prices"):

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..allocation.plan import PlannedModule
+from ..calibration.loss import NotFiniteError
 from ..storage.atomic import write_text_atomically
 from .curve import Evaluation, Step, TrainingCurve
 from .fixed_basis import FixedBasis
@@ -86,10 +87,11 @@ class RankLearner:
             while len(curve.steps) < settings.steps and curve.stopped is None:
                 self._step(len(curve.steps), batches[len(curve.steps) % len(batches)])
                 if curve.stopped is not None:
+                    self._save()
                     break
                 if len(curve.steps) % settings.evaluate_every == 0 or len(curve.steps) == settings.steps:
                     self._evaluate(self._mover.planned(), held_out)
-                    if self._stale >= settings.patience:
+                    if curve.stopped is None and self._stale >= settings.patience:
                         curve.stopped = f"no gain on the held-out windows in {settings.patience} evaluations"
                 self._save()
                 progress.set_postfix(loss=f"{curve.steps[-1].loss:.4f}")
@@ -103,7 +105,7 @@ class RankLearner:
         fixed = {name: self._start[name].rank for name in self._judge.linears if name not in ranks}
         try:
             loss, slopes = self._objective.loss_and_slopes({**fixed, **ranks}, self._betas(step, fixed), *batch)
-        except ValueError as error:
+        except NotFiniteError as error:
             self._curve.stopped = f"step {step + 1}: {error}"
             return
         broken = [name for name in ranks if not math.isfinite(slopes.get(name, 0.0))]
@@ -111,7 +113,11 @@ class RankLearner:
             self._curve.stopped = f"step {step + 1}: the gradient of the rank of {broken[0]} is not finite"
             return
         if not any(slopes.get(name) for name in ranks):
-            raise ValueError(f"step {step + 1}: no rank has a gradient; the loss does not feel these matrices")
+            nothing = f"step {step + 1}: no rank has a gradient; the loss does not feel these matrices"
+            if step == 0:
+                raise ValueError(nothing)
+            self._curve.stopped = nothing
+            return
         self._mover.move(step, slopes)
         self._curve.steps.append(Step(loss, list(ranks.values())))
 
@@ -120,13 +126,19 @@ class RankLearner:
         return {**dict.fromkeys(fixed, HARD), **self._mover.betas(step)}
 
     def _evaluate(self, planned: Mapping[str, PlannedModule], held_out: Sequence[Batch]) -> None:
-        self._judge.put_ranks({name: planned[name].rank for name in self._judge.linears})
-        loss = self._judge.loss(held_out)
         step = len(self._curve.steps)
+        self._judge.put_ranks({name: planned[name].rank for name in self._judge.linears})
+        try:
+            loss = self._judge.loss(held_out)
+        except NotFiniteError as error:
+            if step == 0:
+                raise
+            self._curve.stopped = f"on the held-out windows after step {step}: {error}"
+            return
         self._curve.evaluations.append(Evaluation(step, loss))
         if loss < self._best_loss:
             self._best, self._best_loss, self._stale = dict(planned), loss, 0
-            self._curve.best = step
+            self._curve.best, self._curve.kept = step, [planned[name].rank for name in self._names]
         else:
             self._stale += 1
 

@@ -67,12 +67,20 @@ def before_after_picture(curve: TrainingCurve, path: str | os.PathLike[str]) -> 
         ImportError: matplotlib is missing.
         ValueError: the training took no step.
     """
-    grid = grid_of(_paths(curve))
-    kept = min(curve.best, len(curve.steps) - 1)
+    if not curve.steps:
+        raise ValueError("the rank training took no step; there is nothing to draw")
+    grid = grid_of(
+        [
+            _Path(name, [_share_of(begin, full), _share_of(end, full)])
+            for name, begin, end, full in zip(curve.names, curve.steps[0].ranks, curve.kept, curve.full, strict=True)
+        ]
+    )
     figure = new_figure(max(6.5, 2.6 + 0.3 * len(grid.layers)), 1.6 + 0.7 * len(grid.types))
     panels = figure.subplots(2, 1, sharex=True)
     images = []
-    for axes, step, title in zip(panels, (0, kept), ("before training", f"after {kept} steps, as kept"), strict=True):
+    for axes, step, title in zip(
+        panels, (0, 1), ("before training", f"after {curve.best} steps, as kept"), strict=True
+    ):
         rows = [[_share(grid, kind, layer, step) for layer in grid.layers] for kind in grid.types]
         images.append(axes.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0, vmax=1))
         axes.set_yticks(range(len(grid.types)), grid.types)

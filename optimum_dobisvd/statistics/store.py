@@ -122,6 +122,9 @@ class StatisticsStore:
             return
         path = self._folder / GRADIENTS_NAME
         if not path.exists():
+            # Of a run whose settings are not known any more.
+            for stale in [*self._folder.glob("gradients-*.safetensors"), self._folder / "spectra-kfac.safetensors"]:
+                stale.unlink(missing_ok=True)
             write_text_atomically(path, json.dumps({"format_version": FORMAT_VERSION, **settings}, indent=2) + "\n")
             return
         stored = _read_gradient_settings(path)
@@ -253,9 +256,7 @@ def _read_gradient_settings(path: Path) -> dict[str, Any]:
         version = settings.pop("format_version")
         int(settings["tokens"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); delete it and the gradients-*.safetensors beside it"
-        ) from error
+        raise ValueError(f"{path} is damaged ({error}); delete it to collect the gradients again") from error
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format {version}, this version reads {FORMAT_VERSION}; use another folder")
     return settings
