@@ -27,8 +27,9 @@ DOWN2 = "model.layers.2.mlp.down_proj"
 
 
 def compress(model: nn.Module, **settings: Any) -> DobiSVDQuantizer:
-    training = {"steps": 2, "held_out": 2, "evaluate_every": 1}
-    defaults = {"ratio": 0.7, "dataset": WINDOWS, "min_coverage": 0.0, "training": training}
+    defaults: dict[str, Any] = {"ratio": 0.7, "dataset": WINDOWS, "min_coverage": 0.0}
+    if METHODS[settings.get("method", "global")].learns:
+        defaults["training"] = {"steps": 2, "held_out": 2, "evaluate_every": 1}
     quantizer = DobiSVDQuantizer(**{**defaults, **settings})
     assert quantizer.quantize_model(model) is model
     return quantizer

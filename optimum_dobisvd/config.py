@@ -88,21 +88,38 @@ class DobiSVDConfig(QuantizationConfigMixin):
         _check_version(self.format_version)
         self.ratio = _checked_ratio(self.ratio)
         self.overrides = dict(self.overrides or {})
-        self.training = RankTraining.from_dict(self.training).to_dict() if self.training else {}
+        self.training = dict(self.training or {})
         self.modules_to_not_convert = list(self.modules_to_not_convert or [])
         for name in ("nsamples", "seqlen", "batch_size", "rank_multiple", "min_rank"):
             _check_integer(name, getattr(self, name), at_least=1)
         _check_integer("seed", self.seed, at_least=0)
-        if self.gradient_nsamples is not None:
-            _check_integer("gradient_nsamples", self.gradient_nsamples, at_least=1)
-        if self.fisher not in ("empirical", "sampled"):
-            raise ValueError(f"fisher is 'empirical' or 'sampled', got {self.fisher!r}")
         if not 0 <= self.min_coverage <= 1:
             raise ValueError(f"min_coverage is a fraction between 0 and 1, got {self.min_coverage}")
         if self.modules is not None:
             _check_modules(self.modules)  # all a loader needs: the method may be one it has never heard of
         else:
-            self.resolved_method()
+            self._check_wish()
+
+    def _check_wish(self) -> None:
+        """What matters to a compression only; a compressed checkpoint may come from a version that knows more."""
+        method = self.resolved_method()
+        if self.gradient_nsamples is not None:
+            _check_integer("gradient_nsamples", self.gradient_nsamples, at_least=1)
+        if self.fisher not in ("empirical", "sampled"):
+            raise ValueError(f"fisher is 'empirical' or 'sampled', got {self.fisher!r}")
+        if not self.training:
+            return
+        self.training = RankTraining.from_dict(self.training).to_dict()
+        if not method.learns:
+            raise ValueError(
+                f"training is set, and allocation {method.allocation!r} learns nothing: drop it, or choose the "
+                "allocation dobi_fixed_basis or dobi_activation"
+            )
+        if method.allocation == "dobi_activation" and self.training["optimizer"] == "prices":
+            raise ValueError(
+                "training: optimizer 'prices' corrects the prices of the allocation dobi_fixed_basis; dobi_activation "
+                "has none: use 'adam'"
+            )
 
     def resolved_method(self) -> Method:
         """The method's row with the overridden columns put in; ValueError names an unknown name and the known ones."""

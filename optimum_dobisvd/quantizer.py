@@ -193,8 +193,15 @@ class DobiSVDQuantizer:
                 )
             return None
         tokenizer = tokenizer or config.tokenizer or getattr(model, "name_or_path", None) or None
-        nsamples = config.nsamples + (config.rank_training.held_out if self._learns else 0)
-        return load_windows(config.dataset, tokenizer, nsamples=nsamples, seqlen=config.seqlen, seed=config.seed)
+        held_out = config.rank_training.held_out if self._learns else 0
+        return load_windows(
+            config.dataset,
+            tokenizer,
+            nsamples=config.nsamples,
+            seqlen=config.seqlen,
+            seed=config.seed,
+            held_out=held_out,
+        )
 
     @property
     def _learns(self) -> bool:
@@ -354,6 +361,11 @@ def check_model(model: Any, config: DobiSVDConfig) -> Layout:
             raise ValueError(
                 f"{name}.weight has NaN or infinite values; the checkpoint is damaged, or its dtype too small"
             )
+    if method.needs_gradients and any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} was loaded under torch.inference_mode, so no gradient can be taken through it, "
+            f"and method {config.method!r} needs some: load it outside, or choose a method that reads no gradients"
+        )
     if layout.left_dense:
         logger.info("left dense: %s", layout.describe_left_dense())
     return layout

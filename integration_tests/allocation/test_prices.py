@@ -34,13 +34,47 @@ def best_by_trying_all(budget: Budget, spectra: dict[str, Tensor]) -> float:
     )
 
 
+def edges_of(budget: Budget, spectra: dict[str, Tensor]) -> list[tuple[float, float, int]]:
+    """`(gain per byte, gain, bytes)` of all edges of all lower hulls, by brute force."""
+    edges = []
+    for name, ladder in budget.ladders.items():
+        tails = level_tails(ladder, spectra[name])
+        level, last = 0, ladder.dense_level
+        while level < last:
+            # The steepest way on; of equal ones the longest.
+            reachable = [
+                ((tails[level] - tails[to]) / (ladder.bytes_at(to) - ladder.bytes_at(level)), to)
+                for to in range(level + 1, last + 1)
+                if ladder.bytes_at(to) > ladder.bytes_at(level)
+            ]
+            slope, to = max(reachable)
+            edges.append((slope, tails[level] - tails[to], ladder.bytes_at(to) - ladder.bytes_at(level)))
+            level = to
+    return sorted(edges, reverse=True)
+
+
+def relaxed_optimum(budget: Budget, spectra: dict[str, Tensor]) -> float:
+    """The smallest sum of tails if every edge could be taken in part: no plan can be below it."""
+    left = budget.free_bytes - sum(ladder.bytes_at(0) for ladder in budget.ladders.values())
+    total = sum(level_tails(ladder, spectra[name])[0] for name, ladder in budget.ladders.items())
+    for slope, _, size in edges_of(budget, spectra):
+        taken = min(size, left)
+        total -= slope * taken
+        left -= taken
+    return total
+
+
+def largest_edge(budget: Budget, spectra: dict[str, Tensor]) -> float:
+    return max((gain for _, gain, _ in edges_of(budget, spectra)), default=0.0)
+
+
 SMALL = [Target("a", 9, 12, 2), Target("b", 12, 7, 2), Target("c", 10, 10, 2), Target("d", 16, 5, 2)]
 
 
 @given(seed=st.integers(0, 2**20), ratio=st.floats(0.3, 0.99), decay=st.floats(0.0, 3.0))
 @settings(max_examples=100, deadline=None)
 def test_close_to_the_best_of_all_plans(seed: int, ratio: float, decay: float) -> None:
-    """Never below the optimum, and above it by no more than the one hull edge that did not fit."""
+    """Never below the optimum, nor above it by more than the steepest edge that did not fit: there is one a matrix."""
     generator = torch.Generator().manual_seed(seed)
     spectra = {}
     for target in SMALL:
@@ -51,8 +85,7 @@ def test_close_to_the_best_of_all_plans(seed: int, ratio: float, decay: float) -
     budget = open_budget(SMALL, round(ratio, 3), storage="plain")
     found = predicted(global_prices(SMALL, round(ratio, 3), storage="plain", spectra=spectra), spectra)
     best = best_by_trying_all(budget, spectra)
-    largest_step = max(float(values.square().sum()) for values in spectra.values())
-    assert best * (1 - 1e-12) <= found <= best + largest_step
+    assert best * (1 - 1e-12) <= found <= relaxed_optimum(budget, spectra) + largest_edge(budget, spectra) + 1e-12
 
 
 @pytest.mark.parametrize("ratio", [0.9, 0.8, 0.6, 0.4, 0.2])

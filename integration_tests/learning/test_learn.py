@@ -143,6 +143,18 @@ def test_too_few_windows_say_so_before_any_work() -> None:
     assert not is_low_rank(model)
 
 
+def test_too_little_text_says_what_is_held_out(tiny_tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match=r"but nsamples=12 were asked for and 2 more to judge learned ranks on: use"):
+        DobiSVDQuantizer(
+            allocation="dobi_fixed_basis",
+            dataset=["word " * 90],
+            nsamples=12,
+            seqlen=32,
+            training=TRAINING,
+            tokenizer=tiny_tokenizer,
+        ).quantize_model(tiny("llama"))
+
+
 def test_offloaded_weights_are_refused() -> None:
     model = tiny("llama")
     cpu_offload(model, execution_device="cpu")
@@ -186,7 +198,11 @@ def test_a_loss_that_turns_nan_keeps_the_last_good_ranks(
 
 def test_the_config_refuses_impossible_settings() -> None:
     with pytest.raises(ValueError, match="training: unknown key 'stepz'"):
-        DobiSVDConfig(training={"stepz": 3})
+        DobiSVDConfig(allocation="dobi_fixed_basis", training={"stepz": 3})
+    with pytest.raises(ValueError, match="training is set, and allocation 'global' learns nothing"):
+        DobiSVDConfig(training={"steps": 3})
+    with pytest.raises(ValueError, match="optimizer 'prices' corrects the prices of the allocation dobi_fixed_basis"):
+        DobiSVDConfig(method="dobi", training={"optimizer": "prices"})
     with pytest.raises(ValueError, match="fisher is 'empirical' or 'sampled'"):
         DobiSVDConfig(fisher="true")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="gradient_nsamples must be at least 1"):

@@ -256,12 +256,34 @@ def test_a_model_without_a_head_is_refused() -> None:
         collect_gradients(tiny("llama").model, tokens(2, 8))
 
 
-def test_hooks_are_gone_after_an_error() -> None:
-    model = Blind(lambda logits: logits * float("nan"))
-    with pytest.raises(ValueError, match="the loss is nan"):
+class Breaks(torch.autograd.Function):
+    """Passes its input on, and fails in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_hooks_are_gone_after_an_error_inside_a_block(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    block = model.model.layers[1]
+    forward = block.forward
+    block.forward = lambda *args, **kwargs: Breaks.apply(forward(*args, **kwargs))
+    if whole:
+        monkeypatch.setattr(BackwardRunner, "_blocks_stand_alone", lambda self: False)
+    with pytest.raises(KeyboardInterrupt):
         collect_gradients(model, tokens(2, 8))
-    assert not any(module._forward_hooks for module in model.modules())
-    assert all("forward" not in module.__dict__ for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert [name for name, module in model.named_modules() if "forward" in module.__dict__] == ["model.layers.1"]
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == [
+        "model.layers.1.mlp.up_proj.weight"
+    ]
 
 
 def test_blocks_before_the_first_wanted_one_are_not_taken_back() -> None:

@@ -74,7 +74,7 @@ class CalibrationWindows:
 
 
 def load_windows(
-    dataset: Any, tokenizer: Any, *, nsamples: int = 128, seqlen: int = 2048, seed: int = 0
+    dataset: Any, tokenizer: Any, *, nsamples: int = 128, seqlen: int = 2048, seed: int = 0, held_out: int = 0
 ) -> CalibrationWindows:
     """Draw calibration windows.
 
@@ -91,6 +91,7 @@ def load_windows(
         nsamples: how many windows to take.
         seqlen: tokens in a window.
         seed: of the draw.
+        held_out: how many more windows to take; `split` parts them from the others.
 
     Raises:
         ValueError: nothing to draw from, too little text, an unknown name or suffix, a malformed file, a row of
@@ -114,9 +115,9 @@ def load_windows(
         kind = name = "texts"
         text = require_text("\n\n".join(dataset), "the list of texts")
     else:
-        return _windows_from_tokens(dataset, tokenizer, nsamples)
+        return _windows_from_tokens(dataset, tokenizer, nsamples + held_out)
 
-    input_ids, available = _draw(text, name, tokenizer, nsamples, seqlen, seed)
+    input_ids, available = _draw(text, name, tokenizer, (nsamples, held_out), seqlen, seed)
     return CalibrationWindows(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids, dtype=torch.bool),
@@ -124,7 +125,7 @@ def load_windows(
             "kind": kind,
             "dataset": name,
             "sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "nsamples": nsamples,
+            "nsamples": len(input_ids),
             "windows_available": available,
             "seqlen": seqlen,
             "seed": seed,
@@ -155,19 +156,26 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
     return {"class": type(tokenizer).__name__, "vocab_size": len(tokenizer), "sha256": digest}
 
 
-def _draw(text: str, name: str, tokenizer: Any, nsamples: int, seqlen: int, seed: int) -> tuple[Tensor, int]:
-    """The published draw: `input_ids [nsamples, seqlen]`, and how many windows there were to draw from."""
+def _draw(text: str, name: str, tokenizer: Any, counts: tuple[int, int], seqlen: int, seed: int) -> tuple[Tensor, int]:
+    """The published draw: `input_ids [N, seqlen]`, and how many windows there were to draw from.
+
+    `counts` are the windows to calibrate on and to hold out.
+    """
+    nsamples, held_out = counts
+    wanted = nsamples + held_out
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     available = len(ids) // seqlen
-    if available < nsamples:
-        remedy = f"nsamples={available}, " if available else ""
+    if available < wanted:
+        remedy = f"nsamples={available - held_out}, " if available > held_out else ""
+        more = f" and {held_out} more to judge learned ranks on" if held_out else ""
         raise ValueError(
             f"{name!r} has {len(ids)} tokens, which is {available} windows of seqlen={seqlen}, but nsamples="
-            f"{nsamples} were asked for: use {remedy}a shorter seqlen (up to {len(ids) // nsamples}), or a longer text"
+            f"{nsamples} were asked for{more}: use {remedy}a shorter seqlen (up to {len(ids) // wanted}), or a longer "
+            "text"
         )
     windows = ids[: available * seqlen].view(available, seqlen)
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
-    return windows[order[:nsamples]], available
+    return windows[order[:wanted]], available
 
 
 def _windows_from_tokens(dataset: Any, tokenizer: Any, nsamples: int) -> CalibrationWindows:

@@ -97,8 +97,9 @@ def gap_quotients(values: Tensor, close: float = CLOSE) -> Tensor:
     vanishing = larger <= floor
     safe = larger.where(~vanishing, 1)
     squared = (smaller.where(~vanishing, 0) / safe).square()
-    powers = torch.arange(SERIES_TERMS, dtype=values.dtype, device=values.device)
-    series = (squared.unsqueeze(-1) ** powers).sum(-1)
+    series = torch.ones_like(squared)
+    for _ in range(SERIES_TERMS - 1):
+        series = 1 + squared * series
     near = squared > (1 - close) ** 2
     bounded = torch.where(near, series, 1 / (1 - squared.where(~near, 0)))
     size = torch.where(vanishing, VANISHING, bounded / safe.square())

@@ -116,9 +116,10 @@ class FixedBasis:
     @contextlib.contextmanager
     def _reading_gradients(self, ranks: Mapping[str, float], betas: Mapping[str, float]) -> Iterator[None]:
         """Weights ask for gradients; each becomes the slope of its rank as soon as it is complete, and is freed."""
-        handles = []
+        handles, users = [], {}
         for name, rank in ranks.items():
             parameter = self.linears[name].weight
+            users[name], parameter.grad = parameter.grad, None
             parameter.requires_grad_(True)
             read = partial(self._read, name, rank, betas[name])
             handles.append(parameter.register_post_accumulate_grad_hook(read))
@@ -129,7 +130,7 @@ class FixedBasis:
                 handle.remove()
             for name in ranks:
                 self.linears[name].weight.requires_grad_(False)
-                self.linears[name].weight.grad = None
+                self.linears[name].weight.grad = users[name]
 
     @torch.no_grad()
     def _read(self, name: str, rank: float, beta: float, parameter: Tensor) -> None:
