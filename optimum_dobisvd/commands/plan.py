@@ -140,7 +140,7 @@ def _plan(config: DobiSVDConfig, layout: Layout, store: StatisticsStore | None) 
         return make_plan(config, layout, store), (
             f"ranks: {method.allocation}{learned}, from the spectra in {config.statistics}"
         )
-    return make_plan(replace(config, allocation="uniform"), layout, None), (
+    return make_plan(replace(config, allocation="uniform", training={}), layout, None), (
         f"ranks: uniform, to give an idea; {method.allocation} needs spectra, which there are none of yet (the bytes "
         "come out the same; compress with --statistics once, then plan with the same folder)"
     )
