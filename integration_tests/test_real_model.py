@@ -16,7 +16,7 @@ from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
 from optimum_dobisvd.calibration.layout import find_layout
 from optimum_dobisvd.commands.load_dense import load_dense, load_tokenizer
 from optimum_dobisvd.commands.sources import model_source
-from optimum_dobisvd.quantizer import make_plan
+from optimum_dobisvd.planning import make_plan
 from optimum_dobisvd.report.perplexity import perplexity
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -4,43 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .allocation import allocation_named
-from .allocation.budget import open_budget
-from .allocation.patterns import resolve_overrides
 from .allocation.plan import Plan
-from .calibration.backward import BackwardRunner
 from .calibration.dataset import CalibrationWindows, load_windows
-from .calibration.layout import Layout, find_layout
-from .calibration.loss import NextTokenLoss, require_labels
-from .calibration.runner import BlockRunner
+from .calibration.layout import Layout
+from .calibration.loss import require_labels
+from .checking import check_model
+from .collecting import block_runner, collect_statistics
 from .config import DobiSVDConfig
 from .factorization.factors import Factors
 from .factorization.registry import factorization_named
 from .learning.curve import TrainingCurve
 from .learning.learn import check_learnable, learn_ranks
 from .nn.dense_linear import weight_matrix
+from .planning import budget_of, make_plan, predicted_increase
 from .replacement import Replacement
 from .report.measure import Stages
-from .report.report import CompressionReport, is_low_rank, macs_per_token, model_bytes, module_report
+from .report.report import CompressionReport, macs_per_token, model_bytes, module_report
 from .report.write import write_beside
-from .statistics.collect import InputCollector
-from .statistics.fingerprint import fingerprint
-from .statistics.gradients import GradientCollector
 from .statistics.sample_bases import SampleBasisVisitor
-from .statistics.spectra import PreparedInputs, compute_spectra, decompositions
+from .statistics.spectra import PreparedInputs, decompositions
 from .statistics.store import StatisticsStore
-
-logger = logging.getLogger(__name__)
 
 
 class DobiSVDQuantizer:
@@ -109,7 +100,7 @@ class DobiSVDQuantizer:
             check_learnable(layout)
         before = (macs_per_token(model), model_bytes(model.parameters()))
         with stages.stage("statistics"):
-            store = self._statistics(model, layout, windows)
+            store = collect_statistics(model, layout, self.config, windows) if windows is not None else None
         with stages.stage("allocation"):
             plan = given or make_plan(self.config, layout, store, self._device(layout))
         if given is None and windows is not None and held_out is not None:
@@ -156,7 +147,7 @@ class DobiSVDQuantizer:
         layout = check_model(model, self.config)
         given = self._given_plan(layout)
         if given is None:
-            open_budget(layout.targets, self.config.ratio, **budget_options(self.config, layout))
+            budget_of(self.config, layout)
         return layout, given, windows if windows is not None else self._load_windows(model, tokenizer)
 
     def save(self, model: Any, save_dir: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -238,7 +229,7 @@ class DobiSVDQuantizer:
             model,
             layout,
             start.modules,
-            open_budget(layout.targets, self.config.ratio, **budget_options(self.config, layout)),
+            budget_of(self.config, layout),
             mode=allocation_named(method.allocation).learns or "fixed_basis",
             row=factorization_named(method.factorization),
             spectra=store.spectra(method.metric) if store is not None else None,
@@ -265,45 +256,6 @@ class DobiSVDQuantizer:
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
         return Path(self.config.statistics) / f"training-{digest}.json"
 
-    def _statistics(self, model: Any, layout: Layout, windows: CalibrationWindows | None) -> StatisticsStore | None:
-        if windows is None:
-            return None
-        identity = fingerprint(model, windows)
-        store = StatisticsStore(identity, list(layout.blocks), self.config.statistics)
-        if store.is_complete:
-            store.require({block: layout.linears_of(block) for block in layout.blocks})
-        else:
-            collector = InputCollector(layout.linears_of, store.put, lambda block: not store.has(block))
-            self._runner(model, layout, windows).run(collector)
-        if self.config.resolved_method().needs_gradients:
-            self._collect_gradients(model, layout, windows, store)
-        return store
-
-    def _collect_gradients(
-        self, model: Any, layout: Layout, windows: CalibrationWindows, store: StatisticsStore
-    ) -> None:
-        """Add the gradient statistics that the store lacks, over the first windows."""
-        chosen = windows.first(self.config.gradient_windows)
-        settings = {
-            "tokens": int(chosen.attention_mask.sum()),
-            "windows": chosen.sha256(),
-            "fisher": self.config.fisher,
-        }
-        if self.config.fisher == "sampled":
-            settings["seed"] = self.config.seed
-        store.open_gradients(settings)
-        collector = GradientCollector(
-            layout.linears_of, store.put_gradients, lambda block: not store.has_gradients(block)
-        )
-        loss = NextTokenLoss(self.config.fisher, self.config.seed)
-        runner = BackwardRunner(
-            model, layout.blocks, chosen, batch_size=self.config.batch_size, device=self.config.device
-        )
-        runner.run_backward(collector, loss)
-
-    def _runner(self, model: Any, layout: Layout, windows: CalibrationWindows) -> BlockRunner:
-        return BlockRunner(model, layout.blocks, windows, batch_size=self.config.batch_size, device=self.config.device)
-
     def _factorize(
         self,
         model: Any,
@@ -326,88 +278,11 @@ class DobiSVDQuantizer:
                         replacement.put(name, found, PreparedInputs(row, store, block, device).gram(name))
 
                 visitor = SampleBasisVisitor(layout.linears_of, ranks, finished)
-                self._runner(model, layout, windows).run(visitor, "second pass")
+                block_runner(model, layout, self.config, windows).run(visitor, "second pass")
             else:
                 for name, found, gram in decompositions(layout, row, store, device, ranks):
                     replacement.put(name, found.truncate(ranks[name]), gram)
         return {name: replacement.errors.get(name, 0.0) for name in plan.modules}
-
-
-def check_model(model: Any, config: DobiSVDConfig) -> Layout:
-    """Everything about a dense model that can be refused before calibration; returns its layout.
-
-    Raises:
-        ValueError: already compressed; no eligible linear; coverage; patterns or overrides that match nothing; NaN or
-            infinite weights (names the module).
-    """
-    if is_low_rank(model):
-        raise ValueError("the model is compressed already; load the dense model to compress it differently")
-    if any(hasattr(module, "base_layer") for module in model.modules()):
-        raise ValueError(
-            "the model has adapters (PEFT); merge them (merge_and_unload) or take them off before compressing"
-        )
-    method = config.resolved_method()
-    if (method.needs_gradients or method.learns) and not _has_head(model):
-        raise ValueError(
-            f"{type(model).__name__} gives no next-token logits, and method {config.method!r} weighs matrices by the "
-            "next-token loss: load it as a causal language model, or choose a method that reads no gradients "
-            "(svd_llm_v2)"
-        )
-    layout = find_layout(model, config.modules_to_not_convert, config.min_coverage)
-    resolve_overrides(config.overrides, list(layout.linears))
-    for name, module in layout.linears.items():
-        weight = weight_matrix(module)
-        if weight.device.type != "meta" and not bool(torch.isfinite(weight).all()):
-            raise ValueError(
-                f"{name}.weight has NaN or infinite values; the checkpoint is damaged, or its dtype too small"
-            )
-    if method.needs_gradients and any(parameter.is_inference() for parameter in model.parameters()):
-        raise ValueError(
-            f"{type(model).__name__} was loaded under torch.inference_mode, so no gradient can be taken through it, "
-            f"and method {config.method!r} needs some: load it outside, or choose a method that reads no gradients"
-        )
-    if layout.left_dense:
-        logger.info("left dense: %s", layout.describe_left_dense())
-    return layout
-
-
-def _has_head(model: Any) -> bool:
-    """Whether the model has a language model's head, as far as it says."""
-    head_of = getattr(model, "get_output_embeddings", None)
-    return head_of is None or head_of() is not None
-
-
-def make_plan(
-    config: DobiSVDConfig, layout: Layout, store: StatisticsStore | None, device: torch.device | None = None
-) -> Plan:
-    """Ranks for every target within the byte budget, by the method's allocation."""
-    method = config.resolved_method()
-    allocation = allocation_named(method.allocation)
-    spectra: Mapping[str, Tensor] | None = None
-    if allocation.needs_spectra:
-        spectra = compute_spectra(layout, factorization_named(method.metric), store, device)
-    options = budget_options(config, layout)
-    modules = allocation.function(layout.targets, config.ratio, **options, spectra=spectra)
-    return Plan(modules=modules, method=config.method, ratio=config.ratio, allocation=method.allocation)
-
-
-def predicted_increase(plan: Plan, store: StatisticsStore | None, factorization: str) -> float | None:
-    """What the prices say the loss gains, in nats per token; None for factors whose prices are no such thing."""
-    spectra = store.spectra("kfac") if store is not None and factorization == "kfac" else None
-    if spectra is None or not plan.modules.keys() <= spectra.keys():
-        return None
-    ranks = {name: module.rank for name, module in plan.modules.items() if module.rank is not None}
-    return sum(float(spectra[name][rank:].double().square().sum()) for name, rank in ranks.items())
-
-
-def budget_options(config: DobiSVDConfig, layout: Layout) -> dict[str, Any]:
-    """The keyword arguments of `open_budget`."""
-    return {
-        "storage": config.resolved_method().storage,
-        "overrides": resolve_overrides(config.overrides, list(layout.linears)),
-        "rank_multiple": config.rank_multiple,
-        "min_rank": config.min_rank,
-    }
 
 
 def describe_dataset(windows: CalibrationWindows | None) -> str | None:

@@ -36,7 +36,7 @@ def _packed_storage() -> Iterator[None]:
 
 def allocate(allocation: str, case: Case) -> dict[str, PlannedModule]:
     spectra = random_spectra(case.targets, seed=0)
-    return ALLOCATIONS[allocation].function(case.targets, case.ratio, spectra=spectra, **case.options)
+    return ALLOCATIONS[allocation].function(open_budget(case.targets, case.ratio, **case.options), spectra)
 
 
 @both_allocators
@@ -114,7 +114,7 @@ def test_smollm2_is_within_two_thousandths_of_the_budget(allocation: str, ratio:
 
 def test_uniform_keeps_the_same_fraction_of_every_matrix() -> None:
     targets = smollm2_targets()
-    planned = uniform(targets, 0.6, storage="plain")
+    planned = uniform(open_budget(targets, 0.6, storage="plain"))
     for target in targets:
         m, n = target.out_features, target.in_features
         # The last bytes may buy a second step where only the small matrices' steps still fit.
@@ -125,31 +125,31 @@ def test_remainder_goes_to_the_largest_relative_shortfall() -> None:
     # 106 bytes: 56 for a at 22 a rank (short by 12/56), 50 for b at 20 a rank (short by 10/50); 22 are left for one.
     targets = [Target("a", 8, 14, 1), Target("b", 10, 10, 1)]
     for order in (targets, targets[::-1]):
-        planned = uniform(order, 0.5, storage="plain")
+        planned = uniform(open_budget(order, 0.5, storage="plain"))
         assert (planned["a"].rank, planned["b"].rank) == (3, 2)
 
 
 def test_overrides_leave_the_rest_to_the_others() -> None:
     targets = [Target(f"layers.{i}.q_proj", 64, 64, 2) for i in range(4)]
-    planned = uniform(targets, 0.5, storage="plain", overrides={"layers.0.q_proj": Override(rank=1)})
+    planned = uniform(open_budget(targets, 0.5, storage="plain", overrides={"layers.0.q_proj": Override(rank=1)}))
     assert [module.rank for module in planned.values()] == [1, 21, 21, 21]
-    planned = uniform(targets, 0.5, storage="plain", overrides={"layers.0.q_proj": Override(dense=True)})
+    planned = uniform(open_budget(targets, 0.5, storage="plain", overrides={"layers.0.q_proj": Override(dense=True)}))
     assert planned["layers.0.q_proj"] == DENSE
     assert [module.rank for module in planned.values()][1:] == [11, 11, 10]
 
 
 def test_a_matrix_too_small_for_the_rank_multiple_is_left_dense_and_paid_for() -> None:
     targets = [Target("small", 8, 8, 2), Target("large", 256, 256, 2)]
-    planned = uniform(targets, 0.5, storage="plain", rank_multiple=16)
+    planned = uniform(open_budget(targets, 0.5, storage="plain", rank_multiple=16))
     assert planned["small"] == DENSE
     assert planned["large"].rank == 48, "64 would be half of large alone, and leave nothing for small"
 
 
 def test_the_largest_possible_share_is_dense_not_a_rank_that_is_larger_than_dense() -> None:
     # 2·(6+3) = 18 = 6·3 bytes: as large as dense, which is exact.
-    planned = uniform([Target("a", 6, 3, 1)], 1.0, storage="plain")
+    planned = uniform(open_budget([Target("a", 6, 3, 1)], 1.0, storage="plain"))
     assert planned == {"a": DENSE}
-    assert uniform([Target("a", 6, 3, 1)], 0.99, storage="plain")["a"].rank == 1
+    assert uniform(open_budget([Target("a", 6, 3, 1)], 0.99, storage="plain"))["a"].rank == 1
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_large_models_need_few_evaluations_of_the_cost_curve() -> None:
     counted = Storage("counted", count, STORAGES["plain"].largest_useful_rank)
     targets = [Target(f"layers.{i}.up_proj", 28672 - i, 8192, 2) for i in range(1500)]
     with patch.dict(STORAGES, {"counted": counted}):
-        uniform(targets, 0.6, storage="counted")
+        uniform(open_budget(targets, 0.6, storage="counted"))
     assert calls < 60 * len(targets)
 
 
@@ -228,4 +228,4 @@ def test_spend_takes_any_wishes_and_keeps_their_proportions() -> None:
 def test_errors_say_what_and_where(arguments: dict, message: str) -> None:
     defaults = {"targets": [Target("layers.0.q_proj", 64, 64, 2)], "ratio": 0.5, "storage": "plain"}
     with pytest.raises(ValueError, match=message):
-        uniform(**(defaults | arguments))
+        open_budget(**(defaults | arguments))

@@ -83,7 +83,7 @@ def test_close_to_the_best_of_all_plans(seed: int, ratio: float, decay: float) -
         values *= torch.arange(1, count + 1) ** -decay * 10 ** float(torch.rand(1, generator=generator))
         spectra[target.name] = values.sort(descending=True).values
     budget = open_budget(SMALL, round(ratio, 3), storage="plain")
-    found = predicted(global_prices(SMALL, round(ratio, 3), storage="plain", spectra=spectra), spectra)
+    found = predicted(global_prices(open_budget(SMALL, round(ratio, 3), storage="plain"), spectra), spectra)
     best = best_by_trying_all(budget, spectra)
     assert best * (1 - 1e-12) <= found <= relaxed_optimum(budget, spectra) + largest_edge(budget, spectra) + 1e-12
 
@@ -93,8 +93,8 @@ def test_close_to_the_best_of_all_plans(seed: int, ratio: float, decay: float) -
 def test_on_a_whole_model_better_than_uniform_and_within_a_thousandth_of_the_budget(ratio: float, seed: int) -> None:
     targets = smollm2_targets()
     spectra = random_spectra(targets, seed)
-    planned = global_prices(targets, ratio, storage="plain", spectra=spectra)
-    assert predicted(planned, spectra) <= predicted(uniform(targets, ratio, storage="plain"), spectra)
+    planned = global_prices(open_budget(targets, ratio, storage="plain"), spectra)
+    assert predicted(planned, spectra) <= predicted(uniform(open_budget(targets, ratio, storage="plain")), spectra)
     by_name = {target.name: target for target in targets}
     used = sum(planned_bytes(by_name[name], module) for name, module in planned.items())
     budget = ratio * sum(target.dense_bytes for target in targets)
@@ -106,7 +106,7 @@ def test_a_matrix_that_the_loss_feels_is_left_dense() -> None:
     """Between the largest useful rank and the dense matrix lies a step of no bytes and all the error that is left."""
     targets = [Target("felt", 64, 64, 2), Target("idle", 64, 64, 2)]
     spectra = {"felt": torch.full((64,), 10.0), "idle": torch.full((64,), 0.1)}
-    planned = global_prices(targets, 0.6, storage="plain", spectra=spectra)
+    planned = global_prices(open_budget(targets, 0.6, storage="plain"), spectra)
     assert planned["felt"] == PlannedModule(None, "dense")
     assert planned["idle"].rank == math.floor((2 * 0.6 - 1) * 64 / 2)
 
@@ -115,7 +115,7 @@ def test_no_matrix_is_dense_for_the_sake_of_a_flat_price() -> None:
     """Where every direction costs the same, a prefix of ranks in one matrix is worth what it is in another."""
     targets = [Target(f"m{i}", 64, 64, 2) for i in range(4)]
     steep = {target.name: 0.5 ** torch.arange(64, dtype=torch.float64) for target in targets}
-    ranks = [module.rank for module in global_prices(targets, 0.5, storage="plain", spectra=steep).values()]
+    ranks = [module.rank for module in global_prices(open_budget(targets, 0.5, storage="plain"), steep).values()]
     assert None not in ranks
     assert max(ranks) - min(ranks) <= 1
 
@@ -123,10 +123,11 @@ def test_no_matrix_is_dense_for_the_sake_of_a_flat_price() -> None:
 def test_the_scale_of_all_prices_does_not_matter_that_of_one_matrix_does() -> None:
     targets = smollm2_targets()
     spectra = random_spectra(targets, 3)
-    planned = global_prices(targets, 0.6, storage="plain", spectra=spectra)
-    assert global_prices(targets, 0.6, storage="plain", spectra={k: 1024 * v for k, v in spectra.items()}) == planned
+    budget = open_budget(targets, 0.6, storage="plain")
+    planned = global_prices(budget, spectra)
+    assert global_prices(budget, {k: 1024 * v for k, v in spectra.items()}) == planned
     name = next(name for name, module in planned.items() if module.rank is not None and module.rank > 10)
-    dearer = global_prices(targets, 0.6, storage="plain", spectra={**spectra, name: 4 * spectra[name]})
+    dearer = global_prices(budget, {**spectra, name: 4 * spectra[name]})
     assert (dearer[name].rank or 10**6) > planned[name].rank
 
 
@@ -136,7 +137,7 @@ def test_overrides_hold_and_the_others_are_allocated_around_them() -> None:
     first, second = targets[0].name, targets[1].name
     overrides = {first: Override(rank=3), second: Override(dense=True)}
     del spectra[first]  # nobody asks for it
-    planned = global_prices(targets, 0.5, storage="plain", overrides=overrides, spectra=spectra, rank_multiple=8)
+    planned = global_prices(open_budget(targets, 0.5, storage="plain", overrides=overrides, rank_multiple=8), spectra)
     assert planned[first].rank == 3
     assert planned[second].rank is None
     assert all((module.rank or 0) % 8 == 0 for name, module in planned.items() if name != first)
@@ -144,10 +145,10 @@ def test_overrides_hold_and_the_others_are_allocated_around_them() -> None:
 
 def test_a_missing_spectrum_is_named() -> None:
     with pytest.raises(ValueError, match="a: no spectrum; allocation 'global' needs one"):
-        global_prices(SMALL, 0.5, storage="plain", spectra={})
+        global_prices(open_budget(SMALL, 0.5, storage="plain"), {})
 
 
 def test_a_target_below_one_rank_per_matrix_says_what_can_be_reached() -> None:
     spectra = {target.name: torch.ones(min(target.out_features, target.in_features)) for target in SMALL}
     with pytest.raises(ValueError, match=r"raise ratio to 0.\d+, the smallest reachable"):
-        global_prices(SMALL, 0.05, storage="plain", spectra=spectra)
+        global_prices(open_budget(SMALL, 0.05, storage="plain"), spectra)

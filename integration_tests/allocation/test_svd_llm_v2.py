@@ -56,7 +56,7 @@ def test_removed_fractions_follow_the_papers_formula() -> None:
 @given(st.lists(st.floats(1, 1e9), min_size=5, max_size=5), st.integers(1, 4))
 @settings(max_examples=50, deadline=None)
 def test_a_larger_loss_never_gets_a_smaller_rank(losses: list[float], rank_multiple: int) -> None:
-    planned = svd_llm_v2(LAYERS, 0.5, storage="plain", rank_multiple=rank_multiple, spectra=flat_spectra(losses))
+    planned = svd_llm_v2(open_budget(LAYERS, 0.5, storage="plain", rank_multiple=rank_multiple), flat_spectra(losses))
     ranks = [planned[target.name].rank or 48 for target in LAYERS]  # dense counts as the full 48
     for loss, rank in zip(losses, ranks, strict=True):
         for other_loss, other_rank in zip(losses, ranks, strict=True):
@@ -66,7 +66,7 @@ def test_a_larger_loss_never_gets_a_smaller_rank(losses: list[float], rank_multi
 
 
 def test_a_clearly_larger_loss_gets_a_larger_rank() -> None:
-    planned = svd_llm_v2(LAYERS, 0.5, storage="plain", spectra=flat_spectra([1e2, 1e4, 1e5, 1e6, 1e9]))
+    planned = svd_llm_v2(open_budget(LAYERS, 0.5, storage="plain"), flat_spectra([1e2, 1e4, 1e5, 1e6, 1e9]))
     ranks = [planned[target.name].rank for target in LAYERS]
     assert ranks == sorted(ranks)
     assert ranks[0] < ranks[-1]
@@ -75,7 +75,8 @@ def test_a_clearly_larger_loss_gets_a_larger_rank() -> None:
 @pytest.mark.parametrize("loss", [0.0, 1e-30, 0.5, 1.0, math.e])
 def test_losses_up_to_e_all_weigh_the_same(loss: float) -> None:
     spectra = flat_spectra([loss, math.e, 1.0, 0.2, 0.0])
-    assert svd_llm_v2(LAYERS, 0.5, storage="plain", spectra=spectra) == uniform(LAYERS, 0.5, storage="plain")
+    budget = open_budget(LAYERS, 0.5, storage="plain")
+    assert svd_llm_v2(budget, spectra) == uniform(budget)
 
 
 def test_what_clipping_frees_is_shared_by_the_others() -> None:
@@ -133,7 +134,9 @@ def test_half_precision_spectra_are_summed_in_double() -> None:
 def test_overridden_matrices_need_no_spectrum() -> None:
     spectra = flat_spectra([1e6] * 5)
     del spectra[LAYERS[2].name]
-    planned = svd_llm_v2(LAYERS, 0.5, storage="plain", spectra=spectra, overrides={LAYERS[2].name: Override(rank=3)})
+    planned = svd_llm_v2(
+        open_budget(LAYERS, 0.5, storage="plain", overrides={LAYERS[2].name: Override(rank=3)}), spectra
+    )
     assert planned[LAYERS[2].name].rank == 3
 
 
@@ -156,9 +159,9 @@ def test_a_bad_spectrum_is_an_error_that_names_the_module(spectrum: torch.Tensor
     if spectrum is not None:
         spectra["layers.3.q_proj"] = spectrum
     with pytest.raises(ValueError, match=f"layers.3.q_proj: .*{message}"):
-        svd_llm_v2(LAYERS, 0.5, storage="plain", spectra=spectra)
+        svd_llm_v2(open_budget(LAYERS, 0.5, storage="plain"), spectra)
 
 
 def test_no_spectra_at_all_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"layers\.0\.q_proj: no spectrum"):
-        svd_llm_v2(LAYERS, 0.5, storage="plain")
+        svd_llm_v2(open_budget(LAYERS, 0.5, storage="plain"))

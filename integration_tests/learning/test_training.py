@@ -71,7 +71,7 @@ def learner(
     model: Bowl, ratio: float = 0.5, journal: Path | None = None, start: Any = None, **settings: Any
 ) -> RankLearner:
     budget = open_budget(TARGETS, ratio, storage="plain")
-    begin = start or uniform(TARGETS, ratio, storage="plain")
+    begin = start or uniform(open_budget(TARGETS, ratio, storage="plain"))
     training = RankTraining(**settings)
     mover = AdamMover(budget, begin, training) if training.optimizer != "prices" else prices(budget, begin, training)
     return RankLearner(model, model, mover, begin, training, mode="test", journal=journal)  # type: ignore[arg-type]
@@ -120,10 +120,10 @@ def test_ranks_move_to_where_the_loss_wants_them_and_the_budget_holds_at_every_s
 @pytest.mark.parametrize("seed", range(3))
 def test_prices_that_are_off_by_a_factor_of_the_matrix_are_put_right(ratio: float, seed: int) -> None:
     model = bowl(seed)
-    start = global_prices(TARGETS, ratio, storage="plain", spectra=bowl_spectra())
+    start = global_prices(open_budget(TARGETS, ratio, storage="plain"), bowl_spectra())
     settings = {"optimizer": "prices", "steps": 40, "learning_rate": 0.5, "patience": 99}
     planned, _ = learner(model, ratio, start=start, **settings).run([BATCH], [BATCH])
-    best = global_prices(TARGETS, ratio, storage="plain", spectra=bowl_spectra(model.weights))
+    best = global_prices(open_budget(TARGETS, ratio, storage="plain"), bowl_spectra(model.weights))
 
     def value(plan: Mapping[str, PlannedModule]) -> float:
         return model.value({name: module.rank for name, module in plan.items()})
@@ -137,7 +137,7 @@ def test_the_best_ranks_on_the_held_out_windows_are_kept_the_start_among_them() 
     model = bowl()
     model.slope = 1.0  # uphill: every step makes it worse
     planned, curve = learner(model, 0.5, steps=30, evaluate_every=4, patience=3).run([BATCH], [BATCH])
-    assert planned == uniform(TARGETS, 0.5, storage="plain")
+    assert planned == uniform(open_budget(TARGETS, 0.5, storage="plain"))
     assert curve.best == 0
     assert len(curve.steps) == 12
     assert curve.stopped == "no gain on the held-out windows in 3 evaluations"
@@ -146,7 +146,7 @@ def test_the_best_ranks_on_the_held_out_windows_are_kept_the_start_among_them() 
 def test_matrices_that_start_dense_stay_dense_and_are_paid_for() -> None:
     spectra = random_spectra(TARGETS, 0)
     spectra["layers.0.q"] = 1e6 * torch.ones(64, dtype=torch.float64)
-    start = global_prices(TARGETS, 0.6, storage="plain", spectra=spectra)
+    start = global_prices(open_budget(TARGETS, 0.6, storage="plain"), spectra)
     assert start["layers.0.q"].rank is None
     model = bowl()
     planned, curve = learner(model, 0.6, start=start, steps=20).run([BATCH], [BATCH])
@@ -160,7 +160,7 @@ def test_matrices_that_start_dense_stay_dense_and_are_paid_for() -> None:
 def test_overridden_matrices_are_left_alone() -> None:
     overrides = {"layers.1.up": Override(rank=5), "layers.2.up": Override(dense=True)}
     budget = open_budget(TARGETS, 0.5, storage="plain", overrides=overrides)
-    start = uniform(TARGETS, 0.5, storage="plain", overrides=overrides)
+    start = uniform(open_budget(TARGETS, 0.5, storage="plain", overrides=overrides))
     model = bowl()
     settings = RankTraining(steps=10)
     mover = AdamMover(budget, start, settings)
@@ -195,7 +195,7 @@ def test_a_loss_that_turns_nan_ends_the_training_with_the_last_good_ranks() -> N
     assert curve.stopped.startswith("step 8: the loss is nan")
     assert len(curve.steps) == 7
     assert curve.best == 6
-    assert planned != uniform(TARGETS, 0.5, storage="plain")
+    assert planned != uniform(open_budget(TARGETS, 0.5, storage="plain"))
     assert curve.kept == [planned[name].rank for name in curve.names]
 
 
@@ -229,7 +229,7 @@ def test_adam_never_unmakes_a_dense_matrix(seed: int) -> None:
     spectra = random_spectra(TARGETS, seed)
     for name in list(spectra)[::4]:
         spectra[name] = 1e6 * torch.ones_like(spectra[name])
-    start = global_prices(TARGETS, 0.7, storage="plain", spectra=spectra)
+    start = global_prices(open_budget(TARGETS, 0.7, storage="plain"), spectra)
     dense = [name for name, module in start.items() if module.rank is None]
     planned, _ = learner(bowl(seed), 0.7, start=start, steps=9, evaluate_every=1, patience=99).run([BATCH], [BATCH])
     assert dense

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from .budget import Budget, open_budget
 from .patterns import Override, matching_names, resolve_overrides, select
 from .plan import Plan, PlannedModule, Target
 from .prices import global_prices
@@ -17,19 +18,9 @@ if TYPE_CHECKING:
 
 
 class AllocationFunction(Protocol):
-    """Targets, ratio and options in, a planned module for every target out; see `budget.open_budget` for the terms."""
+    """A budget and, where the allocator reads them, spectra in; a planned module for every target out."""
 
-    def __call__(
-        self,
-        targets: Sequence[Target],
-        ratio: float,
-        *,
-        storage: str,
-        overrides: Mapping[str, Override] | None = None,
-        rank_multiple: int = 1,
-        min_rank: int = 1,
-        spectra: Mapping[str, Tensor] | None = None,
-    ) -> dict[str, PlannedModule]: ...
+    def __call__(self, budget: Budget, spectra: Mapping[str, Tensor] | None = None) -> dict[str, PlannedModule]: ...
 
 
 @dataclass(frozen=True)
@@ -85,6 +76,7 @@ __all__ = [
     "ALLOCATIONS",
     "Allocation",
     "AllocationFunction",
+    "Budget",
     "Override",
     "Plan",
     "PlannedModule",
@@ -92,6 +84,7 @@ __all__ = [
     "allocation_named",
     "global_prices",
     "matching_names",
+    "open_budget",
     "register_allocation",
     "resolve_overrides",
     "select",

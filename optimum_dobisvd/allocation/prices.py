@@ -9,25 +9,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .budget import Budget, Ladder, open_budget, top_up
-from .patterns import Override
-from .plan import PlannedModule, Target
+from .budget import Budget, Ladder, top_up
+from .plan import PlannedModule
 from .spectra import check_spectrum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def global_prices(
-    targets: Sequence[Target],
-    ratio: float,
-    *,
-    storage: str,
-    overrides: Mapping[str, Override] | None = None,
-    rank_multiple: int = 1,
-    min_rank: int = 1,
-    spectra: Mapping[str, Tensor] | None = None,
-) -> dict[str, PlannedModule]:
+def global_prices(budget: Budget, spectra: Mapping[str, Tensor] | None = None) -> dict[str, PlannedModule]:
     """Minimises the sum over all matrices of `tail_j(k_j) = sum_{i > k_j} s_i^2` within the byte budget.
 
     A dense matrix has no tail and its own bytes, so the error of a matrix is not convex in its bytes at the rank where
@@ -36,7 +26,7 @@ def global_prices(
     the last edges leave over is spent on single steps.
 
     Args:
-        targets, ratio, storage, overrides, rank_multiple, min_rank: as in `open_budget`, and so are their errors.
+        budget: what `open_budget` returned.
         spectra: for every matrix to allocate, its min(m, n) singular values, descending, in a metric in which matrices
             can be compared (`kfac`; in that of the outputs' raw error they cannot).
 
@@ -46,9 +36,6 @@ def global_prices(
     Raises:
         ValueError: a spectrum is missing, not of min(m, n) values, not finite, negative or not descending.
     """
-    budget = open_budget(
-        targets, ratio, storage=storage, overrides=overrides, rank_multiple=rank_multiple, min_rank=min_rank
-    )
     spectra = spectra or {}
     for ladder in budget.ladders.values():
         check_spectrum(ladder.target, spectra, "global")

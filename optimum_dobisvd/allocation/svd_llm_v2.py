@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from .budget import Budget, Ladder, open_budget, proportional_shares, spend
-from .patterns import Override
-from .plan import PlannedModule, Target
+from .budget import Budget, Ladder, proportional_shares, spend
+from .plan import PlannedModule
 from .spectra import check_spectrum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def svd_llm_v2(
-    targets: Sequence[Target],
-    ratio: float,
-    *,
-    storage: str,
-    overrides: Mapping[str, Override] | None = None,
-    rank_multiple: int = 1,
-    min_rank: int = 1,
-    spectra: Mapping[str, Tensor] | None = None,
-) -> dict[str, PlannedModule]:
+def svd_llm_v2(budget: Budget, spectra: Mapping[str, Tensor] | None = None) -> dict[str, PlannedModule]:
     """Shares the bytes to remove among the matrices of one kind by how little each would lose (Alg. 1, SVD-LLM V2).
 
     Args:
-        targets, ratio, storage, overrides, rank_multiple, min_rank: as in `open_budget`, and so are their errors.
+        budget: what `open_budget` returned.
         spectra: for every matrix to allocate, its min(m, n) singular values in the whitened metric, descending: those
             of `W H^½` with `H = Σ x xᵀ`, the raw *sum* over the calibration tokens (see `wished_bytes`). An overridden
             matrix needs none.
@@ -40,9 +30,6 @@ def svd_llm_v2(
     Raises:
         ValueError: a spectrum is missing, not of min(m, n) values, not finite, negative or not descending.
     """
-    budget = open_budget(
-        targets, ratio, storage=storage, overrides=overrides, rank_multiple=rank_multiple, min_rank=min_rank
-    )
     return spend(budget, wished_bytes(budget, spectra or {}))
 
 

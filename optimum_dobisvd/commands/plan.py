@@ -40,7 +40,7 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
         Refused: the machine cannot do it; the message has the numbers and a remedy.
         ValueError: a model, plan or setting that cannot work.
     """
-    from ..quantizer import check_model
+    from ..checking import check_model
     from ..report.report import model_bytes, module_report
     from ..report.table import coverage_line, kind_table, summary_table
     from .load_dense import load_skeleton
@@ -125,7 +125,7 @@ def _plan(config: DobiSVDConfig, layout: Layout, store: StatisticsStore | None) 
 
     from ..allocation import allocation_named
     from ..allocation.plan import Plan
-    from ..quantizer import make_plan
+    from ..planning import make_plan
 
     if config.plan is not None:
         given = config.plan if isinstance(config.plan, Plan) else Plan.load(config.plan)
