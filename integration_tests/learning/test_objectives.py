@@ -214,7 +214,7 @@ def test_the_model_comes_back_as_it_was(fails: bool) -> None:
             basis.loss_and_slopes(ranks_of(basis), dict.fromkeys(basis.linears, 0.4), IDS, mask)
 
     if fails:
-        with pytest.raises(ValueError, match="no calibration token has a label"):
+        with pytest.raises(ValueError, match="the calibration text: no token has a label"):
             use()
     else:
         use()

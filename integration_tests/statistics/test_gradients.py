@@ -247,7 +247,7 @@ def test_gradients_whose_settings_are_lost_are_collected_again_and_their_prices_
 def test_text_without_labels_is_an_error() -> None:
     ids, mask = tokens(2, 8), torch.zeros(2, 8)
     mask[:, 0] = 1
-    with pytest.raises(ValueError, match="no calibration token has a label"):
+    with pytest.raises(ValueError, match="the calibration text: no token has a label"):
         collect_gradients(tiny("llama"), ids, mask)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .loss import NextTokenLoss
+from .loss import NextTokenLoss, require_logits
 from .runner import BlockRunner, BlockVisitor, check_finite
 from .temporarily import evaluating, frozen, on_device, replaced_forward, without_cache
 
@@ -161,14 +161,7 @@ class BackwardRunner(BlockRunner):
             visitor.leave(name, block)
 
     def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
-        output = self._forward(ids, mask, self._model)
-        logits = getattr(output, "logits", None)
-        if logits is None or logits.shape[:2] != ids.shape:
-            raise ValueError(
-                f"{type(self._model).__name__} gives no next-token logits, and gradients are those of the next-token "
-                "loss: load it as a causal language model, or choose a method that reads no gradients (svd_llm_v2)"
-            )
-        return logits
+        return require_logits(self._model, self._forward(ids, mask, self._model), ids)
 
 
 def _gradient_of(leaf: Tensor) -> Tensor:

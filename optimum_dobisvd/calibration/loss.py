@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,22 @@ def labelled(mask: Tensor) -> Tensor:
 
 def require_labels(mask: Tensor, what: str) -> None:
     """Raise ValueError if no token under a mask (`N x seqlen`) has a label."""
-    if not bool(labelled(mask).any()):
+    _require_some(int(labelled(mask).sum()), what)
+
+
+def require_logits(model: Any, output: Any, ids: Tensor) -> Tensor:
+    """The next-token logits (`batch x seqlen x vocabulary`) of a model's output; ValueError if it has none."""
+    logits: Tensor | None = getattr(output, "logits", None)
+    if logits is None or logits.shape[:2] != ids.shape:
+        raise ValueError(
+            f"{type(model).__name__} gives no next-token logits, and gradients are those of the next-token loss: load "
+            "it as a causal language model, or choose a method that reads no gradients and learns nothing (svd_llm_v2)"
+        )
+    return logits
+
+
+def _require_some(labels: int, what: str) -> None:
+    if not labels:
         raise ValueError(
             f"{what}: no token has a label: every window is padding, or one token long. The loss needs windows of at "
             "least two tokens of text"
@@ -75,8 +90,4 @@ class NextTokenLoss:
 
     def check_seen(self) -> None:
         """Raise ValueError if no token had a label."""
-        if self.tokens == 0:
-            raise ValueError(
-                "no calibration token has a label: every window is padding, or one token long. The loss needs windows "
-                "of at least two tokens of text"
-            )
+        _require_some(self.tokens, "the calibration text")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.loss import NextTokenLoss
+from ..calibration.loss import NextTokenLoss, require_logits
 from ..calibration.temporarily import evaluating, frozen, without_cache
 from ..factorization.factors import Decomposition
 from ..nn.dense_linear import as_matrix, weight_matrix
@@ -161,11 +161,4 @@ def logits_of(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """Next-token logits of a causal language model, `batch x seqlen x vocabulary`."""
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     attention = {} if bool(mask.all()) else {"attention_mask": mask.long().to(device)}
-    output = model(input_ids=ids.to(device), use_cache=False, **attention)
-    logits: Tensor | None = getattr(output, "logits", None)
-    if logits is None or logits.shape[:2] != ids.shape:
-        raise ValueError(
-            f"{type(model).__name__} gives no next-token logits, and ranks are learned on the next-token loss: load "
-            "it as a causal language model, or choose an allocation that learns nothing (uniform)"
-        )
-    return logits
+    return require_logits(model, model(input_ids=ids.to(device), use_cache=False, **attention), ids)
