@@ -110,16 +110,12 @@ class DobiSVDConfig(QuantizationConfigMixin):
         if not self.training:
             return
         self.training = RankTraining.from_dict(self.training).to_dict()
-        if not method.learns:
+        if method.learning_mode is None:
             raise ValueError(
                 f"training is set, and allocation {method.allocation!r} learns nothing: drop it, or choose the "
                 "allocation dobi_fixed_basis or dobi_activation"
             )
-        if method.allocation == "dobi_activation" and self.training["optimizer"] == "prices":
-            raise ValueError(
-                "training: optimizer 'prices' corrects the prices of the allocation dobi_fixed_basis; dobi_activation "
-                "has none: use 'adam'"
-            )
+        self.rank_training.optimizer_for(method.learning_mode, method.factorization)
 
     def resolved_method(self) -> Method:
         """The method's row with the overridden columns put in; ValueError names an unknown name and the known ones."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from .allocation import allocation_named
 from .factorization.registry import factorization_named
@@ -41,7 +42,12 @@ class Method:
     @property
     def learns(self) -> bool:
         """Whether ranks are learned, which takes windows to judge them on."""
-        return allocation_named(self.allocation).learns is not None
+        return self.learning_mode is not None
+
+    @property
+    def learning_mode(self) -> Literal["fixed_basis", "activation"] | None:
+        """In which way, see `learning.learn`."""
+        return allocation_named(self.allocation).learns
 
     @property
     def needs_data(self) -> bool:

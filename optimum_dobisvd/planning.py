@@ -52,5 +52,9 @@ def predicted_increase(plan: Plan, store: StatisticsStore | None, factorization:
     spectra = store.spectra("kfac") if store is not None and factorization == "kfac" else None
     if spectra is None or not plan.modules.keys() <= spectra.keys():
         return None
-    ranks = {name: module.rank for name, module in plan.modules.items() if module.rank is not None}
-    return sum(float(spectra[name][rank:].double().square().sum()) for name, rank in ranks.items())
+    increase = 0.0
+    for name, module in plan.modules.items():
+        if module.rank is not None:
+            prices = spectra[name].double().square()
+            increase += float(prices.sum() - prices[list(module.kept)].sum())
+    return increase

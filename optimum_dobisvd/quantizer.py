@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from .allocation import allocation_named
 from .allocation.plan import Plan
 from .calibration.dataset import CalibrationWindows, load_windows
 from .calibration.layout import Layout
@@ -23,6 +22,7 @@ from .factorization.factors import Factors
 from .factorization.registry import factorization_named
 from .learning.curve import TrainingCurve
 from .learning.learn import check_learnable, learn_ranks
+from .learning.settings import DIRECTIONS_OF
 from .nn.dense_linear import weight_matrix
 from .planning import budget_of, make_plan, predicted_increase
 from .replacement import Replacement
@@ -172,6 +172,13 @@ class DobiSVDQuantizer:
             return None
         plan = plan if isinstance(plan, Plan) else Plan.load(plan)
         plan.check(layout.targets)
+        factorization = self.config.resolved_method().factorization
+        chosen = next((name for name, module in plan.modules.items() if module.directions is not None), None)
+        if chosen is not None and factorization != DIRECTIONS_OF:
+            raise ValueError(
+                f"{chosen}: the plan names directions of {DIRECTIONS_OF}, and the factors are made by "
+                f"{factorization!r}: pass factorization={DIRECTIONS_OF!r}, or remove 'directions' from the plan"
+            )
         return plan
 
     def _load_windows(self, model: Any, tokenizer: Any) -> CalibrationWindows | None:
@@ -230,7 +237,7 @@ class DobiSVDQuantizer:
             layout,
             start.modules,
             budget_of(self.config, layout),
-            mode=allocation_named(method.allocation).learns or "fixed_basis",
+            mode=method.learning_mode or "fixed_basis",
             row=factorization_named(method.factorization),
             spectra=store.spectra(method.metric) if store is not None else None,
             store=store,
@@ -254,7 +261,7 @@ class DobiSVDQuantizer:
             held_out.sha256(),
         ]
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
-        return Path(self.config.statistics) / f"training-{digest}.json"
+        return Path(self.config.statistics) / f"training-{digest}.safetensors"
 
     def _factorize(
         self,
@@ -281,7 +288,7 @@ class DobiSVDQuantizer:
                 block_runner(model, layout, self.config, windows).run(visitor, "second pass")
             else:
                 for name, found, gram in decompositions(layout, row, store, device, ranks):
-                    replacement.put(name, found.truncate(ranks[name]), gram)
+                    replacement.put(name, found.keep(plan.modules[name].kept), gram)
         return {name: replacement.errors.get(name, 0.0) for name in plan.modules}
 
 

@@ -18,7 +18,13 @@ PLAN = Plan(
 
 modules = st.dictionaries(
     st.text(min_size=1),
-    st.one_of(st.just(PlannedModule(None, "dense")), st.integers(1, 10**6).map(lambda k: PlannedModule(k, "plain"))),
+    st.one_of(
+        st.just(PlannedModule(None, "dense")),
+        st.integers(1, 10**6).map(lambda k: PlannedModule(k, "plain")),
+        st.sets(st.integers(0, 60), min_size=1).map(
+            lambda some: PlannedModule(len(some), "plain", tuple(sorted(some)))
+        ),
+    ),
 )
 plans = st.builds(
     Plan,
@@ -208,3 +214,46 @@ def test_check_of_a_matrix_without_useful_rank_offers_only_dense() -> None:
     plan = Plan({"a": PlannedModule(1, "plain")}, method="m", ratio=None, allocation="a")
     with pytest.raises(ValueError, match="dense matrix; leave it dense"):
         plan.check([Target("a", 2, 2, 2)])
+
+
+def test_directions_are_written_as_ranges_counted_from_one(tmp_path: Path) -> None:
+    module = PlannedModule(6, "plain", (0, 1, 2, 5, 7, 8))
+    Plan({Q: module}, method="m", ratio=None, allocation="a").save(tmp_path / "plan.json")
+    text = (tmp_path / "plan.json").read_text()
+    assert f'"{Q}": {{"rank": 6, "storage": "plain", "directions": "1-3,6,8-9"}}' in text
+    assert Plan.load(tmp_path / "plan.json").modules == {Q: module}
+    assert list(module.kept) == [0, 1, 2, 5, 7, 8]
+    assert PlannedModule(3, "plain", (0, 1, 2)) == PlannedModule(3, "plain")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"rank": 2, "directions": "1-3"}, "rank is 2 and 3 directions are named; make them agree, or remove"),
+        ({"rank": 2, "directions": "3,1"}, "directions must be ascending numbers, each given once"),
+        ({"rank": 2, "directions": "0-1"}, "directions must be ascending numbers, each given once, the first one"),
+        ({"rank": 2, "directions": "4-4,4"}, "directions must be ascending numbers, each given once"),
+        ({"rank": 2, "directions": [1, 2]}, r"directions are numbers and ranges of them, such as '1-40.*got \[1, 2\]"),
+        ({"rank": 2, "directions": "1-2,"}, "directions are numbers and ranges of them"),
+        (
+            {"rank": 2, "directions": "1-999999999"},
+            "directions: 1-999999999 goes beyond 1000000, more than any matrix has",
+        ),
+    ],
+)
+def test_impossible_directions_name_the_module(entry: dict, message: str) -> None:
+    data = PLAN.to_dict()
+    data["modules"][Q] = {"storage": "plain", **entry}
+    with pytest.raises(ValueError, match=f"module '{Q}': {message}"):
+        Plan.from_dict(data)
+
+
+def test_a_dense_matrix_has_no_directions() -> None:
+    with pytest.raises(ValueError, match="rank is None and 1 directions are named"):
+        PlannedModule(None, "dense", (0,))
+
+
+def test_directions_that_the_matrix_does_not_have_are_refused() -> None:
+    plan = Plan({**PLAN.modules, K: PlannedModule(2, "plain", (0, 16))}, method="m", ratio=None, allocation="a")
+    with pytest.raises(ValueError, match=f"{K}: direction 17 is named, and the matrix has 16"):
+        plan.check(TARGETS)

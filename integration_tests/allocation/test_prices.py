@@ -26,7 +26,7 @@ def predicted(planned: dict[str, PlannedModule], spectra: dict[str, Tensor]) -> 
 
 def best_by_trying_all(budget: Budget, spectra: dict[str, Tensor]) -> float:
     ladders = list(budget.ladders.values())
-    tails = [level_tails(ladder, spectra[ladder.target.name]) for ladder in ladders]
+    tails = [level_tails(ladder, spectra[ladder.target.name].double().square()) for ladder in ladders]
     return min(
         sum(tail[level] for tail, level in zip(tails, levels, strict=True))
         for levels in product(*(range(ladder.dense_level + 1) for ladder in ladders))
@@ -38,7 +38,7 @@ def edges_of(budget: Budget, spectra: dict[str, Tensor]) -> list[tuple[float, fl
     """`(gain per byte, gain, bytes)` of all edges of all lower hulls, by brute force."""
     edges = []
     for name, ladder in budget.ladders.items():
-        tails = level_tails(ladder, spectra[name])
+        tails = level_tails(ladder, spectra[name].double().square())
         level, last = 0, ladder.dense_level
         while level < last:
             # The steepest way on; of equal ones the longest.
@@ -56,7 +56,7 @@ def edges_of(budget: Budget, spectra: dict[str, Tensor]) -> list[tuple[float, fl
 def relaxed_optimum(budget: Budget, spectra: dict[str, Tensor]) -> float:
     """The smallest sum of tails if every edge could be taken in part: no plan can be below it."""
     left = budget.free_bytes - sum(ladder.bytes_at(0) for ladder in budget.ladders.values())
-    total = sum(level_tails(ladder, spectra[name])[0] for name, ladder in budget.ladders.items())
+    total = sum(level_tails(ladder, spectra[name].double().square())[0] for name, ladder in budget.ladders.items())
     for slope, _, size in edges_of(budget, spectra):
         taken = min(size, left)
         total -= slope * taken

@@ -91,3 +91,15 @@ def test_the_table_refuses_a_second_row_of_one_name() -> None:
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"unknown factorization 'svdllm'; known: .*svd_llm_v2"):
         factorization_named("svdllm")
+
+
+def test_any_directions_can_be_kept_and_missing_ones_are_zeros() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(5, 3, generator=generator), torch.randn(3, 7, generator=generator)
+    decomposition = Decomposition(left, right, torch.tensor([3.0, 2.0, 1.0]))
+    some = decomposition.keep((0, 2))
+    torch.testing.assert_close(some.product(), left[:, [0, 2]] @ right[[0, 2]])
+    beyond = decomposition.keep((1, 3, 4))
+    assert beyond.second.shape == (5, 3)
+    torch.testing.assert_close(beyond.product(), torch.outer(left[:, 1], right[1]))
+    assert torch.equal(decomposition.keep(range(2)).product(), decomposition.truncate(2).product())

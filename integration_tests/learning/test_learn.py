@@ -89,7 +89,7 @@ def test_a_stopped_training_resumes_from_the_statistics_folder(
     with pytest.raises(KeyboardInterrupt):
         learned(model, statistics=str(tmp_path / "s"))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert len(list((tmp_path / "s").glob("training-*.json"))) == 1
+    assert len(list((tmp_path / "s").glob("training-*.safetensors"))) == 1
     taken: list[int] = []
 
     def counts(self: RankLearner, number: int, batch: Any) -> None:
@@ -106,7 +106,7 @@ def test_a_stopped_training_resumes_from_the_statistics_folder(
 def test_another_ratio_does_not_take_the_journal_of_the_first(tmp_path: Path) -> None:
     for ratio in (0.5, 0.6):
         learned(tiny("llama"), ratio=ratio, statistics=str(tmp_path / "s"))
-    assert len(list((tmp_path / "s").glob("training-*.json"))) == 2
+    assert len(list((tmp_path / "s").glob("training-*.safetensors"))) == 2
 
 
 def test_curve_and_pictures_lie_beside_the_checkpoint(tmp_path: Path) -> None:
@@ -125,6 +125,32 @@ def test_ranks_that_a_plan_gives_are_not_learned() -> None:
     again = learned(tiny("llama"), plan=plan)
     assert again.training_curve is None
     assert again.plan == plan
+
+
+def test_a_plan_of_learned_directions_gives_the_same_model_again(tmp_path: Path) -> None:
+    model, again = tiny("llama"), tiny("llama")
+    quantizer = learned(model, statistics=str(tmp_path / "s"))
+    assert quantizer.plan is not None
+    assert any(module.directions is not None for module in quantizer.plan.modules.values())
+    quantizer.plan.save(tmp_path / "plan.json")
+    other = DobiSVDQuantizer(
+        plan=str(tmp_path / "plan.json"), dataset=WINDOWS[:12], nsamples=12, statistics=str(tmp_path / "s")
+    )
+    other.quantize_model(again)
+    assert other.plan == quantizer.plan
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_directions_of_kfac_are_not_taken_for_those_of_another_factoriser() -> None:
+    plan = learned(tiny("llama")).plan
+    with pytest.raises(ValueError, match=r"the plan names directions of kfac, and the factors are made by 'svd_llm'"):
+        learned(tiny("llama"), method="svd_llm", allocation=None, training={}, plan=plan)
+
+
+def test_factors_that_are_not_kfacs_are_learned_with_adam() -> None:
+    plan = learned(tiny("llama"), method="svd_llm").plan
+    assert plan is not None
+    assert all(module.directions is None for module in plan.modules.values())
 
 
 def test_overrides_hold() -> None:
@@ -201,8 +227,13 @@ def test_the_config_refuses_impossible_settings() -> None:
         DobiSVDConfig(allocation="dobi_fixed_basis", training={"stepz": 3})
     with pytest.raises(ValueError, match="training is set, and allocation 'global' learns nothing"):
         DobiSVDConfig(training={"steps": 3})
-    with pytest.raises(ValueError, match="optimizer 'prices' corrects the prices of the allocation dobi_fixed_basis"):
+    with pytest.raises(ValueError, match="optimizer 'prices' corrects the prices of kfac's directions"):
         DobiSVDConfig(method="dobi", training={"optimizer": "prices"})
+    with pytest.raises(ValueError, match="optimizer 'prices' corrects the prices of kfac's directions"):
+        DobiSVDConfig(factorization="svd_llm", allocation="dobi_fixed_basis", training={"optimizer": "prices"})
+    for name, value in {"learning_rate": 0.1, "width": (0.1, 0.1)}.items():
+        with pytest.raises(ValueError, match=f"{name} is a setting of optimizer 'adam'"):
+            DobiSVDConfig(allocation="dobi_fixed_basis", training={name: value})
     with pytest.raises(ValueError, match="fisher is 'empirical' or 'sampled'"):
         DobiSVDConfig(fisher="true")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="gradient_nsamples must be at least 1"):

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from integration_tests.statistics.collecting import collect, collect_gradients
 from integration_tests.tiny_models import tiny, tokens
+from optimum_dobisvd.allocation import PlannedModule
 from optimum_dobisvd.calibration.layout import find_layout
 from optimum_dobisvd.factorization.registry import factorization_named
 from optimum_dobisvd.learning import activation
@@ -43,6 +44,10 @@ def ranks_of(basis: FixedBasis, share: float = 0.5) -> dict[str, float]:
         name: max(1.3, (share + 0.2 * (i % 3 - 1)) * basis.count(name) + 0.137 * i % 1)
         for i, name in enumerate(basis.linears)
     }
+
+
+def all_at(basis: FixedBasis, rank: int) -> dict[str, PlannedModule]:
+    return dict.fromkeys(basis.linears, PlannedModule(rank, "plain"))
 
 
 def expected_loss(model: torch.nn.Module, ids: Tensor) -> float:
@@ -103,6 +108,44 @@ def test_slopes_in_the_fixed_basis_are_the_derivative_of_the_loss(
             assert found[name] == pytest.approx((above - below) / (2 * step), rel=tolerance, abs=tolerance / 100), name
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_gains_are_what_the_loss_rises_by_when_a_direction_is_let_in_or_out_a_little(model_type: str) -> None:
+    model = tiny(model_type, dtype=torch.float64)
+    with fixed_basis(model) as basis:
+        planned = {
+            name: PlannedModule(3, "plain", (0, 2, 5)) if i % 3 else PlannedModule(None, "dense")
+            for i, name in enumerate(basis.linears)
+        }
+        loss, gains = basis.loss_and_gains(planned, IDS, MASK)
+        assert loss == pytest.approx(expected_loss(model, IDS), rel=1e-9)
+        for name in list(planned)[:: max(1, len(planned) // 5)]:
+            weight = weight_matrix(basis.linears[name])
+            left, right = basis._bases[name]
+            assert gains[name].shape == (len(right),)
+            for direction in (0, 1, 2):
+                step = 1e-4 if model_type == "gpt2" else 0.02  # Llama's norms compute in float32
+                change = step * torch.outer(left[:, direction], right[direction])
+                with torch.no_grad():
+                    weight += change
+                    above = basis.loss([(IDS, MASK)])
+                    weight -= 2 * change
+                    below = basis.loss([(IDS, MASK)])
+                    weight += change
+                slope = (below - above) / (2 * step)
+                assert float(gains[name][direction]) == pytest.approx(slope, rel=0.05, abs=1e-4), (name, direction)
+
+
+def test_a_plan_with_directions_is_put_as_the_sum_of_these_terms() -> None:
+    model = tiny("llama", dtype=torch.float64)
+    with fixed_basis(model) as basis:
+        planned = dict.fromkeys(basis.linears, PlannedModule(2, "plain", (1, 4)))
+        basis.put(planned)
+        for name, module in basis.linears.items():
+            left, right = basis._bases[name]
+            expected = torch.outer(left[:, 1], right[1]) + torch.outer(left[:, 4], right[4])
+            torch.testing.assert_close(weight_matrix(module), expected)
+
+
 @pytest.mark.parametrize(("model_type", "step", "tolerance"), DIFFERENCES[:2])
 @pytest.mark.parametrize("length", [20, 60])
 def test_slopes_through_the_activations_are_the_derivative_of_the_loss(
@@ -153,7 +196,7 @@ def test_sharp_gates_give_the_loss_of_whole_ranks() -> None:
     with fixed_basis(model) as basis:
         ranks = dict.fromkeys(basis.linears, 7)
         soft, _ = basis.loss_and_slopes({k: float(v) for k, v in ranks.items()}, dict.fromkeys(ranks, 50.0), IDS, MASK)
-        basis.put_ranks(ranks)
+        basis.put(all_at(basis, 7))
         assert basis.loss([(IDS, MASK)]) == pytest.approx(soft, rel=1e-9)
         assert basis.loss([(IDS, MASK)]) == pytest.approx(expected_loss(model, IDS), rel=1e-9)
 
@@ -188,7 +231,7 @@ def test_a_dense_matrix_has_no_slope_and_its_own_weight() -> None:
         first = next(iter(basis.linears))
         before = weight_matrix(basis.linears[first]).clone()
         ranks: dict[str, float | None] = dict(ranks_of(basis))
-        basis.put_ranks(dict.fromkeys(ranks, 3))
+        basis.put(all_at(basis, 3))
         ranks[first] = None
         betas = dict.fromkeys(ranks, 0.4)
         for objective in (basis, ActivationTruncation(basis)):
@@ -210,7 +253,7 @@ def test_the_model_comes_back_as_it_was(fails: bool) -> None:
 
     def use() -> None:
         with basis:
-            basis.put_ranks(dict.fromkeys(basis.linears, 2))
+            basis.put(all_at(basis, 2))
             basis.loss_and_slopes(ranks_of(basis), dict.fromkeys(basis.linears, 0.4), IDS, mask)
 
     if fails:

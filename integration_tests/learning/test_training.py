@@ -11,11 +11,13 @@ from torch import Tensor
 
 from integration_tests.allocation.samples import random_spectra
 from optimum_dobisvd.allocation import Override, PlannedModule, Target, global_prices, uniform
-from optimum_dobisvd.allocation.budget import Budget, open_budget
+from optimum_dobisvd.allocation.budget import open_budget
 from optimum_dobisvd.allocation.plan import planned_bytes
+from optimum_dobisvd.allocation.prices import allocate_by_worth
 from optimum_dobisvd.calibration.loss import NotFiniteError
+from optimum_dobisvd.learning.adam import AdamMover
 from optimum_dobisvd.learning.curve import TrainingCurve
-from optimum_dobisvd.learning.movers import AdamMover, Mover, PriceMover
+from optimum_dobisvd.learning.directions import DirectionMover
 from optimum_dobisvd.learning.settings import RankTraining
 from optimum_dobisvd.learning.training import RankLearner
 
@@ -31,7 +33,7 @@ class Bowl:
         self.weights = dict(weights)
         self.linears = dict.fromkeys(weights)
         self.calls: list[dict[str, float | None]] = []
-        self.placed: dict[str, int | None] = {}
+        self.placed: dict[str, PlannedModule] = {}
         self.fail_at: int | None = None
         self.fail: BaseException | None = None
         self.slope = -1.0
@@ -55,11 +57,11 @@ class Bowl:
         }
         return self.value(ranks), found
 
-    def put_ranks(self, ranks: Mapping[str, int | None]) -> None:
-        self.placed = dict(ranks)
+    def put(self, planned: Mapping[str, PlannedModule]) -> None:
+        self.placed = dict(planned)
 
     def loss(self, batches: Any) -> float:
-        return self.value(self.placed)
+        return self.value({name: module.rank for name, module in self.placed.items()})
 
 
 def bowl(seed: int = 0) -> Bowl:
@@ -73,23 +75,71 @@ def learner(
     budget = open_budget(TARGETS, ratio, storage="plain")
     begin = start or uniform(open_budget(TARGETS, ratio, storage="plain"))
     training = RankTraining(**settings)
-    mover = AdamMover(budget, begin, training) if training.optimizer != "prices" else prices(budget, begin, training)
-    return RankLearner(model, model, mover, begin, training, mode="test", journal=journal)  # type: ignore[arg-type]
+    mover = AdamMover(model, budget, begin, training)
+    return RankLearner(model, mover, begin, training, mode="test", journal=journal)  # type: ignore[arg-type]
 
 
-def bowl_spectra(weights: Mapping[str, float] | None = None) -> dict[str, Tensor]:
-    """Singular values whose tails are the bowl's own loss, by default of weights that are all one."""
-    spectra = {}
-    for target in TARGETS:
-        count = min(target.out_features, target.in_features)
-        tails = (1 - torch.arange(count + 1, dtype=torch.float64) / count) ** 2
-        weight = 1.0 if weights is None else weights[target.name]
-        spectra[target.name] = (weight * (tails[:-1] - tails[1:])).sqrt()
-    return spectra
+class Terms:
+    """A loss that is a sum over directions: each, while it is left out, costs its worth; and a noise on its gains.
+
+    `worth` is `(1 - t) * linear + (1 - t)^2 * 0.6 * price`: both an open and a shut gate tell of it.
+    """
+
+    def __init__(self, spread: float = 0.5, noise: float = 0.0, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.spectra = {
+            target.name: torch.arange(1, min(target.out_features, target.in_features) + 1, dtype=torch.float64) ** -0.4
+            for target in TARGETS
+        }
+        self.prices = {name: spectrum.double().square() for name, spectrum in self.spectra.items()}
+        self.worth = {
+            name: prices * torch.randn(len(prices), generator=generator, dtype=torch.float64).mul(spread).exp()
+            for name, prices in self.prices.items()
+        }
+        self.linears = dict.fromkeys(self.worth)
+        self.noise = noise
+        self.calls = 0
+        self.fail_at: int | None = None
+        self.placed: dict[str, PlannedModule] = {}
+
+    def count(self, name: str) -> int:
+        return len(self.worth[name])
+
+    def value(self, planned: Mapping[str, PlannedModule]) -> float:
+        return sum(
+            float(worth.sum() - worth[list(planned[name].kept)].sum())
+            for name, worth in self.worth.items()
+            if planned[name].rank is not None
+        )
+
+    def loss_and_gains(
+        self, planned: Mapping[str, PlannedModule], ids: Tensor, mask: Tensor
+    ) -> tuple[float, dict[str, Tensor]]:
+        if self.calls == self.fail_at:
+            raise KeyboardInterrupt
+        generator = torch.Generator().manual_seed(self.calls)
+        self.calls += 1
+        gains = {}
+        for name, worth in self.worth.items():
+            shut = torch.ones_like(worth)
+            shut[list(range(len(worth)) if planned[name].rank is None else planned[name].kept)] = 0
+            curved = 0.6 * self.prices[name]
+            noise = torch.randn(len(worth), generator=generator, dtype=torch.float64) * self.prices[name]
+            gains[name] = worth - curved + 2 * curved * shut + self.noise * noise
+        return self.value(planned), gains
+
+    def put(self, planned: Mapping[str, PlannedModule]) -> None:
+        self.placed = dict(planned)
+
+    def loss(self, batches: Any) -> float:
+        return self.value(self.placed)
 
 
-def prices(budget: Budget, begin: Mapping[str, PlannedModule], training: RankTraining) -> Mover:
-    return PriceMover(budget, begin, bowl_spectra(), training)
+def direction_learner(terms: Terms, ratio: float, journal: Path | None = None, **settings: Any) -> RankLearner:
+    budget = open_budget(TARGETS, ratio, storage="plain")
+    start = global_prices(budget, terms.spectra)
+    mover = DirectionMover(terms, budget, start, terms.spectra)
+    return RankLearner(terms, mover, start, RankTraining(**settings), mode="test", journal=journal)  # type: ignore[arg-type]
 
 
 def total_bytes(planned: Mapping[str, PlannedModule]) -> int:
@@ -116,21 +166,41 @@ def test_ranks_move_to_where_the_loss_wants_them_and_the_budget_holds_at_every_s
         assert sum(sizes) == pytest.approx(int(ratio * DENSE), rel=1e-6)
 
 
+@pytest.mark.parametrize("noise", [0.0, 1.0])
 @pytest.mark.parametrize("ratio", [0.4, 0.6])
 @pytest.mark.parametrize("seed", range(3))
-def test_prices_that_are_off_by_a_factor_of_the_matrix_are_put_right(ratio: float, seed: int) -> None:
-    model = bowl(seed)
-    start = global_prices(open_budget(TARGETS, ratio, storage="plain"), bowl_spectra())
-    settings = {"optimizer": "prices", "steps": 40, "learning_rate": 0.5, "patience": 99}
-    planned, _ = learner(model, ratio, start=start, **settings).run([BATCH], [BATCH])
-    best = global_prices(open_budget(TARGETS, ratio, storage="plain"), bowl_spectra(model.weights))
-
-    def value(plan: Mapping[str, PlannedModule]) -> float:
-        return model.value({name: module.rank for name, module in plan.items()})
-
-    assert value(best) < 0.9 * value(start)
-    assert value(planned) - value(best) < 0.4 * (value(start) - value(best))
+def test_directions_that_are_worth_more_than_their_price_are_found(seed: int, ratio: float, noise: float) -> None:
+    terms = Terms(noise=noise, seed=seed)
+    budget = open_budget(TARGETS, ratio, storage="plain")
+    begin = terms.value(global_prices(budget, terms.spectra))
+    best = terms.value(allocate_by_worth(budget, terms.worth))
+    planned, curve = direction_learner(terms, ratio, steps=30, patience=99).run([BATCH], [BATCH])
+    assert best < 0.97 * begin
+    assert terms.value(planned) - best < (0.5 if noise else 0.25) * (begin - best)
     assert total_bytes(planned) <= ratio * DENSE
+    assert curve.kept == [planned[name].rank for name in curve.names]
+
+
+def test_noise_alone_moves_next_to_nothing() -> None:
+    terms = Terms(spread=0.0, noise=2.0)
+    start = terms.value(global_prices(open_budget(TARGETS, 0.5, storage="plain"), terms.spectra))
+    learner = direction_learner(terms, 0.5, steps=20, patience=99)
+    learner.run([BATCH], [BATCH])
+    assert terms.value(learner._mover.planned()) < 1.05 * start
+
+
+def test_the_scale_of_the_gains_does_not_matter() -> None:
+    found = []
+    for scale in (1.0, 64.0):
+        terms = Terms()
+        gains = terms.loss_and_gains
+        terms.loss_and_gains = lambda *a, gains=gains, scale=scale: (  # type: ignore[method-assign, misc]
+            1.0,
+            {name: scale * each for name, each in gains(*a)[1].items()},
+        )
+        terms.spectra = {name: scale**0.5 * spectrum for name, spectrum in terms.spectra.items()}
+        found.append(direction_learner(terms, 0.5, steps=6, evaluate_every=6).run([BATCH], [BATCH])[0])
+    assert found[0] == found[1]
 
 
 def test_the_best_ranks_on_the_held_out_windows_are_kept_the_start_among_them() -> None:
@@ -163,26 +233,41 @@ def test_overridden_matrices_are_left_alone() -> None:
     start = uniform(open_budget(TARGETS, 0.5, storage="plain", overrides=overrides))
     model = bowl()
     settings = RankTraining(steps=10)
-    mover = AdamMover(budget, start, settings)
-    planned, curve = RankLearner(model, model, mover, start, settings, mode="test").run([BATCH], [BATCH])  # type: ignore[arg-type]
+    mover = AdamMover(model, budget, start, settings)
+    planned, curve = RankLearner(model, mover, start, settings, mode="test").run([BATCH], [BATCH])  # type: ignore[arg-type]
     assert planned["layers.1.up"] == PlannedModule(5, "plain")
     assert planned["layers.2.up"] == PlannedModule(None, "dense")
     assert not {"layers.1.up", "layers.2.up"} & set(curve.names)
     assert total_bytes(planned) <= 0.5 * DENSE
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "prices"])
 @pytest.mark.parametrize("killed", [1, 4, 7])
-def test_a_killed_training_goes_on_and_ends_alike(tmp_path: Path, killed: int, optimizer: str) -> None:
-    settings = {"steps": 10, "evaluate_every": 3, "optimizer": optimizer}
+def test_a_killed_training_goes_on_and_ends_alike(tmp_path: Path, killed: int) -> None:
+    settings = {"steps": 10, "evaluate_every": 3}
     whole = learner(bowl(), **settings).run([BATCH], [BATCH])
     model = bowl()
     model.fail_at, model.fail = killed, KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        learner(model, journal=tmp_path / "j.json", **settings).run([BATCH], [BATCH])
+        learner(model, journal=tmp_path / "j", **settings).run([BATCH], [BATCH])
     model = bowl()
-    resumed = learner(model, journal=tmp_path / "j.json", **settings).run([BATCH], [BATCH])
+    resumed = learner(model, journal=tmp_path / "j", **settings).run([BATCH], [BATCH])
     assert len(model.calls) == 10 - killed
+    assert resumed[0] == whole[0]
+    assert resumed[1].to_dict() == whole[1].to_dict()
+
+
+@pytest.mark.parametrize("killed", [1, 4, 7])
+def test_a_killed_choice_of_directions_goes_on_and_ends_alike(tmp_path: Path, killed: int) -> None:
+    settings = {"steps": 10, "evaluate_every": 3}
+    whole = direction_learner(Terms(noise=1.0), 0.6, **settings).run([BATCH], [BATCH])
+    terms = Terms(noise=1.0)
+    terms.fail_at = killed
+    with pytest.raises(KeyboardInterrupt):
+        direction_learner(terms, 0.6, tmp_path / "j", **settings).run([BATCH], [BATCH])
+    terms = Terms(noise=1.0)
+    terms.calls = killed  # the noise goes on where it was
+    resumed = direction_learner(terms, 0.6, tmp_path / "j", **settings).run([BATCH], [BATCH])
+    assert terms.calls == 10
     assert resumed[0] == whole[0]
     assert resumed[1].to_dict() == whole[1].to_dict()
 
@@ -204,16 +289,16 @@ def test_a_loss_that_is_nan_on_the_held_out_windows_only_ends_it_too(tmp_path: P
     judged: list[float] = []
 
     def loss(batches: Any) -> float:
-        judged.append(model.value(model.placed))
+        judged.append(model.value({name: module.rank for name, module in model.placed.items()}))
         if len(judged) == 3:
             raise NotFiniteError("the loss is nan after 7 tokens of text")
         return judged[-1]
 
     model.loss = loss  # type: ignore[method-assign]
-    planned, curve = learner(model, journal=tmp_path / "j.json", steps=20, evaluate_every=3).run([BATCH], [BATCH])
+    planned, curve = learner(model, journal=tmp_path / "j", steps=20, evaluate_every=3).run([BATCH], [BATCH])
     assert curve.stopped == "on the held-out windows after step 6: the loss is nan after 7 tokens of text"
     assert (len(curve.steps), curve.best) == (6, 3)
-    again, _ = learner(bowl(), journal=tmp_path / "j.json", steps=20, evaluate_every=3).run([BATCH], [BATCH])
+    again, _ = learner(bowl(), journal=tmp_path / "j", steps=20, evaluate_every=3).run([BATCH], [BATCH])
     assert again == planned
 
 
@@ -259,9 +344,9 @@ def test_nothing_to_learn_is_an_error() -> None:
 
 @pytest.mark.parametrize("damage", ["", "{}", '{"shares": []}'])
 def test_a_damaged_journal_is_named(tmp_path: Path, damage: str) -> None:
-    (tmp_path / "j.json").write_text(damage)
-    with pytest.raises(ValueError, match=r"j.json is damaged .*delete it to train from the start"):
-        learner(bowl(), journal=tmp_path / "j.json")
+    (tmp_path / "j").write_text(damage)
+    with pytest.raises(ValueError, match=r"j is damaged .*delete it to train from the start"):
+        learner(bowl(), journal=tmp_path / "j")
 
 
 def test_the_curve_survives_its_file(tmp_path: Path) -> None:

@@ -35,6 +35,11 @@ class Ladder:
     rank_step: int
     dense_level: int
 
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank whose factors are smaller than the dense matrix."""
+        return self.lowest_rank + (self.dense_level - 1) * self.rank_step
+
     def module_at(self, level: int) -> PlannedModule:
         """What the matrix becomes at a level."""
         if level == self.dense_level:

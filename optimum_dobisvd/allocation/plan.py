@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from .patterns import is_keep_ratio, near_names
 
 FORMAT_VERSION = 1
 _PLAN_KEYS = ("format_version", "method", "allocation", "ratio", "modules")
-_MODULE_KEYS = ("rank", "storage")
+_RANGES = re.compile(r"[0-9]{1,9}(-[0-9]{1,9})?(,[0-9]{1,9}(-[0-9]{1,9})?)*")
+_MOST_DIRECTIONS = 10**6
+_MODULE_KEYS = ("rank", "storage", "directions")
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,26 @@ class Target:
 class PlannedModule:
     """What one matrix becomes: a rank in a registered storage, or rank None in storage "dense" (left as it is).
 
+    Attributes:
+        rank: how many of its singular directions are kept; None: it stays dense.
+        storage: how the factors are stored.
+        directions: which ones, counted from 0, ascending; None: the leading ones. In a plan's file they are counted
+            from 1, as `"1-40,43,45-50"`.
+
     Raises:
-        ValueError: unknown storage, a rank that is not a whole number of at least 1, or a rank on a dense matrix.
+        ValueError: unknown storage, a rank that is not a whole number of at least 1, a rank on a dense matrix, or
+            directions that are not `rank` ascending numbers.
     """
 
     rank: int | None
     storage: str
+    directions: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.directions is not None:
+            self._check_directions(self.directions)
+            if self.directions == tuple(range(len(self.directions))):
+                object.__setattr__(self, "directions", None)
         if self.storage == DENSE:
             if self.rank is not None:
                 raise ValueError(
@@ -78,6 +93,22 @@ class PlannedModule:
                 f"rank is {self.rank!r}; storage {self.storage!r} needs a whole number of at least 1 "
                 "(to leave the matrix dense, write only storage 'dense')"
             )
+
+    def _check_directions(self, directions: tuple[int, ...]) -> None:
+        if list(directions) != sorted(set(directions)) or (directions and directions[0] < 0):
+            raise ValueError("directions must be ascending numbers, each given once, the first one being 1")
+        if len(directions) != self.rank:
+            raise ValueError(
+                f"rank is {self.rank} and {len(directions)} directions are named; make them agree, or remove "
+                "'directions' to keep the leading ones"
+            )
+
+    @property
+    def kept(self) -> Sequence[int]:
+        """The kept directions, counted from 0. ValueError for a dense matrix, which keeps all."""
+        if self.rank is None:
+            raise ValueError("a dense matrix has no rank")
+        return range(self.rank) if self.directions is None else self.directions
 
 
 @dataclass(frozen=True)
@@ -109,10 +140,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON data; `from_dict` reads it back."""
-        modules = {
-            name: {"storage": DENSE} if module.rank is None else {"rank": module.rank, "storage": module.storage}
-            for name, module in self.modules.items()
-        }
+        modules = {name: _module_to_dict(module) for name, module in self.modules.items()}
         values = (FORMAT_VERSION, self.method, self.allocation, self.ratio, modules)
         return dict(zip(_PLAN_KEYS, values, strict=True))
 
@@ -179,6 +207,13 @@ class Plan:
                 )
             if module.rank is not None:
                 check_rank(known[name], module.rank, module.storage)
+            if module.directions is not None:
+                most = min(known[name].out_features, known[name].in_features)
+                if module.directions[-1] >= most:
+                    raise ValueError(
+                        f"{name}: direction {module.directions[-1] + 1} is named, and the matrix has {most}; correct "
+                        "'directions', or remove it to keep the leading ones"
+                    )
         missing = [name for name in known if name not in self.modules]
         if missing:
             others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -268,9 +303,41 @@ def _module_from_dict(name: str, entry: Any) -> PlannedModule:
     _check_object(entry, f"module {name!r}")
     _check_keys(entry, _MODULE_KEYS, ("storage",), f"module {name!r}")
     try:
-        return PlannedModule(rank=entry.get("rank"), storage=entry["storage"])
+        directions = _read_ranges(entry["directions"]) if "directions" in entry else None
+        return PlannedModule(rank=entry.get("rank"), storage=entry["storage"], directions=directions)
     except ValueError as error:
         raise ValueError(f"module {name!r}: {error}") from error
+
+
+def _module_to_dict(module: PlannedModule) -> dict[str, Any]:
+    if module.rank is None:
+        return {"storage": DENSE}
+    entry = {"rank": module.rank, "storage": module.storage}
+    return entry if module.directions is None else {**entry, "directions": _write_ranges(module.directions)}
+
+
+def _write_ranges(directions: Sequence[int]) -> str:
+    """`(0, 1, 2, 5)` as `"1-3,6"`."""
+    ranges: list[list[int]] = []
+    for number in directions:
+        if ranges and number == ranges[-1][1]:
+            ranges[-1][1] = number + 1
+        else:
+            ranges.append([number + 1, number + 1])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+
+
+def _read_ranges(text: Any) -> tuple[int, ...]:
+    """What `_write_ranges` wrote, or a person did."""
+    if not isinstance(text, str) or not _RANGES.fullmatch(text):
+        raise ValueError(f"directions are numbers and ranges of them, such as '1-40,43,45-50', got {text!r:.60}")
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if int(last or first) > _MOST_DIRECTIONS:  # said before so many numbers are made
+            raise ValueError(f"directions: {part} goes beyond {_MOST_DIRECTIONS}, more than any matrix has")
+        found.extend(range(int(first) - 1, int(last or first)))
+    return tuple(found)
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -39,14 +40,40 @@ def global_prices(budget: Budget, spectra: Mapping[str, Tensor] | None = None) -
     spectra = spectra or {}
     for ladder in budget.ladders.values():
         check_spectrum(ladder.target, spectra, "global")
-    tails = {name: level_tails(ladder, spectra[name]) for name, ladder in budget.ladders.items()}
-    return allocate_by_tails(budget, tails)
+    return allocate_by_worth(budget, {name: spectra[name].detach().cpu().double().square() for name in budget.ladders})
 
 
-def level_tails(ladder: Ladder, spectrum: Tensor) -> list[float]:
-    """The squared truncation error at every level of a ladder; the last, the dense matrix, has none."""
-    squares = spectrum.detach().cpu().double().square()
-    tails = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+def allocate_by_worth(budget: Budget, worth: Mapping[str, Tensor]) -> dict[str, PlannedModule]:
+    """Keeps the singular directions that are worth most, as many of each matrix as the budget is best spent on.
+
+    Args:
+        budget: what `open_budget` returned.
+        worth: for every matrix to allocate, what keeping each of its min(m, n) directions takes off the loss; they
+            need not fall from one to the next. Below zero counts as zero.
+
+    Returns:
+        A planned module for every target, in order.
+    """
+    orders = {name: values.argsort(descending=True, stable=True) for name, values in worth.items()}
+    tails = {
+        name: level_tails(ladder, worth[name][orders[name]].clamp_min(0)) for name, ladder in budget.ladders.items()
+    }
+    planned = allocate_by_tails(budget, tails)
+    for name in budget.ladders:
+        rank = planned[name].rank
+        if rank is not None:
+            planned[name] = replace(planned[name], directions=tuple(sorted(orders[name][:rank].tolist())))
+    return planned
+
+
+def level_tails(ladder: Ladder, worth: Tensor) -> list[float]:
+    """What is lost at every level of a ladder that keeps the first directions; the last, the dense matrix, loses none.
+
+    Args:
+        ladder: of one matrix.
+        worth: of its min(m, n) directions, float64, none below zero.
+    """
+    tails = torch.cat([worth.flip(0).cumsum(0).flip(0), worth.new_zeros(1)])
     ranks = [ladder.lowest_rank + level * ladder.rank_step for level in range(ladder.dense_level)]
     return [*tails[ranks].tolist(), 0.0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,16 @@ class Decomposition:
         """The first `rank` terms. Where there are fewer (a rank-deficient metric) zeros fill the planned shape."""
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
-        second, first = self.left[:, :rank], self.right[:rank]
+        return self.keep(range(rank))
+
+    def keep(self, directions: Sequence[int]) -> Factors:
+        """The terms of these numbers, counted from 0, ascending; zeros in place of those that there are not."""
+        rank, there = len(directions), self.left.shape[1]
+        if directions[-1] == rank - 1:  # the leading ones
+            second, first = self.left[:, :rank], self.right[:rank]
+        else:
+            chosen = torch.tensor([number for number in directions if number < there], device=self.left.device)
+            second, first = self.left[:, chosen], self.right[chosen]
         missing = rank - second.shape[1]
         if missing > 0:
             second = torch.cat([second, second.new_zeros(second.shape[0], missing)], dim=1)

@@ -8,13 +8,14 @@ weights are rebuilt, the model takes one ordinary forward and backward pass, and
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..allocation.plan import PlannedModule
 from ..calibration.loss import NextTokenLoss, require_logits
 from ..calibration.temporarily import evaluating, frozen, without_cache
 from ..factorization.factors import Decomposition
@@ -39,11 +40,10 @@ class FixedBasis:
         self._bases: dict[str, tuple[Tensor, Tensor]] = {}
         for name, found in bases:
             weight = weight_matrix(self.linears[name])
-            factors = found.truncate(found.left.shape[1]).balanced()
+            factors = found.truncate(min(weight.shape)).balanced()
             self._bases[name] = (factors.second.to(weight), factors.first.to(weight))
         # On the CPU: they are needed for dense matrices, and at the end.
         self._dense = {name: weight_matrix(module).to("cpu", copy=True) for name, module in self.linears.items()}
-        self._slopes: dict[str, float] = {}
         self._open = contextlib.ExitStack()
 
     def count(self, name: str) -> int:
@@ -66,13 +66,42 @@ class FixedBasis:
             weight_matrix(self.linears[name]).copy_(self._dense[name])
 
     @torch.no_grad()
-    def put_ranks(self, ranks: Mapping[str, int | None]) -> None:
-        """Truncate at whole ranks; None is the dense weight."""
-        self.put_dense([name for name, rank in ranks.items() if rank is None])
-        for name, rank in ranks.items():
-            if rank is not None:
-                left, right = self._bases[name]
-                weight_matrix(self.linears[name]).copy_(left[:, :rank] @ right[:rank])
+    def put(self, planned: Mapping[str, PlannedModule]) -> None:
+        """Give the matrices the weights that a plan ships."""
+        for name in self.linears:
+            module = planned[name]
+            if module.rank is None:
+                self.put_dense([name])
+                continue
+            left, right = self._bases[name]
+            chosen = torch.tensor(module.kept, device=left.device)
+            weight_matrix(self.linears[name]).copy_(left[:, chosen] @ right[chosen])
+
+    def loss_and_gains(
+        self, planned: Mapping[str, PlannedModule], ids: Tensor, mask: Tensor
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Mean loss in nats per token at a plan's weights, and `-dLoss/dt_i` by the gate of every direction there.
+
+        Args:
+            planned: a planned module for every linear.
+            ids, mask: `batch x seqlen`; windows are taken one by one.
+
+        Returns:
+            The loss, and for every linear, dense ones too, `min(m, n)` numbers (float64, CPU).
+
+        Raises:
+            ValueError: no token has a label; the loss is NaN or infinite.
+        """
+        self.put(planned)
+        sums = {name: torch.zeros(self.count(name), dtype=torch.float64) for name in self.linears}
+
+        def read(name: str, gradient: Tensor) -> None:
+            left, right = self._bases[name]
+            sums[name] -= ((left.T @ gradient) * right).sum(1).double().cpu()
+
+        with self._reading_gradients(self.linears, read):
+            loss = taken_back(self.model, ids, mask)
+        return loss.total / loss.tokens, {name: found / loss.tokens for name, found in sums.items()}
 
     def loss_and_slopes(
         self, ranks: Mapping[str, float | None], betas: Mapping[str, float], ids: Tensor, mask: Tensor
@@ -91,10 +120,14 @@ class FixedBasis:
         real = {name: rank for name, rank in ranks.items() if rank is not None}
         for name, rank in real.items():
             self._put_soft(name, rank, betas[name])
-        self._slopes = dict.fromkeys(real, 0.0)
-        with self._reading_gradients(real, betas):
+        sums = dict.fromkeys(real, 0.0)
+
+        def read(name: str, gradient: Tensor) -> None:
+            sums[name] += self._slope(name, real[name], betas[name], gradient)
+
+        with self._reading_gradients(real, read):
             loss = taken_back(self.model, ids, mask)
-        return loss.total / loss.tokens, {name: slope / loss.tokens for name, slope in self._slopes.items()}
+        return loss.total / loss.tokens, {name: slope / loss.tokens for name, slope in sums.items()}
 
     def loss(self, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
         """Mean loss in nats per token at the present weights."""
@@ -114,34 +147,35 @@ class FixedBasis:
         weight_matrix(self.linears[name]).copy_((left[:, :last] * soft) @ right[:last])
 
     @contextlib.contextmanager
-    def _reading_gradients(self, ranks: Mapping[str, float], betas: Mapping[str, float]) -> Iterator[None]:
-        """Weights ask for gradients; each becomes the slope of its rank as soon as it is complete, and is freed."""
+    def _reading_gradients(self, names: Iterable[str], read: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Weights ask for gradients; each is read (as a matrix) as soon as it is complete, and freed."""
         handles, users = [], {}
-        for name, rank in ranks.items():
+        for name in names:
             parameter = self.linears[name].weight
             users[name], parameter.grad = parameter.grad, None
             parameter.requires_grad_(True)
-            read = partial(self._read, name, rank, betas[name])
-            handles.append(parameter.register_post_accumulate_grad_hook(read))
+            handles.append(parameter.register_post_accumulate_grad_hook(partial(self._hand_over, name, read)))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            for name in ranks:
+            for name, gradient in users.items():
                 self.linears[name].weight.requires_grad_(False)
-                self.linears[name].weight.grad = users[name]
+                self.linears[name].weight.grad = gradient
 
     @torch.no_grad()
-    def _read(self, name: str, rank: float, beta: float, parameter: Tensor) -> None:
+    def _hand_over(self, name: str, read: Callable[[str, Tensor], None], parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
-        if gradient is None:
-            return
+        if gradient is not None:
+            read(name, as_matrix(self.linears[name], gradient))
+
+    def _slope(self, name: str, rank: float, beta: float, gradient: Tensor) -> float:
         left, right = self._bases[name]
         first, last = reach(rank, len(right), beta)
-        by_gate = ((left[:, first:last].T @ as_matrix(self.linears[name], gradient)) * right[first:last]).sum(1)
+        by_gate = ((left[:, first:last].T @ gradient) * right[first:last]).sum(1)
         slope = slopes(torch.tensor(rank, dtype=torch.float64), len(right), beta)[first:last]
-        self._slopes[name] += float(by_gate.double().cpu() @ slope)
+        return float(by_gate.double().cpu() @ slope)
 
 
 def taken_back(model: Any, ids: Tensor, mask: Tensor) -> NextTokenLoss:

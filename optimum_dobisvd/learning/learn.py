@@ -16,11 +16,13 @@ from ..factorization.registry import Factorization
 from ..nn.dense_linear import weight_matrix
 from ..statistics.spectra import decompositions
 from .activation import ActivationTruncation
+from .adam import AdamMover
 from .curve import TrainingCurve
+from .directions import DirectionMover
 from .fixed_basis import FixedBasis
-from .movers import AdamMover, Mover, PriceMover
+from .mover import Mover
 from .settings import Mode, RankTraining
-from .training import Batch, Objective, RankLearner
+from .training import Batch, RankLearner
 
 if TYPE_CHECKING:
     from ..allocation.budget import Budget
@@ -67,11 +69,13 @@ def learn_ranks(
         found = ((name, each) for name, each, _ in decompositions(layout, row, store, device, layout.linears))
         basis = FixedBasis(model, layout.linears, found)
     with basis:
-        objective: Objective = basis if mode == "fixed_basis" else ActivationTruncation(basis)
-        mover: Mover = AdamMover(budget, start, settings)
-        if settings.optimizer_of(mode) == "prices":
-            mover = PriceMover(budget, start, spectra or {}, settings)
-        learner = RankLearner(objective, basis, mover, start, settings, mode=mode, journal=journal)
+        mover: Mover
+        if settings.optimizer_for(mode, row.name) == "prices":
+            mover = DirectionMover(basis, budget, start, spectra or {})
+        else:
+            objective = basis if mode == "fixed_basis" else ActivationTruncation(basis)
+            mover = AdamMover(objective, budget, start, settings)
+        learner = RankLearner(basis, mover, start, settings, mode=mode, journal=journal)
         return learner.run(_batches(windows, settings), list(held_out.batches(1)))
 
 

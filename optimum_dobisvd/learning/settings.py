@@ -8,22 +8,26 @@ from typing import Any, Literal
 
 Mode = Literal["fixed_basis", "activation"]
 
+DIRECTIONS_OF = "kfac"
+"""The factoriser whose squared singular values are nats per token, so that directions can be priced one by one."""
+
 
 @dataclass(frozen=True)
 class RankTraining:
     """Settings of the rank training.
 
     Attributes:
-        optimizer: `adam`, the paper's, or `prices`, which corrects the price list of `global` (see `PriceMover`);
-            None: `prices` for the allocation `dobi_fixed_basis`, `adam` for `dobi_activation`.
+        optimizer: `adam`, the paper's, which slides ranks; or `prices`, which measures what every singular direction
+            is worth and chooses among them (see `DirectionMover`). None: `prices` for the allocation
+            `dobi_fixed_basis` of kfac factors, `adam` elsewhere.
         steps: how many optimiser steps.
         windows: calibration windows a step, cut to `seqlen` tokens where that is given.
         seqlen: tokens in a window; None: those of the calibration.
-        learning_rate: of `adam`, in shares of each matrix's largest useful rank, by default 0.02; of `prices`, what
-            the logarithm of a price may move by in a step, by default 0.6. Both fall along a cosine.
-        width: where the gates' softness starts and ends, as a share of the largest useful rank: `beta` is `1 / (width
-            * rank)`, and at most the paper's 10. At a `beta` of 10 from the start, as in the paper, a whole rank has
-            no gradient.
+        learning_rate: of `adam`, in shares of each matrix's largest useful rank, by default 0.02; falls along a
+            cosine.
+        width: of `adam`: where the gates' softness starts and ends, as a share of the largest useful rank, by default
+            0.05 and 0.02: `beta` is `1 / (width * rank)`, and at most the paper's 10. At a `beta` of 10 from the
+            start, as in the paper, a whole rank has no gradient.
         held_out: windows of calibration text that nothing else is computed from; the ranks with the lowest loss on
             them are kept.
         evaluate_every: steps from one evaluation on them to the next.
@@ -38,7 +42,7 @@ class RankTraining:
     windows: int = 2
     seqlen: int | None = None
     learning_rate: float | None = None
-    width: tuple[float, float] = (0.05, 0.02)
+    width: tuple[float, float] | None = None
     held_out: int = 8
     evaluate_every: int = 8
     patience: int = 3
@@ -52,15 +56,34 @@ class RankTraining:
             _check_count("seqlen", self.seqlen, 2)
         if self.learning_rate is not None:
             _check_share("learning_rate", self.learning_rate)
+        if self.width is None:
+            return
         if not isinstance(self.width, list | tuple) or len(self.width) != 2:
             raise ValueError(f"training: width is a pair, from and to, got {self.width!r}")
         for value in self.width:
             _check_share("width", value)
         object.__setattr__(self, "width", tuple(float(value) for value in self.width))
 
-    def optimizer_of(self, mode: Mode) -> Literal["adam", "prices"]:
-        """The optimiser, the mode's own where none was asked for."""
-        return self.optimizer or ("prices" if mode == "fixed_basis" else "adam")
+    def optimizer_for(self, mode: Mode, factorization: str) -> Literal["adam", "prices"]:
+        """The optimiser, the mode's own where none was asked for.
+
+        Raises:
+            ValueError: it cannot serve there, or a setting is one of the other's.
+        """
+        priced = mode == "fixed_basis" and factorization == DIRECTIONS_OF
+        chosen = self.optimizer or ("prices" if priced else "adam")
+        if chosen == "prices" and not priced:
+            raise ValueError(
+                "training: optimizer 'prices' corrects the prices of kfac's directions, with the allocation "
+                "dobi_fixed_basis and the factorization kfac; use 'adam' here"
+            )
+        for name in ("learning_rate", "width"):
+            if chosen == "prices" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"training: {name} is a setting of optimizer 'adam', and this training's is 'prices': drop it, or "
+                    "set optimizer to 'adam'"
+                )
+        return chosen
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RankTraining:
@@ -73,7 +96,7 @@ class RankTraining:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; `from_dict` reads them back."""
-        return {**asdict(self), "width": list(self.width)}
+        return {**asdict(self), "width": None if self.width is None else list(self.width)}
 
 
 def _check_count(name: str, value: Any, least: int) -> None:

@@ -8,42 +8,31 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..allocation.plan import PlannedModule
 from ..calibration.loss import NotFiniteError
-from ..storage.atomic import write_text_atomically
+from ..storage.atomic import write_atomically
 from .curve import Evaluation, Step, TrainingCurve
 from .fixed_basis import FixedBasis
-from .movers import Mover
+from .mover import Mover, NoGradientError
 from .settings import RankTraining
 
 logger = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
 
-HARD = 50.0
-"""A sharpness at which gates are open or shut."""
-
-
-class Objective(Protocol):
-    """The loss as a function of real ranks."""
-
-    def loss_and_slopes(
-        self, ranks: Mapping[str, float | None], betas: Mapping[str, float], ids: Tensor, mask: Tensor
-    ) -> tuple[float, dict[str, float]]: ...
-
 
 class RankLearner:
     """Learns ranks; keeps those that were best on the held-out windows, the ones it started from among them.
 
     Args:
-        objective: gives losses and their derivatives by ranks.
         judge: the deployed weights; whole ranks are judged with it.
-        mover: follows the derivatives within the budget.
+        mover: measures, and follows what it measured within the budget.
         start: a planned module for every target.
         settings: of the training.
         mode: what the curve calls it.
@@ -52,7 +41,6 @@ class RankLearner:
 
     def __init__(
         self,
-        objective: Objective,
         judge: FixedBasis,
         mover: Mover,
         start: Mapping[str, PlannedModule],
@@ -61,7 +49,7 @@ class RankLearner:
         mode: str,
         journal: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._objective, self._judge, self._mover, self._settings = objective, judge, mover, settings
+        self._judge, self._mover, self._settings = judge, mover, settings
         self._journal = Path(journal) if journal is not None else None
         self._start = dict(start)
         self._names = list(mover.ranks())
@@ -101,33 +89,20 @@ class RankLearner:
         return self._best, curve
 
     def _step(self, step: int, batch: Batch) -> None:
-        ranks = self._mover.ranks()
-        fixed = {name: self._start[name].rank for name in self._judge.linears if name not in ranks}
+        ranks = list(self._mover.ranks().values())
         try:
-            loss, slopes = self._objective.loss_and_slopes({**fixed, **ranks}, self._betas(step, fixed), *batch)
-        except NotFiniteError as error:
-            self._curve.stopped = f"step {step + 1}: {error}"
+            loss = self._mover.step(step, *batch)
+        except (NotFiniteError, NoGradientError) as error:
+            told = f"step {step + 1}: {error}"
+            if step == 0 and isinstance(error, NoGradientError):
+                raise ValueError(told) from error
+            self._curve.stopped = told
             return
-        broken = [name for name in ranks if not math.isfinite(slopes.get(name, 0.0))]
-        if broken:
-            self._curve.stopped = f"step {step + 1}: the gradient of the rank of {broken[0]} is not finite"
-            return
-        if not any(slopes.get(name) for name in ranks):
-            nothing = f"step {step + 1}: no rank has a gradient; the loss does not feel these matrices"
-            if step == 0:
-                raise ValueError(nothing)
-            self._curve.stopped = nothing
-            return
-        self._mover.move(step, slopes)
-        self._curve.steps.append(Step(loss, list(ranks.values())))
-
-    def _betas(self, step: int, fixed: Mapping[str, int | None]) -> dict[str, float]:
-        """Those of the mover; an overridden matrix is truncated hard."""
-        return {**dict.fromkeys(fixed, HARD), **self._mover.betas(step)}
+        self._curve.steps.append(Step(loss, ranks))
 
     def _evaluate(self, planned: Mapping[str, PlannedModule], held_out: Sequence[Batch]) -> None:
         step = len(self._curve.steps)
-        self._judge.put_ranks({name: planned[name].rank for name in self._judge.linears})
+        self._judge.put(planned)
         try:
             loss = self._judge.loss(held_out)
         except NotFiniteError as error:
@@ -145,21 +120,28 @@ class RankLearner:
     def _save(self) -> None:
         if self._journal is None:
             return
-        best = {name: [module.rank, module.storage] for name, module in self._best.items()}
-        state = {"mover": self._mover.state(), "best": best, "best_loss": self._best_loss, "stale": self._stale}
-        write_text_atomically(self._journal, json.dumps({**state, "curve": self._curve.to_dict()}) + "\n")
+        best = {name: [module.rank, module.storage, module.directions] for name, module in self._best.items()}
+        noted = {"best": best, "best_loss": self._best_loss, "stale": self._stale, "curve": self._curve.to_dict()}
+        tensors = {name: tensor.contiguous() for name, tensor in self._mover.state().items()}
+        metadata = {"training": json.dumps(noted)}
+        write_atomically(self._journal, lambda path: save_file(tensors, path, metadata=metadata))
 
     def _resume(self) -> None:
         if self._journal is None or not self._journal.exists():
             return
         try:
-            state = json.loads(self._journal.read_text(encoding="utf-8"))
-            curve = TrainingCurve.from_dict(state["curve"])
-            if curve.names != self._names or state["best"].keys() != self._start.keys():
+            with safe_open(self._journal, framework="pt") as file:
+                noted = json.loads((file.metadata() or {})["training"])
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            curve = TrainingCurve.from_dict(noted["curve"])
+            if curve.names != self._names or noted["best"].keys() != self._start.keys():
                 raise ValueError("it is of other matrices")
-            self._mover.restore(state["mover"])
-            self._best = {name: PlannedModule(rank, storage) for name, (rank, storage) in state["best"].items()}
-            self._best_loss, self._stale = float(state["best_loss"]), int(state["stale"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self._mover.restore(state)
+            self._best = {
+                name: PlannedModule(rank, storage, None if directions is None else tuple(directions))
+                for name, (rank, storage, directions) in noted["best"].items()
+            }
+            self._best_loss, self._stale = float(noted["best_loss"]), int(noted["stale"])
+        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise ValueError(f"{self._journal} is damaged ({error}); delete it to train from the start") from error
         self._curve = curve

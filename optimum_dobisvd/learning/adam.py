@@ -1,0 +1,140 @@
+"""Dobi-SVD's optimiser: Adam on real ranks, within a byte budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..allocation.budget import Budget, Ladder, spend
+from ..allocation.plan import PlannedModule
+from .mover import check_gradient
+from .settings import RankTraining
+
+SHARPEST = 10.0
+"""The paper's beta."""
+
+_WIDTH = (0.05, 0.02)
+
+HARD = 50.0
+"""A sharpness at which gates are open or shut."""
+
+
+class Objective(Protocol):
+    """The loss as a function of real ranks."""
+
+    def loss_and_slopes(
+        self, ranks: Mapping[str, float | None], betas: Mapping[str, float], ids: Tensor, mask: Tensor
+    ) -> tuple[float, dict[str, float]]: ...
+
+
+class AdamMover:
+    """Dobi-SVD's: Adam with a cosine schedule on real ranks, projected onto the budget after every step.
+
+    A matrix that starts dense stays so: between its largest useful rank and the dense weight there is nothing to slide
+    along. The others' ranks lie between the smallest allowed and the largest useful one, and their bytes always add up
+    to what the dense ones leave of the budget: the part of the gradient that all bytes have in common is taken off,
+    and what a step changes in the sum is put right by a shift of all shares. An overridden matrix is truncated hard.
+
+    Args:
+        objective: gives losses and their derivatives by ranks.
+        budget: what the ranks may weigh.
+        start: a planned module for every target.
+        settings: of the training.
+
+    Raises:
+        ValueError: no matrix has a rank to learn.
+    """
+
+    _MOMENTS = (0.9, 0.95)
+    _RATE = 0.02
+
+    def __init__(
+        self, objective: Objective, budget: Budget, start: Mapping[str, PlannedModule], settings: RankTraining
+    ) -> None:
+        self._objective, self._budget, self._settings = objective, budget, settings
+        self._fixed = {name: module.rank for name, module in start.items() if name not in budget.ladders}
+        ranks = {name: start[name].rank for name in budget.ladders}
+        ladders = {name: ladder for name, ladder in budget.ladders.items() if ranks[name] is not None}
+        if not ladders:
+            raise ValueError("no matrix has a rank to learn: all are dense or overridden; lower ratio")
+        self._names = list(ladders)
+        self._largest = _vector(ladder.largest_rank for ladder in ladders.values())
+        self._cost = _vector(bytes_per_rank(ladder) for ladder in ladders.values())
+        self._lowest = _vector(each.lowest_rank for each in ladders.values()) / self._largest
+        dense = {name: start[name] for name, rank in ranks.items() if rank is None}
+        taken = sum(budget.ladders[name].target.dense_bytes for name in dense)
+        self._sliding = replace(
+            budget, settled=budget.settled | dense, ladders=ladders, free_bytes=budget.free_bytes - taken
+        )
+        self._bytes = float(self._sliding.free_bytes)
+        self._shares = self._held(_vector(ranks[name] or 0 for name in ladders) / self._largest)
+        self._first = torch.zeros_like(self._shares)
+        self._second = torch.zeros_like(self._shares)
+
+    def ranks(self) -> dict[str, float | None]:
+        real: dict[str, float | None] = dict.fromkeys(self._budget.ladders)
+        return real | dict(zip(self._names, (self._shares * self._largest).tolist(), strict=True))
+
+    def step(self, step: int, ids: Tensor, mask: Tensor) -> float:
+        betas = dict(zip(self._names, betas_of(self._settings, step, self._largest), strict=True))
+        ranks = {**self._fixed, **self.ranks()}
+        loss, slopes = self._objective.loss_and_slopes(ranks, {**dict.fromkeys(ranks, HARD), **betas}, ids, mask)
+        check_gradient({name: slopes.get(name, 0.0) for name in self._names})
+        self._move(step, slopes)
+        return loss
+
+    def _move(self, step: int, slopes: Mapping[str, float]) -> None:
+        per_byte = _vector(slopes[name] for name in self._names) / self._cost
+        weight = self._cost * self._largest
+        # What all bytes have in common buys nothing: they are all spent already.
+        excess = per_byte - (per_byte * weight).sum() / weight.sum()
+        self._first = self._MOMENTS[0] * self._first + (1 - self._MOMENTS[0]) * excess
+        self._second = self._MOMENTS[1] * self._second + (1 - self._MOMENTS[1]) * excess.square()
+        corrected = self._first / (1 - self._MOMENTS[0] ** (step + 1))
+        scale = (self._second / (1 - self._MOMENTS[1] ** (step + 1))).sqrt()
+        rate = (self._settings.learning_rate or self._RATE) * (1 + math.cos(math.pi * step / self._settings.steps)) / 2
+        self._shares = self._held(self._shares - rate * corrected / scale.clamp_min(1e-300))
+
+    def planned(self) -> dict[str, PlannedModule]:
+        sizes = (self._shares * self._largest * self._cost).tolist()
+        return spend(self._sliding, {name: max(1, round(size)) for name, size in zip(self._names, sizes, strict=True)})
+
+    def state(self) -> dict[str, Tensor]:
+        return {"shares": self._shares, "first": self._first, "second": self._second}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self._shares, self._first, self._second = (state[key] for key in ("shares", "first", "second"))
+
+    def _held(self, shares: Tensor) -> Tensor:
+        """The shares shifted alike until their bytes are the budget's, each within its limits."""
+        weight = self._cost * self._largest
+
+        def shifted(by: float) -> Tensor:
+            return torch.minimum(torch.maximum(shares + by, self._lowest), torch.ones_like(shares))
+
+        low, high = -2.0, 2.0
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if float((weight * shifted(middle)).sum()) <= self._bytes else (low, middle)
+        return shifted(low)
+
+
+def bytes_per_rank(ladder: Ladder) -> float:
+    """The mean over the ladder: a storage's scales may make the first ranks dearer."""
+    return ladder.bytes_at(ladder.dense_level - 1) / ladder.largest_rank
+
+
+def betas_of(settings: RankTraining, step: int, largest: Tensor) -> list[float]:
+    """Sharpness of gates, per rank: softness falls geometrically from the first width to the last."""
+    begin, end = settings.width or _WIDTH
+    width = begin * (end / begin) ** (step / max(1, settings.steps - 1))
+    return (1 / (width * largest)).clamp_max(SHARPEST).tolist()
+
+
+def _vector(values: Any) -> Tensor:
+    return torch.tensor([float(value) for value in values], dtype=torch.float64)

@@ -1,0 +1,206 @@
+"""Ours: which singular directions are kept, by what each is measured to be worth to the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..allocation.budget import Budget
+from ..allocation.plan import PlannedModule
+from ..allocation.prices import allocate_by_worth
+from ..allocation.spectra import check_spectrum
+from .mover import check_gradient
+
+
+class Measurable(Protocol):
+    """The loss as a function of which directions are kept."""
+
+    def loss_and_gains(
+        self, planned: Mapping[str, PlannedModule], ids: Tensor, mask: Tensor
+    ) -> tuple[float, dict[str, Tensor]]: ...
+
+
+class DirectionMover:
+    """The price list of `global`, corrected direction by direction.
+
+    K-FAC says that direction `i` of a matrix is worth `s_i` nats per token (its squared singular value). At a
+    truncated model the loss tells better: `gain_i = -dLoss/dt_i` of a gate that is open (`t_i = 1`, kept) or shut is
+    what it is worth but for the curvature, `worth_i = gain_i + (2 t_i - 1) c s_i`. Here `c s_i` is the second-order
+    term as K-FAC has it, and `c` what that is off by: where the kept directions of all matrices end, worth must not
+    jump, and `c` is what makes it so.
+
+    One batch measures every direction, with much noise: a direction's worth is mostly what its matrix's other
+    directions near the border say (`f s_i`, with one factor `f` a matrix), corrected by its own mean as far as the
+    spread of these means is more than their noise (empirical Bayes), and at most by `_TRUST`. What directions are
+    worth depends on which others are kept; the limit keeps the choice where the measurements were taken, and older
+    ones fade away. Ranks and kept directions are then chosen anew from all worths, as `global` chooses them.
+
+    Args:
+        objective: gives losses and gains.
+        budget: what the ranks may weigh.
+        start: a planned module for every target.
+        spectra: singular values in the metric `kfac`, so that their squares are nats per token.
+
+    Raises:
+        ValueError: no matrix has a rank to learn; a spectrum is missing.
+    """
+
+    _HORIZON = 10.0  # steps after which a measurement weighs 1/e
+    _PRIOR = 1.0  # measurements that K-FAC's own price counts for in a matrix's factor
+    _FARTHEST = 16.0  # of a matrix's factor
+    _TRUST = 0.5  # of the logarithm of a direction's worth, off its matrix's factor
+    _CURVATURE_STEPS = 4  # later the kept directions near the border are chosen for their gains, which hides the jump
+
+    def __init__(
+        self,
+        objective: Measurable,
+        budget: Budget,
+        start: Mapping[str, PlannedModule],
+        spectra: Mapping[str, Tensor],
+    ) -> None:
+        if all(start[name].rank is None for name in budget.ladders):
+            raise ValueError("no matrix has a rank to learn: all are dense or overridden; lower ratio")
+        for ladder in budget.ladders.values():
+            check_spectrum(ladder.target, spectra, "dobi_fixed_basis")
+        self._objective, self._budget = objective, budget
+        self._prices = {name: spectra[name].detach().cpu().double().square() for name in budget.ladders}
+        self._largest = {name: ladder.largest_rank for name, ladder in budget.ladders.items()}
+        self._sums = {name: torch.zeros_like(prices) for name, prices in self._prices.items()}
+        self._squares = {name: torch.zeros_like(prices) for name, prices in self._prices.items()}
+        # By matrix, in the order of the budget: measured and expected worth of the directions near its border.
+        self._borders = torch.zeros(2, len(self._prices), dtype=torch.float64)
+        self._weights = torch.zeros(2, dtype=torch.float64)  # sums of the measurements' weights and of their squares
+        self._curvature = torch.zeros(2, dtype=torch.float64)  # a sum and how many
+        self._planned = dict(start)
+
+    def ranks(self) -> dict[str, float | None]:
+        found = {name: self._planned[name].rank for name in self._prices}
+        return {name: None if rank is None else float(rank) for name, rank in found.items()}
+
+    def planned(self) -> dict[str, PlannedModule]:
+        return dict(self._planned)
+
+    def step(self, step: int, ids: Tensor, mask: Tensor) -> float:
+        loss, gains = self._objective.loss_and_gains(self._planned, ids, mask)
+        gains = {name: gains[name] for name in self._prices}
+        check_gradient({name: float(found.abs().sum()) for name, found in gains.items()})
+        kept = {name: _kept(self._planned[name], len(prices)) for name, prices in self._prices.items()}
+        if step < self._CURVATURE_STEPS:
+            self._curvature += torch.tensor([self._jump(gains, kept), 1.0])
+        curvature = min(max(float(self._curvature[0] / self._curvature[1]), 0.0), 1.0)
+        fade = 1 - 1 / self._HORIZON
+        self._weights = self._weights * torch.tensor([fade, fade**2], dtype=torch.float64) + 1
+        borders = []
+        for name, prices in self._prices.items():
+            measured = gains[name] + curvature * (2 * kept[name] - 1) * prices
+            self._sums[name] = fade * self._sums[name] + measured
+            self._squares[name] = fade * self._squares[name] + measured.square()
+            border = self._border(name)
+            borders.append([float(measured[border].mean()), float(prices[border].mean())])
+        self._borders = fade * self._borders + torch.tensor(borders, dtype=torch.float64).T
+        worth = self._worth()
+        if worth is not None:
+            self._planned = allocate_by_worth(self._budget, worth)
+        return loss
+
+    def _worth(self) -> dict[str, Tensor] | None:
+        """What every direction is worth, up to one scale; None where the measurements say that nothing is."""
+        sizes = torch.tensor([float(size) for size in self._largest.values()], dtype=torch.float64)
+        measured, expected = (self._borders * sizes).sum(1).tolist()
+        if not (measured > 0 and expected > 0):
+            return None
+        common = measured / expected
+        total, squared = self._weights.tolist()
+        count = total**2 / squared
+        worth = {}
+        for place, (name, prices) in enumerate(self._prices.items()):
+            border = self._border(name)
+            found, listed = self._borders[:, place].tolist()
+            price = float(prices[border].mean())
+            if not price > 0:  # a matrix that calibration never excites
+                worth[name] = prices
+                continue
+            factor = (found / common + self._PRIOR * price) / (listed + self._PRIOR * price)
+            factor = min(max(factor, 1 / self._FARTHEST), self._FARTHEST)
+            matrix = factor * prices
+            if count > 1.5:
+                mean = self._sums[name] / total / common
+                spread = (self._squares[name] / total / common**2 - mean.square()).clamp_min(0)
+                noise = spread / (count - 1)
+                own = _own_share(mean, noise, prices, border)
+                limit = math.exp(self._TRUST)
+                worth[name] = (matrix + own * (mean - matrix)).clamp(matrix / limit, matrix * limit)
+            else:
+                worth[name] = matrix
+        return worth
+
+    def _border(self, name: str) -> Tensor:
+        """The directions among which a matrix's border lies; of a dense matrix those that it would lose first."""
+        rank = self._planned[name].rank
+        number = torch.arange(1, len(self._prices[name]) + 1)
+        if rank is None:
+            return number > 0.75 * self._largest[name]
+        return (number > rank / 2) & (number <= 1.5 * rank + 4)
+
+    def _jump(self, gains: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> float:
+        """Half of what the gains, in units of the price list, rise by where the kept directions end."""
+        sums = {True: [0.0, 0.0], False: [0.0, 0.0]}
+        for name, prices in self._prices.items():
+            rank = self._planned[name].rank
+            if rank is None:
+                continue
+            number = torch.arange(1, len(prices) + 1)
+            near = (number > 0.75 * rank) & (number <= 1.25 * rank + 2)
+            for inside, total in sums.items():
+                chosen = near & (kept[name].bool() == inside)
+                total[0] += float(gains[name][chosen].sum())
+                total[1] += float(prices[chosen].sum())
+        if not (sums[True][1] > 0 and sums[False][1] > 0):
+            return 0.0
+        return (sums[False][0] / sums[False][1] - sums[True][0] / sums[True][1]) / 2
+
+    def state(self) -> dict[str, Tensor]:
+        found = {"borders": self._borders, "weights": self._weights, "curvature": self._curvature}
+        for name, prices in self._prices.items():
+            dense = self._planned[name].rank is None
+            kept = prices.new_full((len(prices),), -1) if dense else _kept(self._planned[name], len(prices))
+            found[name] = torch.stack([self._sums[name], self._squares[name], kept])
+        return found
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self._borders, self._weights, self._curvature = (state[key] for key in ("borders", "weights", "curvature"))
+        for name, ladder in self._budget.ladders.items():
+            self._sums[name], self._squares[name], kept = state[name]
+            if float(kept[0]) < 0:
+                self._planned[name] = PlannedModule(None, "dense")
+            else:
+                chosen = tuple(kept.nonzero().flatten().tolist())
+                self._planned[name] = PlannedModule(len(chosen), ladder.storage.name, chosen)
+
+
+def _kept(module: PlannedModule, count: int) -> Tensor:
+    """1 where a direction is kept, 0 elsewhere."""
+    if module.rank is None:
+        return torch.ones(count, dtype=torch.float64)
+    found = torch.zeros(count, dtype=torch.float64)
+    found[list(module.kept)] = 1
+    return found
+
+
+def _own_share(mean: Tensor, noise: Tensor, prices: Tensor, border: Tensor) -> Tensor:
+    """How much of a direction's own mean to believe: the variance of what directions are worth over that of the means.
+
+    Both relative to the price list and over the directions at the border; the noise of a mean goes with the price
+    itself (the gradient of a direction that is worth more is larger), so relative to it the small ones are noisier.
+    """
+    near = border & (prices > 0)
+    relative = (mean / prices)[near]
+    if len(relative) < 2:
+        return torch.zeros_like(prices)
+    noisy = float((noise / prices.square())[near].mean())
+    real = max(float(relative.var()) - noisy, 0.01)
+    return real / (real + noisy * float(prices[near].mean()) / prices.clamp_min(1e-300))
