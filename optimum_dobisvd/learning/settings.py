@@ -38,13 +38,13 @@ class RankTraining:
     """
 
     optimizer: Literal["adam", "prices"] | None = None
-    steps: int = 40
+    steps: int = 24
     windows: int = 2
     seqlen: int | None = None
     learning_rate: float | None = None
     width: tuple[float, float] | None = None
     held_out: int = 8
-    evaluate_every: int = 8
+    evaluate_every: int = 6
     patience: int = 3
 
     def __post_init__(self) -> None:

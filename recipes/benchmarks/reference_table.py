@@ -4,7 +4,8 @@
         --eval-dataset wiki.test.raw c4.jsonl.gz --out results.jsonl [--work DIR]
 
 Statistics are collected once and kept in the work folder, with the price lists of ranks. Each finished row is appended
-to the results; rows that are there already are skipped, so a killed run goes on where it was. Ends with a table.
+to the results; rows that are there already with the same settings are skipped, so a killed run goes on where it was.
+Ends with a table.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from optimum_dobisvd.report.perplexity import perplexity
 from optimum_dobisvd.report.training_pictures import prices_picture
 
 # Cheap enough for two cores: a step of this mode decomposes every activation.
-ACTIVATION = {"seqlen": 256, "windows": 1}
+ACTIVATION = {"seqlen": 256, "windows": 1, "steps": 16, "evaluate_every": 4}
 
 # Name in the table -> what it changes in the config. `svd_llm_v2, uniform` has the factors of V2 without its ranks.
 ROWS = {
@@ -120,13 +121,14 @@ def main() -> None:
     rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     wanted = [("dense", 1.0), *((name, ratio) for ratio in args.ratios for name in args.rows)]
     for name, ratio in wanted:
-        if any(done["row"] == name and done["ratio"] == ratio for done in rows):
+        settings = {**ROWS.get(name, {}), "nsamples": args.nsamples, "seqlen": args.seqlen, "seed": args.seed}
+        if any((done["row"], done["ratio"], done.get("settings")) == (name, ratio, settings) for done in rows):
             continue
         if name == "dense":
             found = {"perplexity": judge(*load(args), texts, args.eval_windows)}
         else:
             found = measure(ROWS[name], ratio, texts, args)
-        rows.append({"row": name, "ratio": ratio, **found})
+        rows.append({"row": name, "ratio": ratio, "settings": settings, **found})
         with open(args.out, "a", encoding="utf-8") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         print(json.dumps(rows[-1]), flush=True)
