@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from .allocation import allocation_named
+from .allocation import allocation_named, global_prices
 from .allocation.budget import Budget, open_budget
 from .allocation.patterns import resolve_overrides
 from .allocation.plan import Plan
@@ -16,6 +17,8 @@ from .config import DobiSVDConfig
 from .factorization.registry import factorization_named
 from .statistics.spectra import compute_spectra
 from .statistics.store import StatisticsStore
+
+logger = logging.getLogger(__name__)
 
 
 def budget_of(config: DobiSVDConfig, layout: Layout) -> Budget:
@@ -43,6 +46,13 @@ def make_plan(
     spectra: Mapping[str, Tensor] | None = None
     if allocation.needs_spectra:
         spectra = compute_spectra(layout, factorization_named(method.metric), store, device)
+    if allocation.function is global_prices and method.metric != "kfac":
+        logger.warning(
+            "allocation %r compares prices of the metric %r across matrices, where they are no measure of the loss "
+            "(on raw output errors it is far worse than uniform ranks): take method 'global', or another allocation",
+            method.allocation,
+            method.metric,
+        )
     modules = allocation.function(budget_of(config, layout), spectra)
     return Plan(modules=modules, method=config.method, ratio=config.ratio, allocation=method.allocation)
 

@@ -120,6 +120,12 @@ def test_curve_and_pictures_lie_beside_the_checkpoint(tmp_path: Path) -> None:
     assert written["training"]["steps"] == 4
 
 
+def test_a_picture_of_the_directions_lies_beside_a_checkpoint_that_chose_some(tmp_path: Path) -> None:
+    model = tiny("llama")
+    learned(model).save(model, tmp_path / "out")
+    assert (tmp_path / "out" / "dobisvd_directions.png").exists()
+
+
 def test_ranks_that_a_plan_gives_are_not_learned() -> None:
     plan = learned(tiny("llama")).plan
     again = learned(tiny("llama"), plan=plan)
@@ -147,8 +153,10 @@ def test_directions_of_kfac_are_not_taken_for_those_of_another_factoriser() -> N
         learned(tiny("llama"), method="svd_llm", allocation=None, training={}, plan=plan)
 
 
-def test_factors_that_are_not_kfacs_are_learned_with_adam() -> None:
-    plan = learned(tiny("llama"), method="svd_llm").plan
+def test_factors_that_are_not_kfacs_are_learned_with_adam(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        plan = learned(tiny("llama"), method="svd_llm").plan
+    assert "compares prices of the metric 'svd_llm' across matrices" in caplog.text
     assert plan is not None
     assert all(module.directions is None for module in plan.modules.values())
 

@@ -118,10 +118,23 @@ def memory_need(model: nn.Module, layout: Layout, config: DobiSVDConfig, *, coll
         shapes = [weight_matrix(module).shape for module in layout.linears.values()]
         # Both factors of every matrix at full rank, a copy of its dense weight, and its gradient.
         host["rank training"] = sum(((m + n) * min(m, n) + 2 * m * n) * element for m, n in shapes)
+        host["rank training"] += _training_activations(model, layout, config, element)
     if config.device is None or config.device == "cpu":
         return Need({**host, **work}, {}, store)
     block = model_bytes(layout.blocks[widest].parameters())
     return Need(host, {"one block": block, **work}, store)
+
+
+def _training_activations(model: nn.Module, layout: Layout, config: DobiSVDConfig, element: int) -> int:
+    """What one window leaves for the backward pass: inputs and outputs of all linears, logits and their gradient."""
+    length = min(config.rank_training.seqlen or config.seqlen, config.seqlen)
+    shapes = [weight_matrix(module).shape for module in layout.linears.values()]
+    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    kept = length * (sum(m + n for m, n in shapes) * element + 3 * 4 * vocabulary)
+    if config.resolved_method().learning_mode == "activation":
+        # Every output's decomposition, in float32: both sides, and the truncated one.
+        kept += 4 * sum(length * m + min(length, m) * (length + m) for m, _ in shapes)
+    return kept
 
 
 def seconds_need(

@@ -69,10 +69,12 @@ SPEC = CommandSpec(
 
 
 def _draw(checkpoint: Path, folder: str, report: Any) -> list[str]:
+    from ..allocation.plan import Plan
     from ..learning.curve import TrainingCurve
     from ..report.pictures import matplotlib_is_installed
-    from ..report.write import write_pictures
+    from ..report.write import PLAN_NAME, write_pictures
 
     if not matplotlib_is_installed():
         raise ImportError("--pictures needs matplotlib: pip install 'optimum-dobisvd[plots]'")
-    return [str(path) for path in write_pictures(folder, report, TrainingCurve.load(checkpoint))]
+    plan = Plan.load(checkpoint / PLAN_NAME) if (checkpoint / PLAN_NAME).exists() else None
+    return [str(path) for path in write_pictures(folder, report, TrainingCurve.load(checkpoint), plan)]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..allocation.plan import Plan
 from ..learning.curve import TrainingCurve
+from .directions_picture import DIRECTIONS_PICTURE, chooses_directions, directions_picture
 from .pictures import ERRORS_PICTURE, RANKS_PICTURE, errors_picture, matplotlib_is_installed, ranks_picture
 from .report import CompressionReport
 from .training_pictures import (
@@ -38,12 +39,15 @@ def write_beside(
     if curve is not None:
         written.append(curve.save(folder))
     if pictures:
-        written += write_pictures(folder, report, curve)
+        written += write_pictures(folder, report, curve, plan)
     return written
 
 
 def write_pictures(
-    folder: str | os.PathLike[str], report: CompressionReport, curve: TrainingCurve | None = None
+    folder: str | os.PathLike[str],
+    report: CompressionReport,
+    curve: TrainingCurve | None = None,
+    plan: Plan | None = None,
 ) -> list[Path]:
     """The pictures alone; none, and a line in the log, where matplotlib is missing."""
     if not matplotlib_is_installed():
@@ -53,6 +57,9 @@ def write_pictures(
     written = [ranks_picture(report, folder / RANKS_PICTURE)]
     if any(module.error is not None for module in report.modules):
         written.append(errors_picture(report, folder / ERRORS_PICTURE))
+    if plan is not None and chooses_directions(plan):
+        full = {module.name: min(module.out_features, module.in_features) for module in report.modules}
+        written.append(directions_picture(plan, full, folder / DIRECTIONS_PICTURE))
     if curve is not None and curve.steps:
         written.append(training_picture(curve, folder / TRAINING_PICTURE))
         written.append(before_after_picture(curve, folder / BEFORE_AFTER_PICTURE))
