@@ -44,7 +44,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
         statistics: folder of a statistics store; reused if it fits, created if it does not exist.
         plan: a `Plan` or the path of one; replaces the allocation.
         training: settings of the allocations that learn ranks (`dobi_activation`, `dobi_fixed_basis`), as
-            `RankTraining` has them, e.g. `{"steps": 40, "windows": 2}`.
+            `RankTraining` has them, e.g. `{"steps": 24, "windows": 2}`.
         overrides: per-module settings by name or `re:` pattern, e.g. `{"re:.*down_proj": {"ratio": 0.9}}`; they count
             against the same byte budget.
         modules_to_not_convert: names or `re:` patterns of linears to leave alone. They do not count as targets.
@@ -115,7 +115,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
                 f"training is set, and allocation {method.allocation!r} learns nothing: drop it, or choose the "
                 "allocation dobi_fixed_basis or dobi_activation"
             )
-        self.rank_training.optimizer_for(method.learning_mode, method.factorization)
+        self.rank_training.optimizer_for(method.learning_mode, method.metric, method.factorization)
 
     def resolved_method(self) -> Method:
         """The method's row with the overridden columns put in; ValueError names an unknown name and the known ones."""

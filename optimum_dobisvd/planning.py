@@ -15,6 +15,7 @@ from .allocation.plan import Plan
 from .calibration.layout import Layout
 from .config import DobiSVDConfig
 from .factorization.registry import factorization_named
+from .learning.settings import DIRECTIONS_OF
 from .statistics.spectra import compute_spectra
 from .statistics.store import StatisticsStore
 
@@ -35,6 +36,37 @@ def budget_of(config: DobiSVDConfig, layout: Layout) -> Budget:
         rank_multiple=config.rank_multiple,
         min_rank=config.min_rank,
     )
+
+
+def given_plan(config: DobiSVDConfig, layout: Layout) -> Plan | None:
+    """The plan that the config gives, checked; None if it gives none.
+
+    Raises:
+        ValueError: it does not fit the model, or names directions that the config's factors do not have.
+    """
+    if config.plan is None:
+        return None
+    plan = config.plan if isinstance(config.plan, Plan) else Plan.load(config.plan)
+    plan.check(layout.targets)
+    factorization = config.resolved_method().factorization
+    if plan.names_directions_of is not None and factorization != DIRECTIONS_OF:
+        where = "the plan" if isinstance(config.plan, Plan) else str(config.plan)
+        raise ValueError(
+            f"{where} names directions of {DIRECTIONS_OF} for {plan.names_directions_of}, and the factors are made by "
+            f"{factorization!r}: pass factorization={DIRECTIONS_OF!r}, or remove 'directions' from the plan"
+        )
+    return plan
+
+
+def check_basis(plan: Plan | None, basis: str) -> None:
+    """ValueError if the plan names directions of other weights, text or gradients than those at hand."""
+    if plan is not None and plan.names_directions_of is not None and plan.basis != basis:
+        raise ValueError(
+            f"the plan names directions (of {plan.names_directions_of}, for one) that were found on other weights, "
+            f"calibration text or gradients (basis {plan.basis}, here it is {basis}): calibrate as then (same model "
+            "and dtype, dataset, nsamples, seqlen, seed, gradient_nsamples and fisher; of token tensors, without the "
+            "held-out rows), or remove 'directions' from the plan to keep the leading ones"
+        )
 
 
 def make_plan(

@@ -11,24 +11,24 @@ from typing import Any
 
 import torch
 
-from .allocation.plan import Plan
+from .allocation.plan import Plan, PlannedModule
 from .calibration.dataset import CalibrationWindows, load_windows
 from .calibration.layout import Layout
 from .calibration.loss import require_labels
 from .checking import check_model
-from .collecting import block_runner, collect_statistics
+from .collecting import basis_of, block_runner, collect_statistics
 from .config import DobiSVDConfig
 from .factorization.factors import Factors
 from .factorization.registry import factorization_named
 from .learning.curve import TrainingCurve
 from .learning.learn import check_learnable, learn_ranks
-from .learning.settings import DIRECTIONS_OF
 from .nn.dense_linear import weight_matrix
-from .planning import budget_of, make_plan, predicted_increase
+from .planning import budget_of, check_basis, given_plan, make_plan, predicted_increase
 from .replacement import Replacement
 from .report.measure import Stages
 from .report.report import CompressionReport, macs_per_token, model_bytes, module_report
 from .report.write import write_beside
+from .statistics.fingerprint import fingerprint
 from .statistics.sample_bases import SampleBasisVisitor
 from .statistics.spectra import PreparedInputs, decompositions
 from .statistics.store import StatisticsStore
@@ -100,12 +100,19 @@ class DobiSVDQuantizer:
             check_learnable(layout)
         before = (macs_per_token(model), model_bytes(model.parameters()))
         with stages.stage("statistics"):
-            store = collect_statistics(model, layout, self.config, windows) if windows is not None else None
+            store, basis = None, None
+            if windows is not None:
+                identity = fingerprint(model, windows)
+                basis = basis_of(identity, self.config, windows)
+                check_basis(given, basis)
+                store = collect_statistics(model, layout, self.config, windows, identity)
         with stages.stage("allocation"):
             plan = given or make_plan(self.config, layout, store, self._device(layout))
         if given is None and windows is not None and held_out is not None:
             with stages.stage("rank training"):
-                plan = self._learn(model, layout, plan, store, windows, held_out)
+                modules = self._learn(model, layout, plan, store, windows, held_out)
+                named = any(module.directions is not None for module in modules.values())
+                plan = replace(plan, modules=modules, basis=basis if named else None)
         with stages.stage("factorization"):
             errors = self._factorize(model, layout, plan, store, windows, undo_on_error)
         self.plan = plan
@@ -145,7 +152,7 @@ class DobiSVDQuantizer:
         ones passed in, if any, or newly drawn ones.
         """
         layout = check_model(model, self.config)
-        given = self._given_plan(layout)
+        given = given_plan(self.config, layout)
         if given is None:
             budget_of(self.config, layout)
         return layout, given, windows if windows is not None else self._load_windows(model, tokenizer)
@@ -165,21 +172,6 @@ class DobiSVDQuantizer:
             return torch.device(self.config.device)
         home = weight_matrix(next(iter(layout.linears.values()))).device
         return home if home.type != "meta" else torch.device("cpu")
-
-    def _given_plan(self, layout: Layout) -> Plan | None:
-        plan = self.config.plan
-        if plan is None:
-            return None
-        plan = plan if isinstance(plan, Plan) else Plan.load(plan)
-        plan.check(layout.targets)
-        factorization = self.config.resolved_method().factorization
-        chosen = next((name for name, module in plan.modules.items() if module.directions is not None), None)
-        if chosen is not None and factorization != DIRECTIONS_OF:
-            raise ValueError(
-                f"{chosen}: the plan names directions of {DIRECTIONS_OF}, and the factors are made by "
-                f"{factorization!r}: pass factorization={DIRECTIONS_OF!r}, or remove 'directions' from the plan"
-            )
-        return plan
 
     def _load_windows(self, model: Any, tokenizer: Any) -> CalibrationWindows | None:
         config = self.config
@@ -229,7 +221,7 @@ class DobiSVDQuantizer:
         store: StatisticsStore | None,
         windows: CalibrationWindows,
         held_out: CalibrationWindows,
-    ) -> Plan:
+    ) -> dict[str, PlannedModule]:
         """The ranks of `start` moved to where the loss wants them; sets `training_curve`."""
         method = self.config.resolved_method()
         modules, self.training_curve = learn_ranks(
@@ -238,6 +230,7 @@ class DobiSVDQuantizer:
             start.modules,
             budget_of(self.config, layout),
             mode=method.learning_mode or "fixed_basis",
+            metric=method.metric,
             row=factorization_named(method.factorization),
             spectra=store.spectra(method.metric) if store is not None else None,
             store=store,
@@ -247,7 +240,7 @@ class DobiSVDQuantizer:
             device=self._device(layout),
             journal=self._journal(start, windows, held_out),
         )
-        return replace(start, modules=modules)
+        return modules
 
     def _journal(self, start: Plan, windows: CalibrationWindows, held_out: CalibrationWindows) -> Path | None:
         """Where a training notes its state: beside the statistics, under the name of all that decides it."""
@@ -257,6 +250,7 @@ class DobiSVDQuantizer:
             start.to_dict(),
             asdict(self.config.resolved_method()),
             self.config.to_dict(),
+            self.config.rank_training.to_dict(),
             windows.sha256(),
             held_out.sha256(),
         ]

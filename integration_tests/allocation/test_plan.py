@@ -32,6 +32,7 @@ plans = st.builds(
     method=st.text(min_size=1),
     ratio=st.none() | st.floats(0, 1, exclude_min=True),
     allocation=st.text(min_size=1),
+    basis=st.text(min_size=1),
 )
 
 
@@ -218,10 +219,11 @@ def test_check_of_a_matrix_without_useful_rank_offers_only_dense() -> None:
 
 def test_directions_are_written_as_ranges_counted_from_one(tmp_path: Path) -> None:
     module = PlannedModule(6, "plain", (0, 1, 2, 5, 7, 8))
-    Plan({Q: module}, method="m", ratio=None, allocation="a").save(tmp_path / "plan.json")
+    Plan({Q: module}, method="m", ratio=None, allocation="a", basis="0123").save(tmp_path / "plan.json")
     text = (tmp_path / "plan.json").read_text()
     assert f'"{Q}": {{"rank": 6, "storage": "plain", "directions": "1-3,6,8-9"}}' in text
     assert Plan.load(tmp_path / "plan.json").modules == {Q: module}
+    assert Plan.load(tmp_path / "plan.json").basis == "0123"
     assert list(module.kept) == [0, 1, 2, 5, 7, 8]
     assert PlannedModule(3, "plain", (0, 1, 2)) == PlannedModule(3, "plain")
 
@@ -234,6 +236,7 @@ def test_directions_are_written_as_ranges_counted_from_one(tmp_path: Path) -> No
         ({"rank": 2, "directions": "0-1"}, "directions must be ascending numbers, each given once, the first one"),
         ({"rank": 2, "directions": "4-4,4"}, "directions must be ascending numbers, each given once"),
         ({"rank": 2, "directions": [1, 2]}, r"directions are numbers and ranges of them, such as '1-40.*got \[1, 2\]"),
+        ({"rank": 3, "directions": "1-2,9-5,7"}, "directions: the range 9-5 runs backwards"),
         ({"rank": 2, "directions": "1-2,"}, "directions are numbers and ranges of them"),
         (
             {"rank": 2, "directions": "1-999999999"},
@@ -248,12 +251,18 @@ def test_impossible_directions_name_the_module(entry: dict, message: str) -> Non
         Plan.from_dict(data)
 
 
+def test_directions_without_a_basis_are_refused() -> None:
+    with pytest.raises(ValueError, match=f"module '{Q}' names directions, and the plan's basis is None"):
+        Plan({Q: PlannedModule(1, "plain", (3,))}, method="m", ratio=None, allocation="a")
+
+
 def test_a_dense_matrix_has_no_directions() -> None:
     with pytest.raises(ValueError, match="rank is None and 1 directions are named"):
         PlannedModule(None, "dense", (0,))
 
 
 def test_directions_that_the_matrix_does_not_have_are_refused() -> None:
-    plan = Plan({**PLAN.modules, K: PlannedModule(2, "plain", (0, 16))}, method="m", ratio=None, allocation="a")
+    modules = {**PLAN.modules, K: PlannedModule(2, "plain", (0, 16))}
+    plan = Plan(modules, method="m", ratio=None, allocation="a", basis="0123")
     with pytest.raises(ValueError, match=f"{K}: direction 17 is named, and the matrix has 16"):
         plan.check(TARGETS)

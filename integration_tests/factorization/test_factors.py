@@ -102,4 +102,5 @@ def test_any_directions_can_be_kept_and_missing_ones_are_zeros() -> None:
     beyond = decomposition.keep((1, 3, 4))
     assert beyond.second.shape == (5, 3)
     torch.testing.assert_close(beyond.product(), torch.outer(left[:, 1], right[1]))
+    assert float(decomposition.keep((4, 5)).product().abs().sum()) == 0
     assert torch.equal(decomposition.keep(range(2)).product(), decomposition.truncate(2).product())

@@ -147,9 +147,23 @@ def test_a_plan_of_learned_directions_gives_the_same_model_again(tmp_path: Path)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+def test_directions_of_other_statistics_are_refused_before_any_work(tmp_path: Path) -> None:
+    """The training calibrates on 12 of the 14 windows; a replay without held-out ones would calibrate on all."""
+    plan = learned(tiny("llama")).plan
+    assert plan is not None
+    assert plan.names_directions_of is not None
+    model = tiny("llama")
+    for changed in ({}, {"dataset": tokens(12, 32, seed=3)}, {"dataset": WINDOWS[:12], "gradient_nsamples": 3}):
+        quantizer = DobiSVDQuantizer(**{"plan": plan, "dataset": WINDOWS, "statistics": str(tmp_path), **changed})
+        with pytest.raises(ValueError, match=r"names directions .* found on other weights, calibration text or grad"):
+            quantizer.quantize_model(model)
+    assert not is_low_rank(model)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_directions_of_kfac_are_not_taken_for_those_of_another_factoriser() -> None:
     plan = learned(tiny("llama")).plan
-    with pytest.raises(ValueError, match=r"the plan names directions of kfac, and the factors are made by 'svd_llm'"):
+    with pytest.raises(ValueError, match=r"names directions of kfac for .*, and the factors are made by 'svd_llm'"):
         learned(tiny("llama"), method="svd_llm", allocation=None, training={}, plan=plan)
 
 

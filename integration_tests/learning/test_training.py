@@ -1,6 +1,7 @@
 """Learned ranks: the budget holds at every step, the best ones are kept, and a killed run goes on."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ class Terms:
     `worth` is `(1 - t) * linear + (1 - t)^2 * 0.6 * price`: both an open and a shut gate tell of it.
     """
 
-    def __init__(self, spread: float = 0.5, noise: float = 0.0, seed: int = 0) -> None:
+    def __init__(self, spread: float = 0.5, noise: float = 0.0, seed: int = 0, by_matrix: float = 0.0) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.spectra = {
             target.name: torch.arange(1, min(target.out_features, target.in_features) + 1, dtype=torch.float64) ** -0.4
@@ -96,6 +97,8 @@ class Terms:
             name: prices * torch.randn(len(prices), generator=generator, dtype=torch.float64).mul(spread).exp()
             for name, prices in self.prices.items()
         }
+        for worth in self.worth.values():
+            worth *= math.exp(by_matrix * float(torch.randn(1, generator=generator)))
         self.linears = dict.fromkeys(self.worth)
         self.noise = noise
         self.calls = 0
@@ -179,6 +182,35 @@ def test_directions_that_are_worth_more_than_their_price_are_found(seed: int, ra
     assert terms.value(planned) - best < (0.5 if noise else 0.25) * (begin - best)
     assert total_bytes(planned) <= ratio * DENSE
     assert curve.kept == [planned[name].rank for name in curve.names]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_prices_that_are_off_by_a_factor_of_the_matrix_are_put_right(seed: int) -> None:
+    terms = Terms(spread=0.0, by_matrix=1.0, seed=seed)
+    budget = open_budget(TARGETS, 0.6, storage="plain")
+    begin = terms.value(global_prices(budget, terms.spectra))
+    best = terms.value(allocate_by_worth(budget, terms.worth))
+    planned, _ = direction_learner(terms, 0.6, steps=30, patience=99).run([BATCH], [BATCH])
+    assert best < 0.9 * begin
+    assert terms.value(planned) - best < 0.25 * (begin - best)
+
+
+def test_a_matrix_that_was_dense_by_mistake_becomes_low_rank() -> None:
+    terms = Terms(spread=0.0)
+    start = global_prices(open_budget(TARGETS, 0.8, storage="plain"), terms.spectra)
+    wrong = next(name for name, module in start.items() if module.rank is None)
+    terms.worth[wrong] *= 0.05
+    learner = direction_learner(terms, 0.8, steps=20, patience=99)
+    learner.run([BATCH], [BATCH])
+    assert learner._mover.planned()[wrong].rank is not None
+
+
+def test_batches_that_say_that_nothing_is_worth_keeping_end_the_training() -> None:
+    terms = Terms()
+    terms.worth = {name: -worth for name, worth in terms.worth.items()}
+    _, curve = direction_learner(terms, 0.5, steps=20, patience=99).run([BATCH], [BATCH])
+    assert curve.stopped is not None
+    assert curve.stopped.startswith("step 5: by 5 batches in a row the directions at the border")
 
 
 def test_noise_alone_moves_next_to_nothing() -> None:

@@ -14,7 +14,7 @@ NAMES = [f"model.layers.{layer}.{kind}" for layer in range(3) for kind in ("self
 
 def plan_of(module: PlannedModule) -> Plan:
     modules = {**dict.fromkeys(NAMES, module), NAMES[0]: PlannedModule(None, "dense")}
-    return Plan(modules, method="global", ratio=0.5, allocation="dobi_fixed_basis")
+    return Plan(modules, method="global", ratio=0.5, allocation="dobi_fixed_basis", basis="0123")
 
 
 def test_truncation_is_an_edge_at_the_rank() -> None:

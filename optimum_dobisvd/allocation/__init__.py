@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from .budget import Budget, open_budget
 from .patterns import Override, matching_names, resolve_overrides, select
-from .plan import Plan, PlannedModule, Target
+from .plan import Plan, PlannedModule
 from .prices import global_prices
 from .svd_llm_v2 import svd_llm_v2
+from .target import Target
 from .uniform import uniform
 
 if TYPE_CHECKING:

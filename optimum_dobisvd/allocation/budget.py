@@ -14,7 +14,8 @@ from fractions import Fraction
 
 from ..storage.costs import DENSE, Storage, storage_named
 from .patterns import Override, is_keep_ratio, near_names
-from .plan import PlannedModule, Target, check_rank, planned_bytes, targets_by_name
+from .plan import PlannedModule, check_rank, planned_bytes
+from .target import Target, targets_by_name
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,48 +12,13 @@ from typing import Any
 from ..storage.atomic import write_text_atomically
 from ..storage.costs import DENSE, storage_named
 from .patterns import is_keep_ratio, near_names
+from .ranges import read_ranges, write_ranges
+from .target import Target, targets_by_name
 
 FORMAT_VERSION = 1
-_PLAN_KEYS = ("format_version", "method", "allocation", "ratio", "modules")
-_RANGES = re.compile(r"[0-9]{1,9}(-[0-9]{1,9})?(,[0-9]{1,9}(-[0-9]{1,9})?)*")
-_MOST_DIRECTIONS = 10**6
+_NEEDED_KEYS = ("format_version", "method", "allocation", "ratio", "modules")
+_PLAN_KEYS = (*_NEEDED_KEYS, "basis")
 _MODULE_KEYS = ("rank", "storage", "directions")
-
-
-@dataclass(frozen=True)
-class Target:
-    """One matrix to be allocated: a linear's m×n weight.
-
-    Attributes:
-        name: dotted module name.
-        out_features: m.
-        in_features: n.
-        element_size: bytes of one element of the dense weight.
-
-    Raises:
-        ValueError: a size is not a whole number of at least 1.
-    """
-
-    name: str
-    out_features: int
-    in_features: int
-    element_size: int
-
-    def __post_init__(self) -> None:
-        for field in ("out_features", "in_features", "element_size"):
-            value = getattr(self, field)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{self.name}: {field} is {value!r}; it must be a whole number of at least 1")
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes of the matrix as it is."""
-        return self.out_features * self.in_features * self.element_size
-
-    @property
-    def kind(self) -> str:
-        """The last component of the name, such as "q_proj": the group type of SVD-LLM V2's Algorithm 1."""
-        return self.name.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -78,6 +42,7 @@ class PlannedModule:
 
     def __post_init__(self) -> None:
         if self.directions is not None:
+            object.__setattr__(self, "directions", tuple(self.directions))
             self._check_directions(self.directions)
             if self.directions == tuple(range(len(self.directions))):
                 object.__setattr__(self, "directions", None)
@@ -120,17 +85,27 @@ class Plan:
         method: the compression method the ranks were made for.
         ratio: fraction of the dense bytes asked for, in (0, 1]; None where no ratio was asked for.
         allocation: the allocator that made it.
+        basis: where modules name directions, a digest of what these are directions of: the weights, the text and the
+            gradients. On others the same numbers would be other directions.
 
     Raises:
-        ValueError: method or allocation is not a non-empty string, or the ratio is out of range.
+        ValueError: method or allocation is not a non-empty string, the ratio is out of range, or directions are named
+            without a basis.
     """
 
     modules: dict[str, PlannedModule]
     method: str
     ratio: float | None
     allocation: str
+    basis: str | None = None
 
     def __post_init__(self) -> None:
+        named = self.names_directions_of
+        if named is not None and not (isinstance(self.basis, str) and self.basis):
+            raise ValueError(
+                f"module {named!r} names directions, and the plan's basis is {self.basis!r}: there is no telling what "
+                "they are directions of; remove 'directions' everywhere, or make the plan again"
+            )
         for field in ("method", "allocation"):
             value = getattr(self, field)
             if not isinstance(value, str) or not value:
@@ -138,11 +113,17 @@ class Plan:
         if self.ratio is not None and not is_keep_ratio(self.ratio):
             raise ValueError(f"the plan's ratio is {self.ratio!r}; it must be above 0 and at most 1, or null")
 
+    @property
+    def names_directions_of(self) -> str | None:
+        """The first module that keeps other directions than its leading ones, None if none does."""
+        return next((name for name, module in self.modules.items() if module.directions is not None), None)
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON data; `from_dict` reads it back."""
         modules = {name: _module_to_dict(module) for name, module in self.modules.items()}
         values = (FORMAT_VERSION, self.method, self.allocation, self.ratio, modules)
-        return dict(zip(_PLAN_KEYS, values, strict=True))
+        data = dict(zip(_NEEDED_KEYS, values, strict=True))
+        return data if self.basis is None else {**data, "basis": self.basis}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
@@ -154,10 +135,16 @@ class Plan:
         _check_object(data, "the plan")
         # Before the keys: another version may well have other keys, and its own message tells the remedy.
         _check_version(data)
-        _check_keys(data, _PLAN_KEYS, _PLAN_KEYS, "the plan")
+        _check_keys(data, _PLAN_KEYS, _NEEDED_KEYS, "the plan")
         _check_object(data["modules"], "the plan's 'modules'")
         modules = {name: _module_from_dict(name, entry) for name, entry in data["modules"].items()}
-        return cls(modules, method=data["method"], ratio=data["ratio"], allocation=data["allocation"])
+        return cls(
+            modules,
+            method=data["method"],
+            ratio=data["ratio"],
+            allocation=data["allocation"],
+            basis=data.get("basis"),
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, one module to a line. The file appears whole or not at all."""
@@ -232,22 +219,6 @@ class Plan:
         return self.bytes(targets) / sum(target.dense_bytes for target in targets)
 
 
-def targets_by_name(targets: Iterable[Target]) -> dict[str, Target]:
-    """`{name: target}`, in order.
-
-    Raises:
-        ValueError: there are no targets, or a name appears twice.
-    """
-    known: dict[str, Target] = {}
-    for target in targets:
-        if target.name in known:
-            raise ValueError(f"{target.name!r} is given twice among the matrices to compress; give each one once")
-        known[target.name] = target
-    if not known:
-        raise ValueError("there is no matrix to compress; check which modules are excluded")
-    return known
-
-
 def check_rank(target: Target, rank: int, storage: str) -> None:
     """Makes sure that factors of this rank exist for the matrix and are smaller than it.
 
@@ -303,7 +274,7 @@ def _module_from_dict(name: str, entry: Any) -> PlannedModule:
     _check_object(entry, f"module {name!r}")
     _check_keys(entry, _MODULE_KEYS, ("storage",), f"module {name!r}")
     try:
-        directions = _read_ranges(entry["directions"]) if "directions" in entry else None
+        directions = read_ranges(entry["directions"]) if "directions" in entry else None
         return PlannedModule(rank=entry.get("rank"), storage=entry["storage"], directions=directions)
     except ValueError as error:
         raise ValueError(f"module {name!r}: {error}") from error
@@ -313,31 +284,7 @@ def _module_to_dict(module: PlannedModule) -> dict[str, Any]:
     if module.rank is None:
         return {"storage": DENSE}
     entry = {"rank": module.rank, "storage": module.storage}
-    return entry if module.directions is None else {**entry, "directions": _write_ranges(module.directions)}
-
-
-def _write_ranges(directions: Sequence[int]) -> str:
-    """`(0, 1, 2, 5)` as `"1-3,6"`."""
-    ranges: list[list[int]] = []
-    for number in directions:
-        if ranges and number == ranges[-1][1]:
-            ranges[-1][1] = number + 1
-        else:
-            ranges.append([number + 1, number + 1])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
-
-
-def _read_ranges(text: Any) -> tuple[int, ...]:
-    """What `_write_ranges` wrote, or a person did."""
-    if not isinstance(text, str) or not _RANGES.fullmatch(text):
-        raise ValueError(f"directions are numbers and ranges of them, such as '1-40,43,45-50', got {text!r:.60}")
-    found: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if int(last or first) > _MOST_DIRECTIONS:  # said before so many numbers are made
-            raise ValueError(f"directions: {part} goes beyond {_MOST_DIRECTIONS}, more than any matrix has")
-        found.extend(range(int(first) - 1, int(last or first)))
-    return tuple(found)
+    return entry if module.directions is None else {**entry, "directions": write_ranges(module.directions)}
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..allocation.patterns import select
-from ..allocation.plan import Target
+from ..allocation.target import Target
 from ..nn.dense_linear import is_dense_linear, weight_matrix
 
 

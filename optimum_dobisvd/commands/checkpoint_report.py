@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..allocation.plan import Target
+from ..allocation.target import Target
 from ..calibration.layout import find_layout
 from ..config import QUANT_METHOD, DobiSVDConfig
 from ..report.report import CompressionReport, ModuleReport, module_report

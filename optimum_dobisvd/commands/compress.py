@@ -49,7 +49,7 @@ _EXAMPLES = """\
   optimum-cli dobisvd compress --model meta-llama/Llama-3.2-1B --ratio 0.8 --dataset wikitext2 llama-0.8
   optimum-cli dobisvd compress --model ./llama --method svd --ratio 0.9 --override 'down_proj:{"dense": true}' OUT
   optimum-cli dobisvd compress --model ./llama --statistics stats --plan llama-0.8/dobisvd_plan.json \\
-      --dataset c4 --eval-dataset wikitext2 --eval-windows 40 OUT"""
+      --dataset wikitext2 --eval-dataset wikitext2 --eval-windows 40 OUT"""
 
 
 def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:

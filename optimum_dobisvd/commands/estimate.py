@@ -172,6 +172,9 @@ def seconds_need(
         # A step is a forward and a backward pass with weights' gradients; an evaluation a forward pass.
         passes = 3 * training.steps * training.windows * length + judged
         seconds["rank training"] = 2 * macs_of_blocks(layout) * passes / speed.model_products
+        # Weights are rebuilt in every step, and every window's gradient of them projected on their directions.
+        built = sum(m * n * min(m, n) for m, n in shapes)
+        seconds["rank training"] += 2 * training.steps * (training.windows + 1) * built / speed.float32_products
         seconds["rank training"] += decompositions / speed.float64_svds
     return seconds
 

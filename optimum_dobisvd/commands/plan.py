@@ -124,12 +124,10 @@ def _plan(config: DobiSVDConfig, layout: Layout, store: StatisticsStore | None) 
     from dataclasses import replace
 
     from ..allocation import allocation_named
-    from ..allocation.plan import Plan
-    from ..planning import make_plan
+    from ..planning import given_plan, make_plan
 
-    if config.plan is not None:
-        given = config.plan if isinstance(config.plan, Plan) else Plan.load(config.plan)
-        given.check(layout.targets)
+    given = given_plan(config, layout)
+    if given is not None:
         return given, f"ranks: from {config.plan}"
     method = config.resolved_method()
     learned = ", before training" if method.learns else ""

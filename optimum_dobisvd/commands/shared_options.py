@@ -42,7 +42,7 @@ METHOD = (
     Option("storage", "form of the factors on disk: plain (default: the method's own)"),
     Option(
         "training",
-        'settings of allocations that learn ranks, such as {"steps": 40, "windows": 2}',
+        'settings of allocations that learn ranks, such as {"steps": 24, "windows": 2}',
         kind=dict,
         default={},
     ),

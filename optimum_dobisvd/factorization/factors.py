@@ -61,7 +61,8 @@ class Decomposition:
         if directions[-1] == rank - 1:  # the leading ones
             second, first = self.left[:, :rank], self.right[:rank]
         else:
-            chosen = torch.tensor([number for number in directions if number < there], device=self.left.device)
+            chosen = torch.tensor([number for number in directions if number < there], dtype=torch.long)
+            chosen = chosen.to(self.left.device)
             second, first = self.left[:, chosen], self.right[chosen]
         missing = rank - second.shape[1]
         if missing > 0:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..allocation.budget import Budget, Ladder, spend
 from ..allocation.plan import PlannedModule
-from .mover import check_gradient
+from .mover import check_gradient, require_ranks
 from .settings import RankTraining
 
 SHARPEST = 10.0
@@ -58,10 +58,9 @@ class AdamMover:
     ) -> None:
         self._objective, self._budget, self._settings = objective, budget, settings
         self._fixed = {name: module.rank for name, module in start.items() if name not in budget.ladders}
+        require_ranks(budget, start)
         ranks = {name: start[name].rank for name in budget.ladders}
         ladders = {name: ladder for name, ladder in budget.ladders.items() if ranks[name] is not None}
-        if not ladders:
-            raise ValueError("no matrix has a rank to learn: all are dense or overridden; lower ratio")
         self._names = list(ladders)
         self._largest = _vector(ladder.largest_rank for ladder in ladders.values())
         self._cost = _vector(bytes_per_rank(ladder) for ladder in ladders.values())

@@ -13,7 +13,7 @@ from ..allocation.budget import Budget
 from ..allocation.plan import PlannedModule
 from ..allocation.prices import allocate_by_worth
 from ..allocation.spectra import check_spectrum
-from .mover import check_gradient
+from .mover import NoGradientError, check_gradient, require_ranks
 
 
 class Measurable(Protocol):
@@ -53,6 +53,8 @@ class DirectionMover:
     _PRIOR = 1.0  # measurements that K-FAC's own price counts for in a matrix's factor
     _FARTHEST = 16.0  # of a matrix's factor
     _TRUST = 0.5  # of the logarithm of a direction's worth, off its matrix's factor
+    _LEAST = 0.02  # what directions must be worth on average, of K-FAC's price: less is noise
+    _MOST_IDLE = 5
     _CURVATURE_STEPS = 4  # later the kept directions near the border are chosen for their gains, which hides the jump
 
     def __init__(
@@ -62,8 +64,7 @@ class DirectionMover:
         start: Mapping[str, PlannedModule],
         spectra: Mapping[str, Tensor],
     ) -> None:
-        if all(start[name].rank is None for name in budget.ladders):
-            raise ValueError("no matrix has a rank to learn: all are dense or overridden; lower ratio")
+        require_ranks(budget, start)
         for ladder in budget.ladders.values():
             check_spectrum(ladder.target, spectra, "dobi_fixed_basis")
         self._objective, self._budget = objective, budget
@@ -75,6 +76,7 @@ class DirectionMover:
         self._borders = torch.zeros(2, len(self._prices), dtype=torch.float64)
         self._weights = torch.zeros(2, dtype=torch.float64)  # sums of the measurements' weights and of their squares
         self._curvature = torch.zeros(2, dtype=torch.float64)  # a sum and how many
+        self._idle = torch.zeros(1, dtype=torch.float64)  # steps in a row that said nothing
         self._planned = dict(start)
 
     def ranks(self) -> dict[str, float | None]:
@@ -105,13 +107,19 @@ class DirectionMover:
         worth = self._worth()
         if worth is not None:
             self._planned = allocate_by_worth(self._budget, worth)
+        self._idle = torch.zeros_like(self._idle) if worth is not None else self._idle + 1
+        if float(self._idle) >= self._MOST_IDLE:
+            raise NoGradientError(
+                f"by {self._MOST_IDLE} batches in a row the directions at the border of what is kept are worth next "
+                "to nothing, so there is nothing to choose by; take more windows a step, or a ratio further from 1"
+            )
         return loss
 
     def _worth(self) -> dict[str, Tensor] | None:
         """What every direction is worth, up to one scale; None where the measurements say that nothing is."""
         sizes = torch.tensor([float(size) for size in self._largest.values()], dtype=torch.float64)
         measured, expected = (self._borders * sizes).sum(1).tolist()
-        if not (measured > 0 and expected > 0):
+        if not measured > self._LEAST * expected > 0:
             return None
         common = measured / expected
         total, squared = self._weights.tolist()
@@ -165,6 +173,7 @@ class DirectionMover:
 
     def state(self) -> dict[str, Tensor]:
         found = {"borders": self._borders, "weights": self._weights, "curvature": self._curvature}
+        found["idle"] = self._idle
         for name, prices in self._prices.items():
             dense = self._planned[name].rank is None
             kept = prices.new_full((len(prices),), -1) if dense else _kept(self._planned[name], len(prices))
@@ -173,6 +182,7 @@ class DirectionMover:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self._borders, self._weights, self._curvature = (state[key] for key in ("borders", "weights", "curvature"))
+        self._idle = state["idle"]
         for name, ladder in self._budget.ladders.items():
             self._sums[name], self._squares[name], kept = state[name]
             if float(kept[0]) < 0:
@@ -197,7 +207,7 @@ def _own_share(mean: Tensor, noise: Tensor, prices: Tensor, border: Tensor) -> T
     Both relative to the price list and over the directions at the border; the noise of a mean goes with the price
     itself (the gradient of a direction that is worth more is larger), so relative to it the small ones are noisier.
     """
-    near = border & (prices > 0)
+    near = border & (prices > 1e-9 * prices[0])  # below, prices are the rounding errors of a singular Gram
     relative = (mean / prices)[near]
     if len(relative) < 2:
         return torch.zeros_like(prices)

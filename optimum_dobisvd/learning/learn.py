@@ -36,6 +36,7 @@ def learn_ranks(
     budget: Budget,
     *,
     mode: Mode,
+    metric: str,
     row: Factorization,
     spectra: Mapping[str, Tensor] | None,
     store: StatisticsStore | None,
@@ -53,8 +54,9 @@ def learn_ranks(
         start: the untrained plan, a planned module for every target.
         budget: what the ranks may weigh.
         mode: `fixed_basis` truncates the weights in the basis of `row`; `activation`, the paper's, every output.
+        metric: what the ranks of the start were priced in.
         row: the factoriser that the plan is for.
-        spectra: singular values in its metric, for the optimiser that corrects prices.
+        spectra: singular values in that metric, for the optimiser that corrects prices.
         store: its statistics.
         windows: to train on; taken from the last to the first, since the first ones are those of the gradients.
         held_out: to judge whole ranks on.
@@ -70,7 +72,7 @@ def learn_ranks(
         basis = FixedBasis(model, layout.linears, found)
     with basis:
         mover: Mover
-        if settings.optimizer_for(mode, row.name) == "prices":
+        if settings.optimizer_for(mode, metric, row.name) == "prices":
             mover = DirectionMover(basis, budget, start, spectra or {})
         else:
             objective = basis if mode == "fixed_basis" else ActivationTruncation(basis)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..allocation.budget import Budget
 from ..allocation.plan import PlannedModule
 from ..calibration.loss import NotFiniteError
 
@@ -47,3 +48,9 @@ def check_gradient(found: Mapping[str, float]) -> None:
         raise NotFiniteError(f"the gradient of the rank of {broken[0]} is not finite")
     if not any(found.values()):
         raise NoGradientError("no rank has a gradient; the loss does not feel these matrices")
+
+
+def require_ranks(budget: Budget, start: Mapping[str, PlannedModule]) -> None:
+    """Raise ValueError if every matrix with something to decide is dense."""
+    if all(start[name].rank is None for name in budget.ladders):
+        raise ValueError("no matrix has a rank to learn: all are dense or overridden; lower ratio")

@@ -64,13 +64,13 @@ class RankTraining:
             _check_share("width", value)
         object.__setattr__(self, "width", tuple(float(value) for value in self.width))
 
-    def optimizer_for(self, mode: Mode, factorization: str) -> Literal["adam", "prices"]:
-        """The optimiser, the mode's own where none was asked for.
+    def optimizer_for(self, mode: Mode, metric: str, factorization: str) -> Literal["adam", "prices"]:
+        """The optimiser for ranks priced in a metric and factors of a factoriser; their own if none was asked for.
 
         Raises:
             ValueError: it cannot serve there, or a setting is one of the other's.
         """
-        priced = mode == "fixed_basis" and factorization == DIRECTIONS_OF
+        priced = mode == "fixed_basis" and metric == factorization == DIRECTIONS_OF
         chosen = self.optimizer or ("prices" if priced else "adam")
         if chosen == "prices" and not priced:
             raise ValueError(

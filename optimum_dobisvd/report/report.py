@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..allocation.plan import Target
+from ..allocation.target import Target
 from ..nn.dense_linear import is_dense_linear, weight_matrix
 from ..nn.low_rank_linear import LowRankLinear
 from ..storage.atomic import write_text_atomically

@@ -132,6 +132,8 @@ def main() -> None:
         with open(args.out, "a", encoding="utf-8") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         print(json.dumps(rows[-1]), flush=True)
+    now = {"nsamples": args.nsamples, "seqlen": args.seqlen, "seed": args.seed}
+    rows = [row for row in rows if row.get("settings") == {**ROWS.get(row["row"], {}), **now}]
     print_table(rows, list(texts), args.ratios)
     if args.picture is not None:
         draw(rows, args.picture)
