@@ -17,12 +17,14 @@ from functools import partial
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from optimum_dobisvd.allocation import global_prices, open_budget
 from optimum_dobisvd.calibration.backward import BackwardRunner
 from optimum_dobisvd.calibration.dataset import CalibrationWindows, load_windows
 from optimum_dobisvd.calibration.layout import find_layout
 from optimum_dobisvd.calibration.loss import NextTokenLoss
 from optimum_dobisvd.factorization.registry import factorization_named
 from optimum_dobisvd.learning.activation import ActivationTruncation
+from optimum_dobisvd.learning.directions import DirectionMover
 from optimum_dobisvd.learning.fixed_basis import FixedBasis, taken_back
 from optimum_dobisvd.report.measure import Stages
 from optimum_dobisvd.statistics.gradients import GradientCollector
@@ -57,10 +59,10 @@ def gradient_statistics(model: torch.nn.Module, windows: CalibrationWindows, bat
     return store
 
 
-def training_step(
+def sliding_step(
     basis: FixedBasis, objective: FixedBasis | ActivationTruncation, share: float, windows: CalibrationWindows
 ) -> None:
-    """One derivative of the loss by all ranks, over all windows."""
+    """One derivative of the loss by all ranks, over all windows, as optimizer `adam` takes it."""
     ranks = {name: share * basis.count(name) for name in basis.linears}
     betas = {name: 1 / max(1.0, 0.05 * rank) for name, rank in ranks.items()}
     objective.loss_and_slopes(ranks, betas, windows.input_ids, windows.attention_mask)
@@ -74,7 +76,8 @@ def main() -> None:
     parser.add_argument("--step-windows", type=int, default=2, help="of these, windows in a training step")
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--activation-seqlen", type=int, default=256, help="tokens of the one window of that mode")
-    parser.add_argument("--share", type=float, default=0.4, help="ranks of the step, of the full rank")
+    parser.add_argument("--ratio", type=float, default=0.6, help="of a step that chooses directions")
+    parser.add_argument("--share", type=float, default=0.4, help="ranks of a step with Adam, of the full rank")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
@@ -96,6 +99,8 @@ def main() -> None:
             for name, each, _ in decompositions(layout, factorization_named("svd"), None, model.device, layout.linears)
         ]
 
+    spectra = {name: each.singular_values for name, each in found}
+    budget = open_budget(layout.targets, args.ratio, storage="plain")
     rounds: dict[str, list[float]] = {}
     stages = Stages()
     for _ in range(args.rounds):
@@ -107,9 +112,11 @@ def main() -> None:
         with stages.stage("gradients"):
             timed["gradients"] = seconds_of(lambda: gradient_statistics(model, windows, args.batch_size))
         with FixedBasis(model, layout.linears, found) as basis:
-            timed["fixed_basis"] = seconds_of(partial(training_step, basis, basis, args.share, few))
+            mover = DirectionMover(basis, budget, global_prices(budget, spectra), spectra)
+            timed["fixed_basis"] = seconds_of(partial(mover.step, 0, few.input_ids, few.attention_mask))
+            timed["fixed_basis_adam"] = seconds_of(partial(sliding_step, basis, basis, args.share, few))
             truncation = ActivationTruncation(basis)
-            timed["activation"] = seconds_of(partial(training_step, basis, truncation, args.share, short))
+            timed["activation"] = seconds_of(partial(sliding_step, basis, truncation, args.share, short))
         for name, seconds in timed.items():
             rounds.setdefault(name, []).append(round(seconds, 2))
     medians = {name: statistics.median(values) for name, values in rounds.items()}
@@ -122,6 +129,7 @@ def main() -> None:
         "seconds": rounds,
         "gradients_per_plain_pass": round(medians["gradients"] / medians["plain"], 2),
         "fixed_basis_step_per_plain_pass": round(medians["fixed_basis"] / medians["plain_step"], 2),
+        "fixed_basis_adam_step_per_plain_pass": round(medians["fixed_basis_adam"] / medians["plain_step"], 2),
         "activation_step_per_plain_pass": round(medians["activation"] / medians["plain_short"], 2),
         "activation_tokens": short.input_ids.numel(),
         "gradients_peak_MiB": stages.peak_bytes["gradients"] >> 20,
