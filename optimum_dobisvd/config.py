@@ -52,7 +52,8 @@ class DobiSVDConfig(QuantizationConfigMixin):
         min_rank: no matrix gets a smaller rank.
         min_coverage: smallest accepted share of the blocks' weights that can be compressed at all (mixture-of-experts
             models keep theirs in fused tensors that are not linears); below it the run is refused.
-        device: where calibration and factorisation compute, e.g. `cuda`; by default where the weights are.
+        device: where calibration and factorisation compute, e.g. `cuda`; by default where the weights are. (Rank
+            training always runs where the weights are: load the model there.)
         modules: set by `with_plan`: the rank and storage of every compressed matrix. What a loader reads.
     """
 
