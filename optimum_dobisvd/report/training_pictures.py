@@ -105,6 +105,8 @@ def prices_picture(
         ImportError: matplotlib is missing.
     """
     figure = new_figure(6.0, 5.0)
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     axes = figure.subplots()
     for label, predicted, measured in points:
         axes.plot(predicted, measured, "o", color="#31688e")
@@ -114,6 +116,10 @@ def prices_picture(
     axes.plot(ends, ends, "--", color="grey", linewidth=1, label="as predicted")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("predicted increase of the loss, nats per token")
     axes.set_ylabel("measured increase of the loss, nats per token")
     axes.legend(frameon=False)
