@@ -213,6 +213,17 @@ def test_batches_that_say_that_nothing_is_worth_keeping_end_the_training() -> No
     assert curve.stopped.startswith("step 5: by 5 batches in a row the directions at the border")
 
 
+def test_leading_directions_are_not_bartered_away_whatever_the_gains_say() -> None:
+    """Gains are of one direction each: without a bound leading ones fall out together, and a real model breaks."""
+    terms = Terms(spread=3.0)
+    learner = direction_learner(terms, 0.5, steps=10, patience=99)
+    learner.run([BATCH], [BATCH])
+    low = [module for module in learner._mover.planned().values() if module.rank is not None]
+    assert any(module.directions is not None for module in low)
+    # Prices fall as i^-0.8; worths stray from them by e^0.5 either way, so no place beyond e^(1 / 0.8) = 3.49 times.
+    assert all(set(range(int(0.28 * len(module.kept)))) <= set(module.kept) for module in low)
+
+
 def test_noise_alone_moves_next_to_nothing() -> None:
     terms = Terms(spread=0.0, noise=2.0)
     start = terms.value(global_prices(open_budget(TARGETS, 0.5, storage="plain"), terms.spectra))
