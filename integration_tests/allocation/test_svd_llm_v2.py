@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from integration_tests.allocation.samples import dense_sum, random_spectra, smollm2_targets
@@ -54,14 +54,23 @@ def test_removed_fractions_follow_the_papers_formula() -> None:
 
 
 @given(st.lists(st.floats(1, 1e9), min_size=5, max_size=5), st.integers(1, 4))
+@example([1.0, 1.0, 3.0, 79.0, 1181800.0], 2)
 @settings(max_examples=50, deadline=None)
 def test_a_larger_loss_never_gets_a_smaller_rank(losses: list[float], rank_multiple: int) -> None:
-    planned = svd_llm_v2(open_budget(LAYERS, 0.5, storage="plain", rank_multiple=rank_multiple), flat_spectra(losses))
-    ranks = [planned[target.name].rank or 48 for target in LAYERS]  # dense counts as the full 48
-    for loss, rank in zip(losses, ranks, strict=True):
-        for other_loss, other_rank in zip(losses, ranks, strict=True):
-            # Losses up to e count as e; equal ones share the remainder in the order of the layers.
-            if loss > 1.000001 * max(other_loss, math.e):
+    budget = open_budget(LAYERS, 0.5, storage="plain", rank_multiple=rank_multiple)
+    spectra = flat_spectra(losses)
+    wishes = wished_bytes(budget, spectra)
+    planned = svd_llm_v2(budget, spectra)
+    rows = [
+        (loss, wishes[layer.name], planned[layer.name].rank or 48) for loss, layer in zip(losses, LAYERS, strict=True)
+    ]
+    for loss, wish, rank in rows:
+        for other_loss, other_wish, other_rank in rows:
+            if loss > 1.000001 * other_loss:
+                assert wish >= other_wish
+            # Wishes that are equal (losses up to e, or below half of the kind's share) share the remainder in the
+            # order of the layers. Dense counts as the full 48.
+            if wish > 1.000001 * other_wish:
                 assert rank >= other_rank
 
 
