@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
 
-# How long an example takes says how busy the machine is, not whether it is right. Continuous integration draws the same
-# examples every time, so that a failure there is the change's own; everyone else's runs go on searching.
+# How long an example takes says how busy the machine is, not whether it is right. Continuous integration draws the
+# same examples every time, so that a failure there is the change's own; everyone else's runs go on searching.
 hypothesis.settings.register_profile("untimed", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("untimed")
 

@@ -11,7 +11,7 @@ from .allocation.patterns import resolve_overrides
 from .calibration.layout import Layout, find_layout
 from .config import DobiSVDConfig
 from .nn.dense_linear import weight_matrix
-from .report.report import is_low_rank
+from .report.report import is_compressed
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def check_model(model: Any, config: DobiSVDConfig) -> Layout:
         ValueError: already compressed; no eligible linear; coverage; patterns or overrides that match nothing; NaN or
             infinite weights (names the module).
     """
-    if is_low_rank(model):
+    if is_compressed(model):
         raise ValueError("the model is compressed already; load the dense model to compress it differently")
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError(

@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .learning.settings import RankTraining
 from .methods import Method, method_named
+from .storage.costs import DENSE_INT8, STORAGES, dense_storage_named
 
 if TYPE_CHECKING:
     from .allocation.plan import Plan
@@ -32,7 +33,11 @@ class DobiSVDConfig(QuantizationConfigMixin):
         method: row of `METHODS`: `global` (the best without training), `dobi` and `dobi_no_remap` (the paper's),
             `svd_llm_v2`, `svd_llm`, `asvd`, `svd`, `output_pca`, `dobi_ipca`.
         ratio: fraction of the compressed matrices' bytes that is **kept**, `0 < ratio <= 1`. 20 % removed is 0.8.
-        allocation, factorization, storage: replace one column of the method's row.
+        allocation, factorization, storage: replace one column of the method's row. Storages: `plain` (two factors in
+            the model's dtype), `remap` (Dobi-SVD's 8+16 bit), `int8` (both factors in 8 bits).
+        dense_storage: what becomes of matrices that are not factorised: `dense` (left as they are) or `dense_int8` (in
+            8 bits, as far as the budget asks for it). By default what goes with the storage: `dense_int8` with `int8`,
+            else `dense`.
         dataset: calibration text: a name (`wikitext2`, `c4`, `ptb`), a path to .txt/.jsonl/.parquet (gz too), a list
             of strings, or token tensors. Not needed by `svd`.
         tokenizer: a tokenizer, its name or path; by default the model's own.
@@ -48,7 +53,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
         overrides: per-module settings by name or `re:` pattern, e.g. `{"re:.*down_proj": {"ratio": 0.9}}`; they count
             against the same byte budget.
         modules_to_not_convert: names or `re:` patterns of linears to leave alone. They do not count as targets.
-        rank_multiple: ranks are multiples of this.
+        rank_multiple: ranks are multiples of this; by default what the storage's kernels like (1, in 8 bits 16).
         min_rank: no matrix gets a smaller rank.
         min_coverage: smallest accepted share of the blocks' weights that can be compressed at all (mixture-of-experts
             models keep theirs in fused tensors that are not linears); below it the run is refused.
@@ -63,6 +68,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
     allocation: str | None = None
     factorization: str | None = None
     storage: str | None = None
+    dense_storage: str | None = None
     dataset: Any = field(default=None, repr=False, compare=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
     nsamples: int = 128
@@ -76,7 +82,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
     training: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     modules_to_not_convert: list[str] = field(default_factory=list)
-    rank_multiple: int = 1
+    rank_multiple: int | None = None
     min_rank: int = 1
     min_coverage: float = 0.5
     device: str | None = None
@@ -92,7 +98,8 @@ class DobiSVDConfig(QuantizationConfigMixin):
         self.training = dict(self.training or {})
         self.modules_to_not_convert = list(self.modules_to_not_convert or [])
         for name in ("nsamples", "seqlen", "batch_size", "rank_multiple", "min_rank"):
-            _check_integer(name, getattr(self, name), at_least=1)
+            if name != "rank_multiple" or self.rank_multiple is not None:
+                _check_integer(name, getattr(self, name), at_least=1)
         _check_integer("seed", self.seed, at_least=0)
         if not 0 <= self.min_coverage <= 1:
             raise ValueError(f"min_coverage is a fraction between 0 and 1, got {self.min_coverage}")
@@ -104,6 +111,8 @@ class DobiSVDConfig(QuantizationConfigMixin):
     def _check_wish(self) -> None:
         """What matters to a compression only; a compressed checkpoint may come from a version that knows more."""
         method = self.resolved_method()
+        if self.dense_storage is not None:
+            dense_storage_named(self.dense_storage)
         if self.gradient_nsamples is not None:
             _check_integer("gradient_nsamples", self.gradient_nsamples, at_least=1)
         if self.fisher not in ("empirical", "sampled"):
@@ -147,7 +156,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
         modules = {
             name: {"rank": planned.rank, "storage": planned.storage}
             for name, planned in plan.modules.items()
-            if planned.rank is not None
+            if not planned.is_dense
         }
         blank: dict[str, Any] = {f.name: f.default for f in fields(self) if f.name in _RUN_ONLY}
         return replace(self, modules=modules, dataset=dataset, **blank)
@@ -217,6 +226,13 @@ def _check_modules(modules: dict[str, dict[str, Any]]) -> None:
     for name, entry in modules.items():
         if not isinstance(entry, dict) or set(entry) != {"rank", "storage"}:
             raise ValueError(f"quantization_config.modules: {name}: expected a rank and a storage, got {entry!r}")
-        _check_integer(f"{name}: rank", entry["rank"], at_least=1)
-        if entry["storage"] != "plain":
-            raise ValueError(f"{name}: storage {entry['storage']!r} is not known to this version; it reads 'plain'")
+        known = [*STORAGES, DENSE_INT8]
+        if entry["storage"] not in known:
+            raise ValueError(
+                f"{name}: storage {entry['storage']!r} is not known to this version, which reads "
+                f"{', '.join(known)}; upgrade it (pip install -U optimum-dobisvd), or mend config.json"
+            )
+        if entry["storage"] != DENSE_INT8:
+            _check_integer(f"{name}: rank", entry["rank"], at_least=1)
+        elif entry["rank"] is not None:
+            raise ValueError(f"{name}: storage 'dense_int8' has no rank, config.json says {entry['rank']!r}; mend it")

@@ -86,8 +86,8 @@ def method_named(
 
 
 register_method("global", Method(metric="kfac", allocation="global", factorization="kfac", storage="plain"))
-for _name in ("dobi", "dobi_no_remap"):
-    register_method(_name, Method("output_pca", "dobi_activation", "dobi_ipca", "plain"))
+register_method("dobi", Method("output_pca", "dobi_activation", "dobi_ipca", "remap"))
+register_method("dobi_no_remap", Method("output_pca", "dobi_activation", "dobi_ipca", "plain"))
 for _name, _allocation in (
     ("svd", "uniform"),
     ("asvd", "uniform"),

@@ -18,6 +18,7 @@ from .factorization.registry import factorization_named
 from .learning.settings import DIRECTIONS_OF
 from .statistics.spectra import compute_spectra
 from .statistics.store import StatisticsStore
+from .storage import dense_storage_named
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ def budget_of(config: DobiSVDConfig, layout: Layout) -> Budget:
         layout.targets,
         config.ratio,
         storage=config.resolved_method().storage,
+        dense_storage=config.dense_storage,
         overrides=resolve_overrides(config.overrides, list(layout.linears)),
         rank_multiple=config.rank_multiple,
         min_rank=config.min_rank,
@@ -96,7 +98,9 @@ def predicted_increase(plan: Plan, store: StatisticsStore | None, factorization:
         return None
     increase = 0.0
     for name, module in plan.modules.items():
-        if module.rank is not None:
-            prices = spectra[name].double().square()
+        prices = spectra[name].double().square()
+        if module.rank is None:
+            increase += dense_storage_named(module.storage).lost_share * float(prices.sum())
+        else:
             increase += float(prices.sum() - prices[list(module.kept)].sum())
     return increase

@@ -26,11 +26,11 @@ from .nn.dense_linear import weight_matrix
 from .planning import budget_of, check_basis, given_plan, make_plan, predicted_increase
 from .replacement import Replacement
 from .report.measure import Stages
-from .report.report import CompressionReport, macs_per_token, model_bytes, module_report
+from .report.report import CompressionReport, macs_per_token, model_bytes, module_report, resident_bytes
 from .report.write import write_beside
 from .statistics.fingerprint import fingerprint
 from .statistics.sample_bases import SampleBasisVisitor
-from .statistics.spectra import PreparedInputs, decompositions
+from .statistics.spectra import PreparedInputs, decompositions, input_grams
 from .statistics.store import StatisticsStore
 
 
@@ -74,7 +74,7 @@ class DobiSVDQuantizer:
         windows: CalibrationWindows | None = None,
         undo_on_error: bool = True,
     ) -> Any:
-        """Calibrate, allocate, factorise, and replace the model's linears by `LowRankLinear`.
+        """Calibrate, allocate, factorise, and replace the model's linears by compressed ones.
 
         An error half-way puts the dense linears back, for which they are kept until the end; with
         `undo_on_error=False` each is freed as soon as it is replaced, and an error leaves a model fit for nothing.
@@ -98,7 +98,7 @@ class DobiSVDQuantizer:
         self._check_labels(windows, held_out)
         if held_out is not None:
             check_learnable(layout)
-        before = (macs_per_token(model), model_bytes(model.parameters()))
+        before = (macs_per_token(model), model_bytes(model.parameters()), resident_bytes(model))
         with stages.stage("statistics"):
             store, basis = None, None
             if windows is not None:
@@ -121,18 +121,15 @@ class DobiSVDQuantizer:
             method=self.config.method,
             ratio=self.config.ratio,
             dataset=windows.description if windows is not None else None,
-            modules=[
-                module_report(
-                    target, plan.modules[target.name].rank, plan.modules[target.name].storage, errors[target.name]
-                )
-                for target in targets
-            ],
+            modules=[module_report(target, plan.modules[target.name], errors[target.name]) for target in targets],
             coverage=layout.coverage,
             left_dense=layout.describe_left_dense(),
             dense_macs=before[0],
             compressed_macs=macs_per_token(model),
             dense_model_bytes=before[1],
             compressed_model_bytes=model_bytes(model.parameters()),
+            dense_memory_bytes=before[2],
+            compressed_memory_bytes=resident_bytes(model),
             seconds=stages.seconds,
             peak_bytes=stages.peak_bytes,
             predicted_increase=predicted_increase(plan, store, self.config.resolved_method().factorization),
@@ -268,10 +265,11 @@ class DobiSVDQuantizer:
     ) -> dict[str, float | None]:
         """Replace every planned linear; returns relative output errors by name (dense ones 0, unknown ones None)."""
         ranks = {name: entry.rank for name, entry in plan.modules.items() if entry.rank is not None}
+        storages = {name: entry.storage for name, entry in plan.modules.items() if not entry.is_dense}
         row = factorization_named(self.config.resolved_method().factorization)
         device = self._device(layout)
 
-        with Replacement(model, layout, len(ranks), device, undo_on_error) as replacement:
+        with Replacement(model, layout, storages, device, undo_on_error) as replacement:
             if row.per_sample and windows is not None:
 
                 def finished(block: str, factors: dict[str, Factors]) -> None:
@@ -283,6 +281,8 @@ class DobiSVDQuantizer:
             else:
                 for name, found, gram in decompositions(layout, row, store, device, ranks):
                     replacement.put(name, found.keep(plan.modules[name].kept), gram)
+            for name, gram in input_grams(layout, row, store, device, storages.keys() - ranks.keys()):
+                replacement.put_rounded(name, gram)
         return {name: replacement.errors.get(name, 0.0) for name in plan.modules}
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from ..storage.costs import DENSE, Storage, storage_named
+from ..storage.costs import DENSE, DenseStorage, Storage, dense_levels, dense_storage_named, storage_named
 from .patterns import Override, is_keep_ratio, near_names
 from .plan import PlannedModule, check_rank, planned_bytes
 from .target import Target, targets_by_name
@@ -20,14 +20,16 @@ from .target import Target, targets_by_name
 
 @dataclass(frozen=True)
 class Ladder:
-    """The sizes one matrix can take, smallest first: levels 0, 1, ... are ranks, the last level is the dense matrix.
+    """The sizes one matrix can take, smallest first: levels 0, 1, ... are ranks, the last ones are the whole matrix.
 
     Attributes:
         target: the matrix.
         storage: how its factors are stored.
         lowest_rank: rank of level 0.
         rank_step: ranks from one level to the next.
-        dense_level: number of low-rank levels, hence the level of the dense matrix; 0 where no low rank is possible.
+        dense_level: number of low-rank levels, hence the first level of the whole matrix; 0 where no low rank is
+            possible.
+        dense_forms: how the whole matrix may be stored, smallest first; the last level is the last of them.
     """
 
     target: Target
@@ -35,6 +37,12 @@ class Ladder:
     lowest_rank: int
     rank_step: int
     dense_level: int
+    dense_forms: tuple[DenseStorage, ...]
+
+    @property
+    def top_level(self) -> int:
+        """The last level: the matrix as it is."""
+        return self.dense_level + len(self.dense_forms) - 1
 
     @property
     def largest_rank(self) -> int:
@@ -43,20 +51,20 @@ class Ladder:
 
     def module_at(self, level: int) -> PlannedModule:
         """What the matrix becomes at a level."""
-        if level == self.dense_level:
-            return PlannedModule(rank=None, storage=DENSE)
+        if level >= self.dense_level:
+            return PlannedModule(rank=None, storage=self.dense_forms[level - self.dense_level].name)
         return PlannedModule(rank=self.lowest_rank + level * self.rank_step, storage=self.storage.name)
 
     def bytes_at(self, level: int) -> int:
         """Bytes on disk at a level; does not fall as the level grows."""
-        if level == self.dense_level:
-            return self.target.dense_bytes
-        rank = self.lowest_rank + level * self.rank_step
-        return self.storage.bytes_at(self.target.out_features, self.target.in_features, rank, self.target.element_size)
+        m, n, element_size = self.target.out_features, self.target.in_features, self.target.element_size
+        if level >= self.dense_level:
+            return self.dense_forms[level - self.dense_level].bytes_of(m, n, element_size)
+        return self.storage.bytes_at(m, n, self.lowest_rank + level * self.rank_step, element_size)
 
     def level_within(self, size: int | Fraction) -> int:
         """The highest level of at most that many bytes; −1 where even level 0 has more."""
-        return bisect.bisect_right(range(self.dense_level + 1), size, key=self.bytes_at) - 1
+        return bisect.bisect_right(range(self.top_level + 1), size, key=self.bytes_at) - 1
 
 
 @dataclass(frozen=True)
@@ -87,8 +95,9 @@ def open_budget(
     ratio: float,
     *,
     storage: str,
+    dense_storage: str | None = None,
     overrides: Mapping[str, Override] | None = None,
-    rank_multiple: int = 1,
+    rank_multiple: int | None = None,
     min_rank: int = 1,
 ) -> Budget:
     """Sets aside what the overrides take and says what is left for the other matrices.
@@ -101,8 +110,10 @@ def open_budget(
         targets: the matrices, names distinct.
         ratio: fraction of the dense bytes of all targets to keep, in (0, 1].
         storage: name of a registered storage for the factors.
+        dense_storage: how matrices may be stored that are not factorised: `dense` (as they are), or `dense_int8`, and
+            as they are where the budget is enough. None: what goes with the storage.
         overrides: `{target name: Override}`, as `resolve_overrides` returns it.
-        rank_multiple: at least 1.
+        rank_multiple: at least 1. None: what the kernels of the storage like.
         min_rank: at least 1.
 
     Raises:
@@ -111,12 +122,14 @@ def open_budget(
     """
     known = targets_by_name(targets)
     overrides = overrides or {}
-    _check_options(known, ratio, overrides, rank_multiple=rank_multiple, min_rank=min_rank)
     form = storage_named(storage)
-    ladders = {name: _ladder(target, form, rank_multiple, min_rank) for name, target in known.items()}
+    whole = dense_storage_named(form.dense_storage if dense_storage is None else dense_storage).name
+    multiple = form.rank_multiple if rank_multiple is None else rank_multiple
+    _check_options(known, ratio, overrides, rank_multiple=multiple, min_rank=min_rank)
+    ladders = {name: _ladder(target, form, whole, multiple, min_rank) for name, target in known.items()}
     settled = {name: _settle(ladders[name], override) for name, override in overrides.items()}
     for name, ladder in ladders.items():
-        if ladder.dense_level == 0:
+        if ladder.top_level == 0:
             settled.setdefault(name, ladder.module_at(0))
     free = {name: ladder for name, ladder in ladders.items() if name not in settled}
 
@@ -182,7 +195,7 @@ def spend(budget: Budget, wishes: Mapping[str, int | Fraction]) -> dict[str, Pla
     shares = proportional_shares(
         [wishes[name] for name in ladders],
         [ladder.bytes_at(0) for ladder in ladders.values()],
-        [ladder.target.dense_bytes for ladder in ladders.values()],
+        [ladder.bytes_at(ladder.top_level) for ladder in ladders.values()],
         budget.free_bytes,
     )
     wished = dict(zip(ladders, shares, strict=True))
@@ -207,7 +220,7 @@ def top_up(budget: Budget, levels: dict[str, int], priority: Callable[[str, int]
     while queue:
         _, order, name = heapq.heappop(queue)
         ladder, level = ladders[name], levels[name]
-        if level == ladder.dense_level:
+        if level == ladder.top_level:
             continue
         cost = ladder.bytes_at(level + 1) - ladder.bytes_at(level)
         # What is left only shrinks, so a step that does not fit now never will: the matrix leaves the queue.
@@ -235,10 +248,13 @@ def _check_options(known: Mapping[str, Target], ratio: float, overrides: Mapping
             )
 
 
-def _ladder(target: Target, storage: Storage, rank_multiple: int, min_rank: int) -> Ladder:
+def _ladder(target: Target, storage: Storage, dense_storage: str, rank_multiple: int, min_rank: int) -> Ladder:
+    m, n, element_size = target.out_features, target.in_features, target.element_size
     lowest = -(-min_rank // rank_multiple) * rank_multiple
-    largest = storage.largest_smaller_rank(target.out_features, target.in_features, target.element_size)
-    return Ladder(target, storage, lowest, rank_multiple, dense_level=max(0, (largest - lowest) // rank_multiple + 1))
+    forms = dense_levels(dense_storage, m, n, element_size)
+    largest = storage.largest_rank_below(forms[0].bytes_of(m, n, element_size), m, n, element_size)
+    count = max(0, (largest - lowest) // rank_multiple + 1)
+    return Ladder(target, storage, lowest, rank_multiple, dense_level=count, dense_forms=forms)
 
 
 def _settle(ladder: Ladder, override: Override) -> PlannedModule:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.atomic import write_text_atomically
-from ..storage.costs import DENSE, storage_named
+from ..storage.costs import DENSE, DENSE_STORAGES, dense_storage_named, storage_named
 from .patterns import is_keep_ratio, near_names
 from .ranges import read_ranges, write_ranges
 from .target import Target, targets_by_name
@@ -23,11 +23,13 @@ _MODULE_KEYS = ("rank", "storage", "directions")
 
 @dataclass(frozen=True)
 class PlannedModule:
-    """What one matrix becomes: a rank in a registered storage, or rank None in storage "dense" (left as it is).
+    """What one matrix becomes: a rank in a registered storage, or rank None in a storage of whole matrices.
+
+    These are "dense" (left as it is) and "dense_int8".
 
     Attributes:
-        rank: how many of its singular directions are kept; None: it stays dense.
-        storage: how the factors are stored.
+        rank: how many of its singular directions are kept; None: it stays whole.
+        storage: how the factors, or the whole matrix, are stored.
         directions: which ones, counted from 0, ascending; None: the leading ones. In a plan's file they are counted
             from 1, as `"1-40,43,45-50"`.
 
@@ -46,10 +48,11 @@ class PlannedModule:
             self._check_directions(self.directions)
             if self.directions == tuple(range(len(self.directions))):
                 object.__setattr__(self, "directions", None)
-        if self.storage == DENSE:
+        if isinstance(self.storage, str) and self.storage in DENSE_STORAGES:
             if self.rank is not None:
                 raise ValueError(
-                    f"storage 'dense' has no rank, got {self.rank!r}; remove the rank or name a low-rank storage"
+                    f"storage {self.storage!r} has no rank, got {self.rank!r}; remove the rank or name a low-rank "
+                    "storage"
                 )
             return
         storage_named(self.storage)
@@ -67,6 +70,11 @@ class PlannedModule:
                 f"rank is {self.rank} and {len(directions)} directions are named; make them agree, or remove "
                 "'directions' to keep the leading ones"
             )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the matrix is left as it is."""
+        return self.storage == DENSE
 
     @property
     def kept(self) -> Sequence[int]:
@@ -228,7 +236,7 @@ def check_rank(target: Target, rank: int, storage: str) -> None:
     m, n = target.out_features, target.in_features
     if rank > min(m, n):
         raise ValueError(f"{target.name}: rank {rank} is above {min(m, n)}, the most a {m}x{n} matrix has; lower it")
-    largest = storage_named(storage).largest_smaller_rank(m, n, target.element_size)
+    largest = storage_named(storage).largest_rank_below(target.dense_bytes, m, n, target.element_size)
     if rank > largest:
         remedy = f"use at most {largest}, or " if largest else ""
         raise ValueError(
@@ -239,10 +247,10 @@ def check_rank(target: Target, rank: int, storage: str) -> None:
 
 def planned_bytes(target: Target, module: PlannedModule) -> int:
     """Bytes on disk of one matrix in its planned form."""
+    m, n, element_size = target.out_features, target.in_features, target.element_size
     if module.rank is None:
-        return target.dense_bytes
-    bytes_at = storage_named(module.storage).bytes_at
-    return bytes_at(target.out_features, target.in_features, module.rank, target.element_size)
+        return dense_storage_named(module.storage).bytes_of(m, n, element_size)
+    return storage_named(module.storage).bytes_at(m, n, module.rank, element_size)
 
 
 def _check_version(data: dict[str, Any]) -> None:
@@ -282,7 +290,7 @@ def _module_from_dict(name: str, entry: Any) -> PlannedModule:
 
 def _module_to_dict(module: PlannedModule) -> dict[str, Any]:
     if module.rank is None:
-        return {"storage": DENSE}
+        return {"storage": module.storage}
     entry = {"rank": module.rank, "storage": module.storage}
     return entry if module.directions is None else {**entry, "directions": write_ranges(module.directions)}
 

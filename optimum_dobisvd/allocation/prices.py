@@ -67,7 +67,9 @@ def allocate_by_worth(budget: Budget, worth: Mapping[str, Tensor]) -> dict[str, 
 
 
 def level_tails(ladder: Ladder, worth: Tensor) -> list[float]:
-    """What is lost at every level of a ladder that keeps the first directions; the last, the dense matrix, loses none.
+    """What is lost at every level of a ladder that keeps the first directions.
+
+    The last, the matrix as it is, loses nothing; one rounded as a whole loses its share of everything.
 
     Args:
         ladder: of one matrix.
@@ -75,7 +77,10 @@ def level_tails(ladder: Ladder, worth: Tensor) -> list[float]:
     """
     tails = torch.cat([worth.flip(0).cumsum(0).flip(0), worth.new_zeros(1)])
     ranks = [ladder.lowest_rank + level * ladder.rank_step for level in range(ladder.dense_level)]
-    return [*tails[ranks].tolist(), 0.0]
+    rounding = [form.lost_share * float(tails[0]) for form in ladder.dense_forms]
+    # Where the last ranks lose next to nothing, rounding may lose more; no allocator is to climb for that.
+    found = [*tails[ranks].tolist(), *rounding]
+    return [min(found[: level + 1]) for level in range(len(found))]
 
 
 def allocate_by_tails(budget: Budget, tails: Mapping[str, Sequence[float]]) -> dict[str, PlannedModule]:
@@ -98,7 +103,7 @@ def allocate_by_tails(budget: Budget, tails: Mapping[str, Sequence[float]]) -> d
                 heapq.heappush(queue, (-edges[name][position + 1][0], order, name, position + 1))
 
     def gain_per_byte(name: str, level: int) -> float:
-        if level == ladders[name].dense_level:
+        if level == ladders[name].top_level:
             return 0.0
         cost = ladders[name].bytes_at(level + 1) - ladders[name].bytes_at(level)
         gain = tails[name][level] - tails[name][level + 1]

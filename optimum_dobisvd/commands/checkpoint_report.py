@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ..allocation.plan import PlannedModule
 from ..allocation.target import Target
 from ..calibration.layout import find_layout
 from ..config import QUANT_METHOD, DobiSVDConfig
+from ..nn.dense_linear import empty_compressed
 from ..report.report import CompressionReport, ModuleReport, module_report
+from ..storage import DENSE
 from .load_dense import load_skeleton
 from .outline_report import outline_report
 from .sources import ModelSource
 
-_ELEMENT_SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
+_ELEMENT_SIZES = {"F64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1}
 
 
 def report_from_files(folder: Path, *, trust_remote_code: bool = False) -> CompressionReport:
@@ -31,8 +35,12 @@ def report_from_files(folder: Path, *, trust_remote_code: bool = False) -> Compr
     shapes, stored_bytes = _headers(folder)
     skeleton = load_skeleton(ModelSource(folder.name, str(folder), None), trust_remote_code=trust_remote_code)
     layout = find_layout(skeleton, config.modules_to_not_convert, min_coverage=0.0)
-    compressed = {name: _factored(name, entry["storage"], shapes) for name, entry in modules.items()}
-    left = {target.name: module_report(target, None, "dense", None) for target in layout.targets}
+    left = {target.name: module_report(target, PlannedModule(None, DENSE), None) for target in layout.targets}
+    compressed = {}
+    for name, entry in modules.items():
+        if name not in layout.linears:
+            raise ValueError(f"config.json lists {name}, which {type(skeleton).__name__} does not have; copy it again")
+        compressed[name] = _compressed(name, entry, layout.linears[name], shapes)
     rows = list({**left, **compressed}.values())
     dense_bytes = stored_bytes + sum(row.dense_bytes - row.bytes for row in rows)
     return outline_report(folder.resolve().name, config, skeleton, layout, rows, dense_bytes)
@@ -75,14 +83,22 @@ def _headers(folder: Path) -> tuple[dict[str, tuple[list[int], int]], int]:
     return shapes, total
 
 
-def _factored(name: str, storage: str, shapes: dict[str, tuple[list[int], int]]) -> ModuleReport:
-    try:
-        (rank, in_features), size = shapes[f"{name}.first.weight"]
-        (out_features, inner), _ = shapes[f"{name}.second.weight"]
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"the checkpoint lacks the factors of {name}, listed in config.json; copy it again"
-        ) from error
-    if inner != rank:
-        raise ValueError(f"{name}: first has rank {rank} and second {inner}; files of two compressions were mixed")
-    return module_report(Target(name, out_features, in_features, size), rank, storage, None)
+def _compressed(
+    name: str, entry: dict[str, Any], dense: Any, shapes: dict[str, tuple[list[int], int]]
+) -> ModuleReport:
+    """The row of one compressed matrix, its tensors checked against what config.json says of it."""
+    expected = empty_compressed(dense, entry["storage"], entry["rank"], device="meta")
+    found = {key: shapes.get(f"{name}.{key}") for key, _ in expected.named_parameters()}
+    for key, parameter in expected.named_parameters():
+        header = found[key]
+        if header is None:
+            raise ValueError(f"the checkpoint lacks {name}.{key}, which config.json promises; copy it again")
+        if header[0] != list(parameter.shape):
+            raise ValueError(
+                f"{name}.{key} has shape {header[0]} and by config.json {list(parameter.shape)}; files of two "
+                "compressions were mixed"
+            )
+    # The size of an element of the dense weight: that of a tensor in the model's own dtype.
+    size = shapes[f"{name}.weight"][1] if f"{name}.weight" in shapes else dense.weight.element_size()
+    target = Target(name, expected.out_features, expected.in_features, size)
+    return module_report(target, PlannedModule(entry["rank"], entry["storage"]), None)

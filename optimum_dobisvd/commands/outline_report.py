@@ -28,11 +28,7 @@ def outline_report(
         dense_model_bytes: of the dense checkpoint.
     """
     dense_macs = macs_per_token(skeleton)
-    saved_macs = sum(
-        row.out_features * row.in_features - row.rank * (row.out_features + row.in_features)
-        for row in rows
-        if row.rank is not None
-    )
+    saved_macs = sum(row.out_features * row.in_features - row.macs for row in rows)
     return CompressionReport(
         model=name,
         method=config.method,
@@ -45,4 +41,6 @@ def outline_report(
         compressed_macs=dense_macs - saved_macs,
         dense_model_bytes=dense_model_bytes,
         compressed_model_bytes=dense_model_bytes - sum(row.dense_bytes - row.bytes for row in rows),
+        dense_memory_bytes=None,
+        compressed_memory_bytes=None,
     )

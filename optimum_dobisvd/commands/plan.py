@@ -42,7 +42,7 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     """
     from ..checking import check_model
     from ..report.report import model_bytes, module_report
-    from ..report.table import coverage_line, kind_table, summary_table
+    from ..report.table import coverage_line, kind_table, slower_line, summary_table
     from .load_dense import load_skeleton
     from .outline_report import outline_report
     from .sources import model_source
@@ -54,13 +54,12 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     layout = check_model(skeleton, config)
     store = _open_store(config, layout, skeleton)
     plan, note = _plan(config, layout, store)
-    rows = [
-        module_report(target, plan.modules[target.name].rank, plan.modules[target.name].storage, None)
-        for target in layout.targets
-    ]
+    rows = [module_report(target, plan.modules[target.name], None) for target in layout.targets]
     name = source.typed.rstrip("/").rpartition("/")[2]
     report = outline_report(name, config, skeleton, layout, rows, model_bytes(skeleton.parameters()))
-    for printed in (kind_table(report), summary_table(report), coverage_line(report), note):
+    for printed in (kind_table(report), summary_table(report), coverage_line(report), slower_line(report), note):
+        if not printed:
+            continue
         console.print(printed)
         console.print()
     if options["save_plan"] is not None:

@@ -39,7 +39,12 @@ METHOD = (
         "method's own)",
     ),
     Option("factorization", "another method's factors (default: the method's own)"),
-    Option("storage", "form of the factors on disk: plain (default: the method's own)"),
+    Option(
+        "storage",
+        "form of the factors on disk and in memory: plain, remap (Dobi-SVD's 8+16 bit) or int8 (default: the "
+        "method's own)",
+    ),
+    Option("dense_storage", "form of matrices that are not factorised: dense or dense_int8 (default: the storage's)"),
     Option(
         "training",
         'settings of allocations that learn ranks, such as {"steps": 24, "windows": 2}',
@@ -62,7 +67,9 @@ METHOD = (
         default=[],
         metavar="PATTERN",
     ),
-    Option("rank_multiple", "ranks are multiples of this", kind=int, default=1, metavar="N"),
+    Option(
+        "rank_multiple", "ranks are multiples of this (default: 1; 16 in 8 bits)", kind=int, default=None, metavar="N"
+    ),
     Option("min_rank", "smallest rank of any matrix", kind=int, default=1, metavar="N"),
     Option("min_coverage", "smallest accepted share of the weights that can be compressed", kind=float, default=0.5),
 )

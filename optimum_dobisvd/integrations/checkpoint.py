@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Collection
 from typing import Any
 
+import torch
 from safetensors import safe_open
+from torch.nn import Parameter
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from ..nn.low_rank_linear import LowRankLinear
+from ..nn.compressed_linear import CompressedLinear
+from ..nn.eight_bit_linear import EightBitLinear
+
+_WHOLE_DTYPES = {torch.int8: "I8", torch.int16: "I16"}
 
 
 def module_names_in(model: Any, names: list[str]) -> dict[str, str]:
@@ -37,41 +43,68 @@ def module_names_in(model: Any, names: list[str]) -> dict[str, str]:
 
 
 def check_factors(model: Any, files: list[str]) -> None:
-    """Every factor of every `LowRankLinear` is in the files, with its shape, and no factor is without a module.
+    """Every tensor of every compressed linear is in the files, with its shape and dtype, and none is without a module.
+
+    Scales of 8-bit tensors are read, and must be above zero and finite.
 
     Raises:
-        ValueError: names the tensor, what is wrong with it, and the remedy. Nothing has been allocated by then.
+        ValueError: names the tensor, what is wrong with it, and the remedy. No weight has been allocated by then.
     """
     if any(not str(file).endswith(".safetensors") for file in files):
         raise ValueError(f"a dobi_svd checkpoint is stored in safetensors, found {files[0]}")
-    shapes = _shapes_by_model_name(model, files)
-    expected: dict[str, list[int]] = {}
+    scales = {f"{name}.scale" for name, module in model.named_modules() if isinstance(module, EightBitLinear)}
+    found = _headers_by_model_name(model, files, scales)
+    shapes = {tensor: shape for tensor, (shape, _) in found.items()}
+    expected: dict[str, Parameter] = {}
     dense = set()
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, CompressedLinear):
             dense.add(f"{name}.weight")
             for key, parameter in module.named_parameters():
-                expected[f"{name}.{key}"] = list(parameter.shape)
-    for tensor, shape in expected.items():
-        if tensor not in shapes:
-            raise ValueError(
-                f"the checkpoint lacks {tensor}, which config.json promises: it is incomplete, copy it again"
-            )
-        if shapes[tensor] != shape:
-            raise ValueError(
-                f"{tensor} has shape {shapes[tensor]} in the checkpoint and {shape} by config.json: one of the "
-                "two belongs to another compression; copy both from the same one"
-            )
+                expected[f"{name}.{key}"] = parameter
+    for tensor, parameter in expected.items():
+        _check_tensor(tensor, list(parameter.shape), _WHOLE_DTYPES.get(parameter.dtype), found.get(tensor))
     for tensor in shapes:
         if tensor in dense and 0 not in shapes[tensor]:
             raise ValueError(
                 f"the checkpoint holds a dense {tensor} beside its factors: files of two models were mixed"
             )
-        if tensor.endswith((".first.weight", ".second.weight", ".second.bias")) and tensor not in expected:
-            owner = tensor.rsplit(".", 2)[0]
-            if model_has(model, owner) and not model_has(model, tensor.rsplit(".", 1)[0]):
-                raise ValueError(f"the checkpoint holds {tensor}, but config.json does not list {owner} as compressed")
+        _check_is_listed(model, tensor, expected)
     _check_nothing_else_is_missing(model, shapes)
+
+
+def _check_tensor(tensor: str, shape: list[int], dtype: str | None, found: tuple[list[int], str] | None) -> None:
+    """It is there, of that shape, and of that dtype if one is given (loading casts floats; integers it must not)."""
+    if found is None:
+        raise ValueError(f"the checkpoint lacks {tensor}, which config.json promises: it is incomplete, copy it again")
+    if found[0] != shape:
+        raise ValueError(
+            f"{tensor} has shape {found[0]} in the checkpoint and {shape} by config.json: one of the "
+            "two belongs to another compression; copy both from the same one"
+        )
+    if dtype is not None and found[1] != dtype:
+        raise ValueError(
+            f"{tensor} is stored as {found[1]} and must be {dtype}: another program has rewritten the checkpoint; "
+            "copy the original again"
+        )
+
+
+def _check_is_listed(model: Any, tensor: str, expected: Collection[str]) -> None:
+    """A tensor that only a compressed linear can have belongs to one."""
+    if tensor in expected:
+        return
+    if tensor.endswith((".first.weight", ".second.weight", ".second.bias")):
+        owner = tensor.rsplit(".", 2)[0]
+        strange = not model_has(model, tensor.rsplit(".", 1)[0])
+    elif tensor.endswith((".first", ".second", ".packed", ".rest", ".quantized", ".scale")):
+        owner, _, key = tensor.rpartition(".")
+        strange = model_has(model, owner) and not hasattr(model.get_submodule(owner), key)
+    else:
+        return
+    if strange and model_has(model, owner):
+        raise ValueError(
+            f"the checkpoint holds {tensor}, but config.json does not list {owner} as compressed that way"
+        )
 
 
 def _check_nothing_else_is_missing(model: Any, shapes: dict[str, list[int]]) -> None:
@@ -100,17 +133,28 @@ def model_has(model: Any, name: str) -> bool:
     return True
 
 
-def _shapes_by_model_name(model: Any, files: list[str]) -> dict[str, list[int]]:
-    """Shapes of all tensors in the files, under the names transformers will load them to."""
+def _headers_by_model_name(model: Any, files: list[str], scales: Collection[str]) -> dict[str, tuple[list[int], str]]:
+    """Shape and dtype of all tensors in the files, under the names transformers will load them to.
+
+    Those named in `scales` are read, too. ValueError names one that has a value that is not finite and above zero.
+    """
     # Private, all of it, but only transformers knows how this architecture's keys are renamed on load.
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     expected = model.state_dict()
-    shapes = {}
+    found = {}
     for file in files:
         with safe_open(file, framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict
                 name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
-                shapes[name] = handle.get_slice(key).get_shape()
-    return shapes
+                header = handle.get_slice(key)
+                found[name] = (header.get_shape(), header.get_dtype())
+                if name in scales:
+                    scale = handle.get_tensor(key)
+                    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+                        raise ValueError(
+                            f"{name} in {file} holds a scale that is zero, negative or not finite: the checkpoint is "
+                            "damaged; copy it again, or compress again"
+                        )
+    return found

@@ -1,6 +1,6 @@
 """The half of the quantizer that loads compressed checkpoints.
 
-This module, `checkpoint`, `nn.dense_linear` and `nn.low_rank_linear` are also bundled with every checkpoint (see
+This module, `checkpoint`, `nn`, `kernels` and `storage.eight_bit` are also bundled with every checkpoint (see
 `saving.modeling_source`), so they import nothing but torch, transformers and each other.
 """
 
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from transformers.quantizers.base import HfQuantizer
 
-from ..nn.dense_linear import empty_low_rank, is_dense_linear, to_dense
-from ..nn.low_rank_linear import LowRankLinear
+from ..nn.compressed_linear import CompressedLinear
+from ..nn.dense_linear import empty_compressed, is_dense_linear, to_dense
+from ..nn.eight_bit_linear import EightBitLinear
 from .checkpoint import check_factors, module_names_in
 
 BUNDLED_ENTRY = "DobiSVD"
@@ -45,17 +46,23 @@ class LowRankLoader(HfQuantizer):
                     f"{type(dense).__name__}: the checkpoint belongs to another architecture"
                 )
             rank, limit = modules[listed]["rank"], min(dense.weight.shape)
-            if rank > limit:
+            if rank is not None and rank > limit:
                 raise ValueError(f"{listed}: rank {rank} in config.json is above its largest possible rank {limit}")
-            model.set_submodule(name, empty_low_rank(dense, rank, device="meta"))
+            model.set_submodule(name, empty_compressed(dense, modules[listed]["storage"], rank, device="meta"))
         if checkpoint_files:
             check_factors(model, checkpoint_files)
         return model
 
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for module in model.modules():
+            if isinstance(module, EightBitLinear):
+                module.freeze()
+        return model
+
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        low_rank = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+        low_rank = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
         for name, module in low_rank.items():
-            if module.first.weight.device.type == "meta":
+            if any(parameter.device.type == "meta" for parameter in module.parameters()):
                 raise ValueError(f"{name} is offloaded; load the model without cpu or disk offload to dequantize it")
         for name, module in low_rank.items():
             model.set_submodule(name, to_dense(module))
@@ -71,7 +78,8 @@ class LowRankLoader(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        return True
+        modules = self.quantization_config.modules or {}  # type: ignore[attr-defined]
+        return all(entry["storage"] == "plain" for entry in modules.values())  # 8-bit factors cannot be trained
 
     @property
     def is_compileable(self) -> bool:

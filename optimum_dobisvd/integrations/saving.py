@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import os
@@ -18,7 +19,12 @@ from .loading import BUNDLED_ENTRY, forget_bundled_loader
 MODELING_FILE = "modeling_dobisvd.py"
 # In the order in which they need each other.
 _BUNDLED = (
+    "storage/eight_bit.py",
+    "kernels/triton_int8.py",
+    "kernels/int8_matmul.py",
+    "nn/compressed_linear.py",
     "nn/low_rank_linear.py",
+    "nn/eight_bit_linear.py",
     "nn/dense_linear.py",
     "integrations/checkpoint.py",
     "integrations/loading.py",
@@ -39,9 +45,12 @@ def modeling_source() -> str:
     root = Path(__file__).parent.parent
     parts = [_BUNDLE_HEAD]
     for name in _BUNDLED:
-        lines = (root / name).read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if not line.startswith(("from .", "from __future__"))]
-        parts.append("\n".join(kept) + "\n")
+        source = (root / name).read_text(encoding="utf-8")
+        lines = source.splitlines()
+        for statement in reversed(ast.parse(source).body):
+            if isinstance(statement, ast.ImportFrom) and (statement.level or statement.module == "__future__"):
+                del lines[statement.lineno - 1 : statement.end_lineno]
+        parts.append("\n".join(lines) + "\n")
     return "\n\n".join(parts)
 
 

@@ -47,7 +47,7 @@ class DobiSVDHfQuantizer(LowRankLoader):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
             attach(model, self._config)
-            return model
+            return super()._process_model_after_weight_loading(model, **kwargs)
         # On an error the model is never handed out, so nothing has to be kept for a way back.
         self._compressor.quantize_model(model, windows=self._windows, undo_on_error=False)
         return model

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..allocation.budget import Budget, Ladder, spend
-from ..allocation.plan import PlannedModule
+from ..allocation.plan import PlannedModule, planned_bytes
 from .mover import check_gradient, require_ranks
 from .settings import RankTraining
 
@@ -66,7 +66,7 @@ class AdamMover:
         self._cost = _vector(bytes_per_rank(ladder) for ladder in ladders.values())
         self._lowest = _vector(each.lowest_rank for each in ladders.values()) / self._largest
         dense = {name: start[name] for name, rank in ranks.items() if rank is None}
-        taken = sum(budget.ladders[name].target.dense_bytes for name in dense)
+        taken = sum(planned_bytes(budget.ladders[name].target, module) for name, module in dense.items())
         self._sliding = replace(
             budget, settled=budget.settled | dense, ladders=ladders, free_bytes=budget.free_bytes - taken
         )

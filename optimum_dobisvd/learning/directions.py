@@ -13,6 +13,7 @@ from ..allocation.budget import Budget
 from ..allocation.plan import PlannedModule
 from ..allocation.prices import allocate_by_worth
 from ..allocation.spectra import check_spectrum
+from ..storage.costs import DENSE_STORAGES
 from .mover import NoGradientError, check_gradient, require_ranks
 
 
@@ -175,8 +176,11 @@ class DirectionMover:
         found = {"borders": self._borders, "weights": self._weights, "curvature": self._curvature}
         found["idle"] = self._idle
         for name, prices in self._prices.items():
-            dense = self._planned[name].rank is None
-            kept = prices.new_full((len(prices),), -1) if dense else _kept(self._planned[name], len(prices))
+            planned = self._planned[name]
+            if planned.rank is None:
+                kept = prices.new_full((len(prices),), -1.0 - list(DENSE_STORAGES).index(planned.storage))
+            else:
+                kept = _kept(planned, len(prices))
             found[name] = torch.stack([self._sums[name], self._squares[name], kept])
         return found
 
@@ -186,7 +190,7 @@ class DirectionMover:
         for name, ladder in self._budget.ladders.items():
             self._sums[name], self._squares[name], kept = state[name]
             if float(kept[0]) < 0:
-                self._planned[name] = PlannedModule(None, "dense")
+                self._planned[name] = PlannedModule(None, list(DENSE_STORAGES)[-1 - int(kept[0])])
             else:
                 chosen = tuple(kept.nonzero().flatten().tolist())
                 self._planned[name] = PlannedModule(len(chosen), ladder.storage.name, chosen)

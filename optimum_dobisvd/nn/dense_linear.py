@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .compressed_linear import CompressedLinear
+from .eight_bit_linear import Int8Linear, Int8LowRankLinear, RemappedLinear
 from .low_rank_linear import LowRankLinear
 
 
@@ -25,10 +28,22 @@ def as_matrix(module: nn.Module, stored: Tensor) -> Tensor:
     return stored.T if type(module) is Conv1D else stored
 
 
-def empty_low_rank(module: Any, rank: int, device: str | None = None) -> LowRankLinear:
-    """A `LowRankLinear` of the same shape, bias and dtype as a dense linear, its weights not set."""
+def compressed_class(storage: str) -> type[CompressedLinear]:
+    """The module that computes from a storage. ValueError lists the known ones."""
+    for found in (LowRankLinear, RemappedLinear, Int8LowRankLinear, Int8Linear):
+        if found.storage == storage:
+            return found
+    known = "plain, remap, int8, dense_int8"
+    raise ValueError(f"storage {storage!r} is not known to this version, which reads {known}: upgrade optimum-dobisvd")
+
+
+def empty_compressed(
+    module: Any, storage: str, rank: int | None, device: torch.device | str | None = None
+) -> CompressedLinear:
+    """A compressed linear of the same shape, bias and dtype as a dense one, its tensors not set."""
     out_features, in_features = weight_matrix(module).shape
-    return LowRankLinear(
+    make: Any = compressed_class(storage)
+    return make(
         in_features,
         out_features,
         rank,
@@ -39,12 +54,12 @@ def empty_low_rank(module: Any, rank: int, device: str | None = None) -> LowRank
     )
 
 
-def to_dense(module: LowRankLinear) -> nn.Module:
-    """The dense layer of the same function: the product is formed in float32 and rounded once."""
-    weight = (module.second.weight.float() @ module.first.weight.float()).to(module.second.weight.dtype)
-    bias = module.second.bias
+def to_dense(module: CompressedLinear) -> nn.Module:
+    """The dense layer of the same function: the matrix is formed in float32 and rounded once."""
+    weight = module.dense_matrix().to(module.weight.dtype)
+    bias: Any = module.bias
     if module.conv1d:
-        dense: Any = Conv1D(module.out_features, module.in_features)
+        dense: Any = Conv1D(module.out_features, module.in_features)  # always with a bias
         dense.weight = nn.Parameter(weight.T.contiguous())
         dense.bias = nn.Parameter(bias.detach().clone())
         return dense

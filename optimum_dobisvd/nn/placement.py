@@ -1,7 +1,8 @@
-"""Weights under Accelerate: read them wherever they are, put factors where the weight was."""
+"""Weights under Accelerate: read them wherever they are, put compressed ones where the weight was."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,9 +12,8 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_modul
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from ..factorization.factors import Factors
-from .dense_linear import empty_low_rank, weight_matrix
-from .low_rank_linear import LowRankLinear
+from .compressed_linear import CompressedLinear
+from .dense_linear import empty_compressed, weight_matrix
 
 
 def dense_weight(module: Any) -> Tensor:
@@ -34,19 +34,28 @@ def dense_bias(module: Any) -> Tensor | None:
         return module.bias.detach().double()
 
 
-def replace_with_factors(model: nn.Module, name: str, factors: Factors) -> LowRankLinear:
-    """Put `LowRankLinear` in the place of the linear `name`, on its device, in its dtype, offloaded if it was."""
+def replace_with(
+    model: nn.Module, name: str, storage: str, rank: int | None, tensors: Mapping[str, Tensor]
+) -> CompressedLinear:
+    """Put a compressed linear in the place of the linear `name`, on its device, in its dtype, offloaded if it was.
+
+    Args:
+        model: where the linear is.
+        name: of the linear.
+        storage: of the tensors.
+        rank: None for a whole matrix.
+        tensors: what the storage packed.
+    """
     module: Any = model.get_submodule(name)
     hook = _align_hook(module)
     with align_module_device(module, execution_device="cpu") if hook is not None and hook.offload else nullcontext():
         device = module.weight.device
-        new = empty_low_rank(module, factors.first.shape[0], device="meta")
-        dtype = module.weight.dtype
-        new.weight = torch.empty(0, device=device, dtype=dtype)
-        _set(new.first, "weight", factors.first, module.weight)
-        _set(new.second, "weight", factors.second, module.weight)
+        new = empty_compressed(module, storage, rank, device="meta")
+        new.weight = torch.empty(0, device=device, dtype=module.weight.dtype)
+        for key, value in tensors.items():
+            _set(new, key, value, module.weight)
         if module.bias is not None:
-            _set(new.second, "bias", module.bias, module.bias)
+            _set(new, new.bias_key, module.bias, module.bias)
     new.train(module.training)
     if hook is not None:
         if hook.offload:
@@ -59,14 +68,20 @@ def replace_with_factors(model: nn.Module, name: str, factors: Factors) -> LowRa
     return new
 
 
-def _set(linear: nn.Linear, key: str, value: Tensor, like: Tensor) -> None:
-    """A parameter of its own memory, with the device, dtype and `requires_grad` of the one it stands for."""
-    data = value.detach().to(device=like.device, dtype=like.dtype, copy=True).contiguous()
-    if not bool(torch.isfinite(data).all()):
+def _set(module: nn.Module, key: str, value: Tensor, like: Tensor) -> None:
+    """A parameter of its own memory, on the device of the one it stands for.
+
+    One that the module trains gets that one's dtype and `requires_grad`, too.
+    """
+    path, _, last = key.rpartition(".")
+    owner = module.get_submodule(path)
+    spec = getattr(owner, last)
+    data = value.detach().to(device=like.device, dtype=spec.dtype, copy=True).contiguous()
+    if data.is_floating_point() and not bool(torch.isfinite(data).all()):
         raise ValueError(
-            f"a factor does not fit into {like.dtype}: its values overflow; load the model in bfloat16 or float32"
+            f"a factor does not fit into {data.dtype}: its values overflow; load the model in bfloat16 or float32"
         )
-    setattr(linear, key, nn.Parameter(data, requires_grad=like.requires_grad))
+    setattr(owner, last, nn.Parameter(data, requires_grad=spec.requires_grad and like.requires_grad))
 
 
 def _align_hook(module: nn.Module) -> AlignDevicesHook | None:

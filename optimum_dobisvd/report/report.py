@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from ..allocation.plan import PlannedModule, planned_bytes
 from ..allocation.target import Target
+from ..nn.compressed_linear import CompressedLinear
 from ..nn.dense_linear import is_dense_linear, weight_matrix
-from ..nn.low_rank_linear import LowRankLinear
+from ..nn.eight_bit_linear import EightBitLinear
 from ..storage.atomic import write_text_atomically
-from ..storage.costs import storage_named
 
 REPORT_NAME = "dobisvd_report.json"
 
@@ -24,7 +25,8 @@ REPORT_NAME = "dobisvd_report.json"
 class ModuleReport:
     """One target matrix: its shape, what became of it, and `||(W-W')X|| / ||WX||` over the calibration tokens.
 
-    `rank` is None where it was left dense; `error` is None where there were no statistics to measure it with.
+    `rank` is None where it was left whole (as it is in storage `dense`); `error` is None where there were no
+    statistics to measure it with.
     """
 
     name: str
@@ -41,10 +43,20 @@ class ModuleReport:
         """Last component of the name, e.g. `q_proj`."""
         return self.name.rsplit(".", 1)[-1]
 
+    @property
+    def macs(self) -> int:
+        """Multiply-adds per token."""
+        if self.rank is None:
+            return self.out_features * self.in_features
+        return self.rank * (self.out_features + self.in_features)
+
 
 @dataclass
 class CompressionReport:
     """All that was measured while compressing. `*_macs`: multiply-adds per token of all linears, `lm_head` too.
+
+    `*_model_bytes` are those of the checkpoint, `*_memory_bytes` those that the model's tensors were
+    seen to take in memory, None where no model was loaded.
 
     `predicted_increase` is what the price list of `kfac` says the loss gains, in nats per token of the calibration
     text, where ranks were priced with it.
@@ -61,6 +73,8 @@ class CompressionReport:
     compressed_macs: int
     dense_model_bytes: int
     compressed_model_bytes: int
+    dense_memory_bytes: int | None
+    compressed_memory_bytes: int | None
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -83,6 +97,8 @@ class CompressionReport:
             "model_bytes": self.compressed_model_bytes / self.dense_model_bytes,
             "macs_per_token": self.compressed_macs / self.dense_macs,
         }
+        if self.dense_memory_bytes and self.compressed_memory_bytes is not None:
+            ratios["memory_bytes"] = self.compressed_memory_bytes / self.dense_memory_bytes
         return {**asdict(self), "ratios": {key: round(value, 6) for key, value in ratios.items()}}
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -108,20 +124,25 @@ class CompressionReport:
             raise ValueError(f"{path} is damaged ({error}); compress again to write it anew") from error
 
 
-def module_report(target: Target, rank: int | None, storage: str, error: float | None) -> ModuleReport:
+def module_report(target: Target, module: PlannedModule, error: float | None) -> ModuleReport:
     """The report row of one target; bytes follow from the storage."""
-    if rank is None:
-        stored = target.dense_bytes
-    else:
-        stored = storage_named(storage).bytes_at(target.out_features, target.in_features, rank, target.element_size)
     return ModuleReport(
-        target.name, target.out_features, target.in_features, rank, storage, stored, target.dense_bytes, error
+        target.name,
+        target.out_features,
+        target.in_features,
+        module.rank,
+        module.storage,
+        planned_bytes(target, module),
+        target.dense_bytes,
+        error,
     )
 
 
 def macs_per_token(model: nn.Module) -> int:
-    """Multiply-adds of all linears for one token; a module inside a `LowRankLinear` counts as its factors do."""
-    return sum(weight_matrix(module).numel() for module in model.modules() if is_dense_linear(module))
+    """Multiply-adds of all linears for one token; the two inside a `LowRankLinear` count, and not itself."""
+    dense = sum(weight_matrix(module).numel() for module in model.modules() if is_dense_linear(module))
+    eight_bit = (module for module in model.modules() if isinstance(module, EightBitLinear))
+    return dense + sum(module.macs for module in eight_bit)
 
 
 def model_bytes(parameters: Iterable[nn.Parameter]) -> int:
@@ -129,6 +150,13 @@ def model_bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
-def is_low_rank(model: nn.Module) -> bool:
-    """Whether any linear of the model has been factorised."""
-    return any(isinstance(module, LowRankLinear) for module in model.modules())
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes of memory that the model's parameters and buffers hold, shared memory once; offloaded ones hold none."""
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type != "meta"]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def is_compressed(model: nn.Module) -> bool:
+    """Whether any linear of the model has been replaced."""
+    return any(isinstance(module, CompressedLinear) for module in model.modules())

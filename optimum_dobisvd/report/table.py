@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..storage.costs import DENSE
 from .grid import grid_of
 from .report import CompressionReport, ModuleReport
 
@@ -22,6 +24,9 @@ def print_report(report: CompressionReport, console: Console, *, modules: bool =
         console.print(table)
         console.print()
     console.print(coverage_line(report))
+    slower = slower_line(report)
+    if slower:
+        console.print(slower)
 
 
 def summary_table(report: CompressionReport) -> Table:
@@ -40,6 +45,13 @@ def summary_table(report: CompressionReport) -> Table:
         bytes_text(report.compressed_model_bytes),
         ratio_text(report.compressed_model_bytes, report.dense_model_bytes),
     )
+    if report.dense_memory_bytes and report.compressed_memory_bytes is not None:
+        table.add_row(
+            "in memory after loading",
+            bytes_text(report.dense_memory_bytes),
+            bytes_text(report.compressed_memory_bytes),
+            ratio_text(report.compressed_memory_bytes, report.dense_memory_bytes),
+        )
     table.add_row(
         "FLOPs per token",
         count_text(2 * report.dense_macs),
@@ -71,16 +83,17 @@ def stage_table(report: CompressionReport) -> Table:
 def kind_table(report: CompressionReport) -> Table:
     """One line per type of matrix."""
     grid = grid_of(report.modules)
-    headings = ("type", "matrices", "left dense", "shape", "ranks", "bytes", "kept", "mean error", "worst error")
+    headings = ("type", "matrices", "left whole", "shape", "ranks", "bytes", "kept", "mean error", "worst error")
     table = plain_table("by type of matrix", headings)
     for kind in grid.types:
         found = grid.of_type(kind)
         ranks = [module.rank for module in found if module.rank is not None]
-        errors = [module.error for module in found if module.error is not None and module.rank is not None]
+        whole = Counter(module.storage for module in found if module.rank is None)
+        errors = [module.error for module in found if module.error is not None and module.storage != DENSE]
         table.add_row(
             kind,
             str(len(found)),
-            str(len(found) - len(ranks)) if len(found) > len(ranks) else "",
+            ", ".join(f"{count}" if name == DENSE else f"{count} int8" for name, count in whole.items()),
             _joined(f"{module.out_features}×{module.in_features}" for module in found),
             _range_text(ranks),
             bytes_text(sum(module.bytes for module in found)),
@@ -114,6 +127,19 @@ def coverage_line(report: CompressionReport) -> str:
     return f"targets are {report.coverage:.1%} of the weights in the blocks; not among them: {report.left_dense}"
 
 
+def slower_line(report: CompressionReport) -> str:
+    """What matrices take more arithmetic than dense, as 8-bit factors of a high rank do; empty where none does."""
+    dearer = [module for module in report.modules if module.macs > module.out_features * module.in_features]
+    if not dearer:
+        return ""
+    dense = sum(module.out_features * module.in_features for module in dearer)
+    ratio = sum(module.macs for module in dearer) / dense
+    return (
+        f"{len(dearer)} of {len(report.modules)} matrices take more arithmetic as factors than dense ({ratio:.2f} "
+        "times): they save memory, and time only where reading weights is what takes it (few tokens at once)"
+    )
+
+
 def bytes_text(count: float) -> str:
     """Bytes for people, in powers of 1000: `1.23 GB`."""
     return _scaled(count, ("B", "kB", "MB", "GB", "TB"))
@@ -133,8 +159,8 @@ def _module_cells(module: ModuleReport) -> tuple[str, ...]:
     return (
         module.name,
         f"{module.out_features}×{module.in_features}",
-        "dense" if module.rank is None else str(module.rank),
-        "" if module.rank is None else module.storage,
+        "" if module.rank is None else str(module.rank),
+        module.storage,
         bytes_text(module.bytes),
         ratio_text(module.bytes, module.dense_bytes),
         "" if module.error is None else f"{module.error:.2%}",

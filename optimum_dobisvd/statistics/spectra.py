@@ -111,6 +111,21 @@ def decompositions(
             yield name, found, inputs.gram(name)
 
 
+def input_grams(
+    layout: Layout,
+    row: Factorization,
+    store: StatisticsStore | None,
+    device: torch.device | None,
+    wanted: Container[str],
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Every wanted linear's name and input Gram (None without statistics), block by block."""
+    for block in layout.blocks:
+        names = [name for name in layout.linears_of(block) if name in wanted]
+        if names:
+            inputs = PreparedInputs(row, store, block, device)
+            yield from ((name, inputs.gram(name)) for name in names)
+
+
 def compute_spectra(
     layout: Layout, row: Factorization, store: StatisticsStore | None, device: torch.device | None
 ) -> Mapping[str, Tensor]:

@@ -1,11 +1,12 @@
-"""What a low-rank matrix weighs on disk, per storage: the cost curve that rank allocation spends a byte budget on."""
+"""What a matrix weighs on disk, per storage: the cost curve that rank allocation spends a byte budget on."""
 
-import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 
 DENSE = "dense"
-"""The storage name a plan writes for a matrix that is not factorised. It has no rank, so it is not in `STORAGES`."""
+"""The storage name a plan writes for a matrix that is left as it is."""
+DENSE_INT8 = "dense_int8"
+"""And for one that is left whole, in 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -14,39 +15,61 @@ class Storage:
 
     Attributes:
         name: what plans and configs call it.
-        bytes_at: `(m, n, k, element_size) -> bytes` of both factors on disk, scales included. `m` is out_features, `n`
-            is in_features, `element_size` is the bytes of one element of the dense weight. Must not fall as k grows.
-        largest_useful_rank: `(m, n) -> k`, the rank above which the dense matrix is not larger.
+        bytes_per_rank: `(m, n, element_size) -> bytes` of one rank of both factors on disk, scales included. `m` is
+            out_features, `n` is in_features, `element_size` is the bytes of one element of the dense weight.
+        rank_multiple: what ranks are multiples of unless the user says otherwise: what its kernels take without
+            copying.
+        dense_storage: what a matrix that is not factorised is stored as, unless the user says otherwise.
     """
 
     name: str
-    bytes_at: Callable[[int, int, int, int], int]
-    largest_useful_rank: Callable[[int, int], int]
+    bytes_per_rank: Callable[[int, int, int], int]
+    rank_multiple: int = 1
+    dense_storage: str = DENSE
 
-    def largest_smaller_rank(self, out_features: int, in_features: int, element_size: int) -> int:
-        """The largest rank whose factors are strictly smaller than the dense matrix, 0 where there is none.
+    def bytes_at(self, out_features: int, in_features: int, rank: int, element_size: int) -> int:
+        """Bytes of both factors on disk, scales included."""
+        return rank * self.bytes_per_rank(out_features, in_features, element_size)
 
-        `largest_useful_rank` knows neither the element size nor the bytes of scales; this counts both.
+    def largest_rank_below(self, size: int, out_features: int, in_features: int, element_size: int) -> int:
+        """The largest rank whose factors take less than `size` bytes (those of the dense matrix: the break-even rank).
+
+        0 where there is none.
         """
-        dense = out_features * in_features * element_size
-        ceiling = min(self.largest_useful_rank(out_features, in_features), out_features, in_features)
+        each = self.bytes_per_rank(out_features, in_features, element_size)
+        return min((size - 1) // each, out_features, in_features)
 
-        def size(rank: int) -> int:
-            return self.bytes_at(out_features, in_features, rank, element_size)
 
-        return bisect.bisect_left(range(1, ceiling + 1), dense, key=size)
+@dataclass(frozen=True)
+class DenseStorage:
+    """How a whole matrix is stored.
+
+    Attributes:
+        name: what plans and configs call it.
+        bytes_of: `(m, n, element_size) -> bytes` on disk, scales included.
+        lost_share: the share of a matrix's energy that rounding it takes, for allocators that weigh it against ranks.
+    """
+
+    name: str
+    bytes_of: Callable[[int, int, int], int]
+    lost_share: float
 
 
 STORAGES: dict[str, Storage] = {}
+DENSE_STORAGES = {
+    DENSE: DenseStorage(DENSE, lambda m, n, element_size: m * n * element_size, lost_share=0.0),
+    # Uniform rounding of rows whose largest value is about four times their root mean square: (4 / 127)^2 / 12.
+    DENSE_INT8: DenseStorage(DENSE_INT8, lambda m, n, element_size: m * n + m * element_size, lost_share=8e-5),
+}
 
 
 def register_storage(storage: Storage) -> None:
     """Adds a storage to `STORAGES`.
 
     Raises:
-        ValueError: the name is taken, empty, or "dense" (which plans write for a matrix without factors).
+        ValueError: the name is taken, empty, or that of a dense storage.
     """
-    if not storage.name or storage.name == DENSE:
+    if not storage.name or storage.name in DENSE_STORAGES:
         raise ValueError(f"a storage cannot be called {storage.name!r}; choose another name")
     if storage.name in STORAGES:
         raise ValueError(f"storage {storage.name!r} is already registered; choose another name")
@@ -65,13 +88,39 @@ def storage_named(name: str) -> Storage:
     return STORAGES[name]
 
 
-def _plain_bytes(out_features: int, in_features: int, rank: int, element_size: int) -> int:
-    return rank * (out_features + in_features) * element_size
+def dense_storage_named(name: str) -> DenseStorage:
+    """The storage of whole matrices of that name.
+
+    Raises:
+        ValueError: there is none; the message lists the names there are.
+    """
+    if not isinstance(name, str) or name not in DENSE_STORAGES:
+        raise ValueError(f"unknown dense storage {name!r}; known: {', '.join(DENSE_STORAGES)}")
+    return DENSE_STORAGES[name]
 
 
-def _plain_largest_useful_rank(out_features: int, in_features: int) -> int:
-    # Where k(m+n) == mn the dense matrix is as small and exact, hence the −1.
-    return (out_features * in_features - 1) // (out_features + in_features)
+def dense_levels(name: str, out_features: int, in_features: int, element_size: int) -> tuple[DenseStorage, ...]:
+    """The whole forms a matrix can take, smallest first: the named one, and the matrix as it is if that is larger."""
+    form = dense_storage_named(name)
+    plain = DENSE_STORAGES[DENSE]
+    shape = (out_features, in_features, element_size)
+    return (form, plain) if form.bytes_of(*shape) < plain.bytes_of(*shape) else (plain,)
 
 
-register_storage(Storage("plain", _plain_bytes, _plain_largest_useful_rank))
+def _plain_bytes(out_features: int, in_features: int, element_size: int) -> int:
+    return (out_features + in_features) * element_size
+
+
+def _int8_bytes(out_features: int, in_features: int, element_size: int) -> int:
+    return out_features + in_features + element_size  # and a scale
+
+
+def _remap_bytes(out_features: int, in_features: int, element_size: int) -> int:
+    small, large = sorted((out_features, in_features))
+    return 2 * small + element_size * (large - small + 1)  # and a scale
+
+
+register_storage(Storage("plain", _plain_bytes))
+# 16: what PyTorch's CPU kernel and the GPU's matrix units take without padding.
+register_storage(Storage("remap", _remap_bytes, rank_multiple=16))
+register_storage(Storage("int8", _int8_bytes, rank_multiple=16, dense_storage=DENSE_INT8))

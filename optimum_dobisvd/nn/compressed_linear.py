@@ -1,0 +1,60 @@
+"""What all compressed forms of a linear have in common.
+
+Bundled with every checkpoint (see `integrations.saving`): nothing but torch.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class CompressedLinear(nn.Module):
+    """A linear stored in another form, named `storage` in plans and config.json.
+
+    `conv1d` remembers that the dense layer was transformers' `Conv1D` (GPT-2), whose weight is stored transposed, so
+    that the dense form can be put back as it was.
+
+    `weight` is empty, and is saved under the dense weight's old name. A reader that does not know the format would
+    build the dense model, find no weights, and fill them at random with a warning; with it, it finds a weight of the
+    wrong size and stops. Modelling code can still ask it for dtype and device.
+    """
+
+    storage: ClassVar[str]
+    bias_key: ClassVar[str] = "bias"
+    """The name of the bias among the parameters."""
+    weight: Tensor
+    rank: int | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int | None,
+        conv1d: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.conv1d = conv1d
+        self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds per token."""
+        if self.rank is None:
+            return self.in_features * self.out_features
+        return self.rank * (self.in_features + self.out_features)
+
+    def dense_matrix(self) -> Tensor:
+        """The `m x n` matrix this stands for, in float32."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        rank = "" if self.rank is None else f", rank={self.rank}"
+        return f"in_features={self.in_features}, out_features={self.out_features}{rank}, storage={self.storage}"
