@@ -1,18 +1,15 @@
 """Targets, spectra and options that the allocation tests share."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from unittest.mock import patch
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from optimum_dobisvd.allocation import Override, PlannedModule, Target
-from optimum_dobisvd.storage import STORAGES, Storage
 
 SMOLLM2_SHAPES = {
     "self_attn.q_proj": (576, 576),
@@ -24,14 +21,14 @@ SMOLLM2_SHAPES = {
     "mlp.down_proj": (576, 1536),
 }
 
-# A stand-in for the 8-bit forms: a longer ladder, ties between neighbouring ranks, scales, and a wide gap to dense.
-PACKED = Storage("packed", lambda m, n, k, size: -(-k // 2) * (m + n) + 4 * k, min)
-
-
-@contextmanager
-def packed_storage() -> Iterator[None]:
-    with patch.dict(STORAGES, {PACKED.name: PACKED}):
-        yield
+# Bytes of every form, written down again here: (m, n, rank, bytes of an element).
+SIZES: dict[str, Callable[[int, int, int, int], int]] = {
+    "plain": lambda m, n, k, size: k * (m + n) * size,
+    "remap": lambda m, n, k, size: k * (2 * min(m, n) + (max(m, n) - min(m, n)) * size + size),
+    "int8": lambda m, n, k, size: k * (m + n + size),
+    "dense": lambda m, n, _, size: m * n * size,
+    "dense_int8": lambda m, n, _, size: m * n + m * size,
+}
 
 
 def smollm2_targets() -> list[Target]:
@@ -72,11 +69,13 @@ class Case:
     overrides: dict[str, Override]
     rank_multiple: int
     min_rank: int
+    dense_storage: str = "dense"
 
     @property
     def options(self) -> dict:
         return {
             "storage": self.storage,
+            "dense_storage": self.dense_storage,
             "overrides": self.overrides,
             "rank_multiple": self.rank_multiple,
             "min_rank": self.min_rank,
@@ -90,40 +89,44 @@ class Case:
     def free(self) -> list[Target]:
         return [target for target in self.targets if target.name not in self.overrides]
 
-    def size(self, target: Target, rank: int | None) -> int:
-        if rank is None:
-            return target.dense_bytes
-        return STORAGES[self.storage].bytes_at(target.out_features, target.in_features, rank, target.element_size)
+    def size(self, target: Target, form: PlannedModule) -> int:
+        rank = form.rank or 0
+        return SIZES[form.storage](target.out_features, target.in_features, rank, target.element_size)
 
-    def choices(self, target: Target) -> list[int | None]:
-        """Every allowed rank in ascending order, then None for dense."""
+    def choices(self, target: Target) -> list[PlannedModule]:
+        """Every allowed form in ascending order of bytes: ranks, then the whole matrix."""
+        whole = [PlannedModule(None, name) for name in dict.fromkeys((self.dense_storage, "dense"))]
+        whole = [form for form in whole if self.size(target, form) < target.dense_bytes or form.is_dense]
         ranks = range(self.rank_multiple, min(target.out_features, target.in_features) + 1, self.rank_multiple)
-        return [k for k in ranks if k >= self.min_rank and self.size(target, k) < target.dense_bytes] + [None]
+        factored = [PlannedModule(k, self.storage) for k in ranks if k >= self.min_rank]
+        return [form for form in factored if self.size(target, form) < self.size(target, whole[0])] + whole
 
-    def overridden_rank(self, target: Target) -> int | None:
+    def overridden(self, target: Target) -> PlannedModule:
         """What the target's override has to give; UnreachableOverride where its ratio is below every choice."""
         override = self.overrides[target.name]
+        if override.dense:
+            return PlannedModule(None, "dense")
         if override.ratio is None:
-            return override.rank
+            return PlannedModule(override.rank, self.storage)
         within = Fraction(str(override.ratio)) * target.dense_bytes
-        fitting = [rank for rank in self.choices(target) if self.size(target, rank) <= within]
+        fitting = [form for form in self.choices(target) if self.size(target, form) <= within]
         if not fitting:
             raise UnreachableOverride(target.name)
         return fitting[-1]
 
     def smallest_total(self) -> int:
-        ranks = {target.name: self.choices(target)[0] for target in self.free}
-        ranks |= {t.name: self.overridden_rank(t) for t in self.targets if t.name in self.overrides}
-        return sum(self.size(target, ranks[target.name]) for target in self.targets)
+        forms = {target.name: self.choices(target)[0] for target in self.free}
+        forms |= {t.name: self.overridden(t) for t in self.targets if t.name in self.overrides}
+        return self.total(forms)
 
     def total(self, planned: dict[str, PlannedModule]) -> int:
-        return sum(self.size(target, planned[target.name].rank) for target in self.targets)
+        return sum(self.size(target, planned[target.name]) for target in self.targets)
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """Any case; with such small matrices and so many options the budget of most is out of reach."""
-    storage = draw(st.sampled_from(["plain", PACKED.name]))
+    storage = draw(st.sampled_from(["plain", "remap", "int8"]))
     sizes = st.integers(1, 70)
     shapes = draw(st.lists(st.tuples(sizes, sizes, st.sampled_from([1, 2, 4])), min_size=1, max_size=8))
     kinds = st.sampled_from(["q_proj", "k_proj", "up_proj"])
@@ -131,14 +134,16 @@ def cases(draw: st.DrawFn) -> Case:
     ratios = st.integers(1, 1000).map(lambda thousandths: thousandths / 1000)
     overrides = {}
     for target in targets:
-        largest = STORAGES[storage].largest_smaller_rank(target.out_features, target.in_features, target.element_size)
+        m, n, size = target.out_features, target.in_features, target.element_size
+        largest = max((k for k in range(1, min(m, n) + 1) if SIZES[storage](m, n, k, size) < m * n * size), default=0)
         options = [st.none()] * 4 + [st.builds(Override, ratio=ratios), st.just(Override(dense=True))]
         if largest:
             options.append(st.builds(Override, rank=st.integers(1, largest)))
         override = draw(st.one_of(options))
         if override is not None:
             overrides[target.name] = override
-    return Case(targets, draw(ratios), storage, overrides, draw(st.integers(1, 12)), draw(st.integers(1, 9)))
+    whole = draw(st.sampled_from(["dense", "dense_int8"]))
+    return Case(targets, draw(ratios), storage, overrides, draw(st.integers(1, 12)), draw(st.integers(1, 9)), whole)
 
 
 @st.composite
@@ -148,7 +153,7 @@ def reachable_cases(draw: st.DrawFn) -> Case:
     for target in case.targets:
         try:
             if target.name in case.overrides:
-                case.overridden_rank(target)
+                case.overridden(target)
         except UnreachableOverride:
             case.overrides[target.name] = Override(dense=True)
     lowest = math.ceil(Fraction(case.smallest_total(), dense_sum(case.targets)) * 1000)

@@ -1,7 +1,6 @@
 """What holds for every allocator: the byte budget, to the last step, whatever the shapes, ratio and overrides."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from unittest.mock import patch
@@ -15,7 +14,6 @@ from integration_tests.allocation.samples import (
     UnreachableOverride,
     cases,
     dense_sum,
-    packed_storage,
     random_spectra,
     reachable_cases,
     smollm2_targets,
@@ -26,12 +24,7 @@ from optimum_dobisvd.storage import STORAGES, Storage
 
 DENSE = PlannedModule(None, "dense")
 both_allocators = pytest.mark.parametrize("allocation", ["uniform", "svd_llm_v2"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _packed_storage() -> Iterator[None]:
-    with packed_storage():
-        yield
+all_allocators = pytest.mark.parametrize("allocation", ["uniform", "svd_llm_v2", "global"])
 
 
 def allocate(allocation: str, case: Case) -> dict[str, PlannedModule]:
@@ -39,7 +32,7 @@ def allocate(allocation: str, case: Case) -> dict[str, PlannedModule]:
     return ALLOCATIONS[allocation].function(open_budget(case.targets, case.ratio, **case.options), spectra)
 
 
-@both_allocators
+@all_allocators
 @given(case=reachable_cases())
 @settings(max_examples=150, deadline=None)
 def test_budget_is_used_to_the_last_step_and_overrides_are_exact(allocation: str, case: Case) -> None:
@@ -49,15 +42,14 @@ def test_budget_is_used_to_the_last_step_and_overrides_are_exact(allocation: str
     assert room >= 0
     for target in case.targets:
         module = planned[target.name]
-        assert module.storage == ("dense" if module.rank is None else case.storage)
         if target.name in case.overrides:
-            assert module.rank == case.overridden_rank(target)
+            assert module == case.overridden(target)
             continue
         choices = case.choices(target)
-        assert module.rank in choices
-        if module.rank is not None:
-            above = choices[choices.index(module.rank) + 1]
-            assert case.size(target, above) - case.size(target, module.rank) > room, "a further step fits"
+        assert module in choices
+        if module != choices[-1]:
+            above = choices[choices.index(module) + 1]
+            assert case.size(target, above) - case.size(target, module) > room, "a further step fits"
 
 
 @both_allocators
@@ -162,12 +154,12 @@ def test_byte_budget_reads_the_ratio_as_a_decimal(ratio: float, dense_bytes: int
 def test_large_models_need_few_evaluations_of_the_cost_curve() -> None:
     calls = 0
 
-    def count(m: int, n: int, k: int, size: int) -> int:
+    def count(m: int, n: int, size: int) -> int:
         nonlocal calls
         calls += 1
-        return STORAGES["plain"].bytes_at(m, n, k, size)
+        return STORAGES["plain"].bytes_per_rank(m, n, size)
 
-    counted = Storage("counted", count, STORAGES["plain"].largest_useful_rank)
+    counted = Storage("counted", count)
     targets = [Target(f"layers.{i}.up_proj", 28672 - i, 8192, 2) for i in range(1500)]
     with patch.dict(STORAGES, {"counted": counted}):
         uniform(open_budget(targets, 0.6, storage="counted"))

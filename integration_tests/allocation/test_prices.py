@@ -29,7 +29,7 @@ def best_by_trying_all(budget: Budget, spectra: dict[str, Tensor]) -> float:
     tails = [level_tails(ladder, spectra[ladder.target.name].double().square()) for ladder in ladders]
     return min(
         sum(tail[level] for tail, level in zip(tails, levels, strict=True))
-        for levels in product(*(range(ladder.dense_level + 1) for ladder in ladders))
+        for levels in product(*(range(ladder.top_level + 1) for ladder in ladders))
         if sum(ladder.bytes_at(level) for ladder, level in zip(ladders, levels, strict=True)) <= budget.free_bytes
     )
 
@@ -39,7 +39,7 @@ def edges_of(budget: Budget, spectra: dict[str, Tensor]) -> list[tuple[float, fl
     edges = []
     for name, ladder in budget.ladders.items():
         tails = level_tails(ladder, spectra[name].double().square())
-        level, last = 0, ladder.dense_level
+        level, last = 0, ladder.top_level
         while level < last:
             # The steepest way on; of equal ones the longest.
             reachable = [

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from integration_tests.allocation.samples import SIZES
 from optimum_dobisvd.allocation import (
     ALLOCATIONS,
     Allocation,
@@ -16,6 +17,7 @@ from optimum_dobisvd.allocation import (
     uniform,
 )
 from optimum_dobisvd.storage import STORAGES, Storage, register_storage, storage_named
+from optimum_dobisvd.storage.costs import dense_levels
 
 
 @pytest.fixture(autouse=True)
@@ -25,32 +27,41 @@ def _tables_as_before() -> Iterator[None]:
 
 
 @given(m=st.integers(1, 300), n=st.integers(1, 300), size=st.sampled_from([1, 2, 4]))
-def test_plain_is_smaller_than_dense_up_to_its_largest_useful_rank(m: int, n: int, size: int) -> None:
-    plain = storage_named("plain")
-    largest = plain.largest_useful_rank(m, n)
-    assert plain.bytes_at(m, n, largest, size) < m * n * size <= plain.bytes_at(m, n, largest + 1, size)
-    assert plain.largest_smaller_rank(m, n, size) == largest
+def test_every_storage_breaks_even_where_its_next_rank_is_not_smaller_than_dense(m: int, n: int, size: int) -> None:
+    for name in ("plain", "remap", "int8"):
+        storage = storage_named(name)
+        largest = storage.largest_rank_below(m * n * size, m, n, size)
+        assert 0 <= largest <= min(m, n)
+        assert largest == 0 or SIZES[name](m, n, largest, size) < m * n * size
+        assert largest == min(m, n) or SIZES[name](m, n, largest + 1, size) >= m * n * size
 
 
-def test_scales_count_when_a_storage_claims_every_rank() -> None:
-    halved = Storage("halved", lambda m, n, k, size: k * (m + n) * size // 2 + 4 * k, min)
-    assert halved.largest_smaller_rank(64, 64, 2) == 62, "63 ranks of 132 bytes exceed the 8192 of the dense matrix"
-    assert halved.largest_smaller_rank(16, 64, 2) == 16
-    assert halved.largest_smaller_rank(1, 1, 1) == 0
+def test_break_even_ranks_of_a_square_matrix_in_16_bits() -> None:
+    found = {name: storage_named(name).largest_rank_below(2 * 64 * 64, 64, 64, 2) for name in STORAGES}
+    # 128 pairs of bytes a rank; 64 slots and a scale; 128 bytes and a scale.
+    assert found == {"plain": 31, "remap": 63, "int8": 63}
+
+
+def test_dense_int8_comes_before_dense_where_it_is_smaller() -> None:
+    assert [form.name for form in dense_levels("dense_int8", 64, 64, 2)] == ["dense_int8", "dense"]
+    assert [form.name for form in dense_levels("dense", 64, 64, 2)] == ["dense"]
+    assert [form.name for form in dense_levels("dense_int8", 64, 1, 2)] == ["dense"], "64 bytes and 128 of scales"
+    with pytest.raises(ValueError, match="unknown dense storage 'int8'; known: dense, dense_int8"):
+        dense_levels("int8", 64, 64, 2)
 
 
 def test_storages_are_registered_once() -> None:
-    storage = Storage("mine", lambda m, n, k, size: k, min)
+    storage = Storage("mine", lambda m, n, size: size)
     register_storage(storage)
     assert storage_named("mine") is storage
     with pytest.raises(ValueError, match="'mine' is already registered; choose another name"):
         register_storage(storage)
 
 
-@pytest.mark.parametrize("name", ["dense", ""])
+@pytest.mark.parametrize("name", ["dense", "dense_int8", ""])
 def test_storages_cannot_take_a_reserved_name(name: str) -> None:
     with pytest.raises(ValueError, match="cannot be called"):
-        register_storage(Storage(name, lambda m, n, k, size: k, min))
+        register_storage(Storage(name, lambda m, n, size: size))
 
 
 def test_unknown_names_list_the_known_ones() -> None:

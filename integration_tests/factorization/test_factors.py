@@ -66,7 +66,7 @@ def test_a_rank_below_one_is_refused(rank: int) -> None:
 def test_output_error_is_what_the_inputs_say(kind: str) -> None:
     case = make_case(kind, 7, 9, 30, seed=9)
     factors = Factors(torch.rand(7, 2).double(), torch.rand(2, 9).double())
-    lost, total = output_error(case.weight, factors, case.gram)
+    lost, total = output_error(case.weight, factors.product(), case.gram)
     assert lost == pytest.approx(case.loss(factors.product()), rel=1e-7)
     assert total == pytest.approx(case.dense_output(), rel=1e-7)
 
@@ -75,8 +75,8 @@ def test_output_error_sees_the_rounding_of_what_is_stored() -> None:
     case = make_case("full", 7, 9, 30, seed=10)
     exact = factorization_named("svd").decompose(case.weight, None).truncate(7).balanced()
     rounded = Factors(exact.second.bfloat16(), exact.first.bfloat16())
-    assert output_error(case.weight, exact, case.gram)[0] < 1e-9
-    lost, total = output_error(case.weight, rounded, case.gram)
+    assert output_error(case.weight, exact.product(), case.gram)[0] < 1e-9
+    lost, total = output_error(case.weight, rounded.product(), case.gram)
     assert 1e-4 < lost / total < 1e-1
 
 

@@ -15,7 +15,7 @@ from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
 from optimum_dobisvd.calibration.layout import find_layout
 from optimum_dobisvd.learning.curve import TrainingCurve
 from optimum_dobisvd.learning.training import RankLearner
-from optimum_dobisvd.report.report import is_low_rank
+from optimum_dobisvd.report.report import is_compressed
 
 WINDOWS = tokens(14, 32)
 TRAINING = {"steps": 4, "evaluate_every": 2, "held_out": 2}
@@ -45,7 +45,7 @@ def test_every_architecture_learns_ranks_within_the_budget(model_type: str, sett
     assert min(found.loss for found in curve.evaluations) == next(
         found.loss for found in curve.evaluations if found.step == curve.best
     )
-    assert is_low_rank(model)
+    assert is_compressed(model)
     with torch.no_grad():
         assert bool(torch.isfinite(model(WINDOWS[:1]).logits).all())
 
@@ -157,7 +157,7 @@ def test_directions_of_other_statistics_are_refused_before_any_work(tmp_path: Pa
         quantizer = DobiSVDQuantizer(**{"plan": plan, "dataset": WINDOWS, "statistics": str(tmp_path), **changed})
         with pytest.raises(ValueError, match=r"names directions .* found on other weights, calibration text or grad"):
             quantizer.quantize_model(model)
-    assert not is_low_rank(model)
+    assert not is_compressed(model)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -188,7 +188,7 @@ def test_too_few_windows_say_so_before_any_work() -> None:
     model = tiny("llama")
     with pytest.raises(ValueError, match=r"there are 2 windows of calibration text, and 2 of them are held out"):
         learned(model, dataset=WINDOWS[:2])
-    assert not is_low_rank(model)
+    assert not is_compressed(model)
 
 
 def test_too_little_text_says_what_is_held_out(tiny_tokenizer: Any) -> None:

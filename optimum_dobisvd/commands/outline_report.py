@@ -41,6 +41,4 @@ def outline_report(
         compressed_macs=dense_macs - saved_macs,
         dense_model_bytes=dense_model_bytes,
         compressed_model_bytes=dense_model_bytes - sum(row.dense_bytes - row.bytes for row in rows),
-        dense_memory_bytes=None,
-        compressed_memory_bytes=None,
     )

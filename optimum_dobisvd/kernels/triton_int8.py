@@ -58,6 +58,7 @@ def triton_int8_matmul(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tenso
         BLOCK_ROWS=block_rows,
         BLOCK_OUTER=block_outer,
         BLOCK_INNER=block_inner,
+        FLOAT32=os.environ.get("TRITON_INTERPRET") == "1",  # which takes the bits of bfloat16 for integers
     )
     found = sums[0] if splits == 1 else sums.sum(0)
     factors = 1 / _UNIT if scale is None else scale.float() / _UNIT
@@ -86,6 +87,7 @@ def _compiled() -> tuple[Any, Any]:
         BLOCK_ROWS: tl.constexpr,
         BLOCK_OUTER: tl.constexpr,
         BLOCK_INNER: tl.constexpr,
+        FLOAT32: tl.constexpr,
     ):
         at_outer = tl.program_id(0) * BLOCK_OUTER + tl.arange(0, BLOCK_OUTER)
         at_rows = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -103,8 +105,11 @@ def _compiled() -> tuple[Any, Any]:
                 mask=(at_outer[:, None] < outer) & (at_inner[None, :] < inner),
                 other=0,
             )
+            factors = tl.trans(bytes_.to(tl.float32))
+            if FLOAT32:
+                values = values.to(tl.float32)
             # ieee: of the input precisions only this one keeps float32 activations whole.
-            found += tl.dot(values, tl.trans(bytes_.to(values.dtype)), input_precision="ieee")
+            found += tl.dot(values, factors.to(values.dtype), input_precision="ieee")
         tl.store(
             sums + (split * rows + at_rows[:, None]).to(tl.int64) * outer + at_outer[None, :],
             found,

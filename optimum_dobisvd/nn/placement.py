@@ -7,8 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from accelerate import cpu_offload
-from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
+from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module, attach_align_device_hook
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
@@ -59,7 +58,8 @@ def replace_with(
     new.train(module.training)
     if hook is not None:
         if hook.offload:
-            cpu_offload(new, execution_device=hook.execution_device)
+            values = {key: value.to("cpu") for key, value in new.state_dict().items()}
+            attach_align_device_hook(new, execution_device=hook.execution_device, offload=True, weights_map=values)
         else:
             add_hook_to_module(
                 new, AlignDevicesHook(execution_device=hook.execution_device, io_same_device=hook.io_same_device)

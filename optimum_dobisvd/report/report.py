@@ -73,8 +73,8 @@ class CompressionReport:
     compressed_macs: int
     dense_model_bytes: int
     compressed_model_bytes: int
-    dense_memory_bytes: int | None
-    compressed_memory_bytes: int | None
+    dense_memory_bytes: int | None = None
+    compressed_memory_bytes: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -97,8 +97,6 @@ class CompressionReport:
             "model_bytes": self.compressed_model_bytes / self.dense_model_bytes,
             "macs_per_token": self.compressed_macs / self.dense_macs,
         }
-        if self.dense_memory_bytes and self.compressed_memory_bytes is not None:
-            ratios["memory_bytes"] = self.compressed_memory_bytes / self.dense_memory_bytes
         return {**asdict(self), "ratios": {key: round(value, 6) for key, value in ratios.items()}}
 
     def save(self, folder: str | os.PathLike[str]) -> Path:

@@ -3,6 +3,8 @@
     python recipes/benchmarks/reference_table.py --model DIR_OR_ID --dataset TRAIN_TEXT \
         --eval-dataset wiki.test.raw c4.jsonl.gz --out results.jsonl [--work DIR]
 
+8-bit rows are for `--dtype bfloat16`: bytes count against those of the dense model in its own dtype.
+
 Statistics are collected once and kept in the work folder, with the price lists of ranks. Each finished row is appended
 to the results; rows that are there already with the same settings are skipped, so a killed run goes on where it was.
 Ends with a table.
@@ -37,6 +39,10 @@ ROWS = {
     "global": {"method": "global"},
     "dobi, fixed basis": {"method": "global", "allocation": "dobi_fixed_basis"},
     "dobi, untrained": {"method": "dobi", "allocation": "uniform", "factorization": "output_pca"},
+    "uniform, remap": {"method": "output_pca", "storage": "remap"},
+    "global, remap": {"method": "global", "storage": "remap"},
+    "global, remap or dense int8": {"method": "global", "storage": "remap", "dense_storage": "dense_int8"},
+    "global, int8 or dense int8": {"method": "global", "storage": "int8"},
     "dobi, activation": {"method": "dobi", "factorization": "output_pca", "training": ACTIVATION},
 }
 
@@ -48,7 +54,8 @@ def load(args: argparse.Namespace) -> tuple:
 
 
 def judge(model: torch.nn.Module, tokenizer: object, texts: dict[str, str], windows: int) -> dict[str, float]:
-    """Perplexity by text."""
+    """Perplexity by text, computed in float32 whatever the weights are stored in."""
+    model.to(torch.float32)
     return {
         name: round(perplexity(model, tokenizer, text, seqlen=1024, windows=windows), 3)
         for name, text in texts.items()
