@@ -46,6 +46,33 @@ def test_without_a_report_the_files_tell_ranks_and_bytes(work: Path, capfd: Any)
     assert "dobisvd_report.json is missing" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(("storage", "ratio"), [("remap", 0.3), ("int8", 0.2)])
+def test_the_storage_of_every_matrix_is_shown(work: Path, capfd: Any, storage: str, ratio: float) -> None:
+    settings = ["--storage", storage, "--method", "output_pca", "--ratio", ratio, "--rank-multiple", "4"]
+    assert dobisvd("compress", "out", *COMPRESS[1:], *settings) == 0
+    reported = inspected(capfd, "out")
+    assert {module["storage"] for module in reported["modules"]} >= {storage}
+    (work / "out" / "dobisvd_report.json").unlink()
+    found = inspected(capfd, "out")
+    assert [{**module, "error": None} for module in reported["modules"]] == found["modules"]
+    assert found["ratios"] == reported["ratios"]
+    assert dobisvd("inspect", "out") == 0
+    out = capfd.readouterr().out
+    assert out.count(f" {storage} ") >= sum(module["storage"] == storage for module in found["modules"])
+    tensors = load_file(work / "out" / "model.safetensors")
+    names = {module["name"] for module in found["modules"]}
+    on_disk = sum(tensor.nbytes for key, tensor in tensors.items() if key.rpartition(".")[0] in names)
+    assert on_disk == sum(module["bytes"] for module in found["modules"])
+    assert on_disk <= ratio * sum(module["dense_bytes"] for module in found["modules"])
+
+
+def test_more_arithmetic_than_dense_is_said(work: Path, capfd: Any) -> None:
+    settings = ["--storage", "remap", "--method", "output_pca", "--ratio", "0.45", "--rank-multiple", "4"]
+    assert dobisvd("compress", "out", *COMPRESS[1:], *settings) == 0
+    assert dobisvd("inspect", "out") == 0
+    assert "take more arithmetic as factors than dense" in capfd.readouterr().out
+
+
 def test_pictures_are_drawn_where_asked(work: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     result = inspected(capfd, "small", "--pictures", "drawn")
     assert names_in(work / "drawn") == ["dobisvd_errors.png", "dobisvd_ranks.png"]

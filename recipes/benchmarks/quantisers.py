@@ -1,0 +1,206 @@
+"""What rounding factors to 8 bits costs, by quantiser and by type of matrix: the tables in the README.
+
+    python recipes/benchmarks/quantisers.py --model DIR_OR_ID --dataset TRAIN_TEXT [--eval-dataset TEXT ...] \
+        [--method global] [--ratio 0.6] [--work DIR] [--out results.jsonl]
+
+One plan in the remapped storage (Dobi-SVD, Alg. 3), one set of factors; every quantiser rounds these in turn, and the
+products are judged in float32 on windows of the training text that calibration does not see (and on other texts, if
+some are named; choose by the former). Quantisers:
+
+* none: the same ranks in 16 bits, so the effect of ranks alone (Table 4's 16-bit row)
+* absmax: linear, one scale per rank; what the package does (Table 4's 8+16-bit row)
+* dynamic: the paper's, bitsandbytes' dynamic map with one scale per rank
+* absmax 64, dynamic 64: the same maps with a 16-bit scale for every 64 values (3 % more bytes, not counted here)
+* error-aware: absmax; rounding errors of `first` are passed on along the inputs' second moment, `second` is fitted anew
+  to the rounded `first` and rounded the same way (GPTQ, on both factors)
+"""
+
+import argparse
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_dobisvd import DobiSVDConfig
+from optimum_dobisvd.calibration.dataset import load_windows, read_text
+from optimum_dobisvd.checking import check_model
+from optimum_dobisvd.collecting import collect_statistics
+from optimum_dobisvd.factorization.errors import output_error
+from optimum_dobisvd.factorization.registry import factorization_named
+from optimum_dobisvd.planning import make_plan
+from optimum_dobisvd.report.perplexity import perplexity
+from optimum_dobisvd.statistics.fingerprint import fingerprint
+from optimum_dobisvd.statistics.spectra import decompositions
+from optimum_dobisvd.storage import pack, unpack
+
+Rounding = Callable[[Tensor], Tensor]
+"""Vectors (rows) in, the values they are stored as out."""
+
+
+def linear(rows: Tensor) -> Tensor:
+    """127 equal steps on either side, as far as the largest value of the row."""
+    step = rows.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return (rows / step).round() * step
+
+
+def dynamic(rows: Tensor) -> Tensor:
+    """bitsandbytes' dynamic map: finer steps for smaller values."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    values = create_dynamic_map(signed=True).double()
+    largest = rows.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    middles = (values[1:] + values[:-1]) / 2
+    return values[torch.bucketize(rows / largest, middles)] * largest
+
+
+def in_blocks(rounding: Rounding, size: int = 64) -> Rounding:
+    """The same with a scale for every `size` values of a row."""
+
+    def rounded(rows: Tensor) -> Tensor:
+        missing = -rows.shape[1] % size
+        padded = torch.nn.functional.pad(rows, (0, missing))
+        return rounding(padded.view(-1, size)).view(padded.shape)[:, : rows.shape[1]]
+
+    return rounded
+
+
+def plainly(second: Tensor, first: Tensor, weight: Tensor, gram: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
+    """The first min(m, n) rows of both factors rounded, the others kept."""
+    small = min(weight.shape)
+    second, first = second.clone(), first.clone()
+    second[:small] = rounding(second[:small].T.contiguous()).T
+    first[:, :small] = rounding(first[:, :small].contiguous())
+    return second, first
+
+
+def passing_errors_on(rows: Tensor, step: Tensor, gram: Tensor, count: int) -> Tensor:
+    """GPTQ: the first `count` columns rounded to multiples of `step`, each error made up for by the later columns.
+
+    Args:
+        rows: r x c.
+        step: broadcastable to `rows`, column by column.
+        gram: c x c, second moment of what the columns are multiplied with.
+        count: columns to round.
+    """
+    rows = rows.clone()
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    steps = step.expand_as(rows)
+    for column in range(count):
+        values, by = rows[:, column], steps[:, column]
+        rounded = (values / by).round().clamp(-127, 127) * by
+        error = (values - rounded) / upper[column, column]
+        rows[:, column + 1 :] -= error[:, None] * upper[column, column + 1 :]
+        rows[:, column] = rounded
+    return rows
+
+
+def error_aware(second: Tensor, first: Tensor, weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Both factors rounded with their errors passed on, see above."""
+    small = min(weight.shape)
+    step = first[:, :small].abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
+    first = passing_errors_on(first, step, gram, small)
+    inner = first @ gram @ first.T
+    damped = inner + 1e-9 * inner.diagonal().mean() * torch.eye(len(inner), dtype=inner.dtype)
+    second = torch.linalg.solve(damped, first @ gram @ weight.T).T
+    step = second[:small].abs().amax(0, keepdim=True).clamp_min(1e-30) / 127
+    second[:small] = passing_errors_on(second[:small], step, inner, len(inner))
+    return second, first
+
+
+def as_shipped(second: Tensor, first: Tensor, weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """What the package stores for a bfloat16 model."""
+    return unpack("remap", pack("remap", second, first, torch.bfloat16), *weight.shape)
+
+
+QUANTISERS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "none": lambda second, first, weight, gram: (second, first),
+    "absmax": as_shipped,
+    "dynamic": lambda *given: plainly(*given, dynamic),
+    "absmax 64": lambda *given: plainly(*given, in_blocks(linear)),
+    "dynamic 64": lambda *given: plainly(*given, in_blocks(dynamic)),
+    "error-aware": error_aware,
+}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dataset", required=True, help="calibration text (train)")
+    parser.add_argument("--eval-dataset", nargs="+", default=[])
+    parser.add_argument("--method", default="global")
+    parser.add_argument("--ratio", type=float, default=0.6)
+    parser.add_argument("--quantisers", nargs="+", default=list(QUANTISERS), choices=list(QUANTISERS))
+    parser.add_argument("--work", default="quantisers-work", help="statistics, kept")
+    parser.add_argument("--out", type=Path, default=Path("quantisers.jsonl"))
+    parser.add_argument("--nsamples", type=int, default=96)
+    parser.add_argument("--seqlen", type=int, default=1024)
+    parser.add_argument("--held-out", type=int, default=8)
+    args = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    config = DobiSVDConfig(
+        method=args.method, storage="remap", ratio=args.ratio, nsamples=args.nsamples, seqlen=args.seqlen
+    )
+    # The held-out windows are drawn with the others, so none of them is calibrated on.
+    drawn = load_windows(
+        args.dataset, tokenizer, nsamples=args.nsamples, seqlen=args.seqlen, seed=0, held_out=args.held_out
+    )
+    windows, held_out = drawn.split(args.held_out)
+    layout = check_model(model, config)
+    config.statistics = args.work
+    store = collect_statistics(model, layout, config, windows, fingerprint(model, windows))
+    plan = make_plan(config, layout, store)
+    row = factorization_named(config.resolved_method().factorization)
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in args.quantisers}
+    errors: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in args.quantisers}
+    seconds: dict[str, float] = dict.fromkeys(args.quantisers, 0.0)
+    ranked = [name for name, module in plan.modules.items() if module.rank is not None]
+    for name, decomposition, gram in decompositions(layout, row, store, None, ranked):
+        weight = layout.linears[name].weight.detach().double()
+        factors = decomposition.keep(plan.modules[name].kept).balanced()
+        for quantiser in args.quantisers:
+            started = time.perf_counter()
+            second, first = QUANTISERS[quantiser](factors.second.double(), factors.first.double(), weight, gram)
+            seconds[quantiser] += time.perf_counter() - started
+            product = second.double() @ first.double()
+            lost, total = output_error(factors.product().double(), product, gram)
+            errors[quantiser][name.rsplit(".", 1)[-1]].append(lost / total)
+            found[quantiser][name] = product.float()
+    model = model.to(torch.float32)
+    texts = {Path(name).name: read_text(name, "test") for name in args.eval_dataset}
+    for quantiser in args.quantisers:
+        for name, product in found[quantiser].items():
+            layout.linears[name].weight.copy_(product)
+        result = {
+            "method": args.method,
+            "ratio": args.ratio,
+            "quantiser": quantiser,
+            "held_out_loss": held_out_loss(model, held_out.input_ids),
+            "perplexity": {
+                name: round(perplexity(model, tokenizer, text, seqlen=1024, windows=8), 3)
+                for name, text in texts.items()
+            },
+            "error": {kind: sum(values) / len(values) for kind, values in errors[quantiser].items()},
+            "seconds": round(seconds[quantiser], 1),
+        }
+        with open(args.out, "a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+        print(json.dumps(result), flush=True)
+
+
+def held_out_loss(model: torch.nn.Module, ids: Tensor) -> float:
+    """Nats per token."""
+    losses = [float(model(input_ids=window[None], labels=window[None], use_cache=False).loss) for window in ids]
+    return round(math.fsum(losses) / len(losses), 5)
+
+
+if __name__ == "__main__":
+    main()
