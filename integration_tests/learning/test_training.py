@@ -138,8 +138,10 @@ class Terms:
         return self.value(self.placed)
 
 
-def direction_learner(terms: Terms, ratio: float, journal: Path | None = None, **settings: Any) -> RankLearner:
-    budget = open_budget(TARGETS, ratio, storage="plain")
+def direction_learner(
+    terms: Terms, ratio: float, journal: Path | None = None, storage: str = "plain", **settings: Any
+) -> RankLearner:
+    budget = open_budget(TARGETS, ratio, storage=storage, rank_multiple=1)
     start = global_prices(budget, terms.spectra)
     mover = DirectionMover(terms, budget, start, terms.spectra)
     return RankLearner(terms, mover, start, RankTraining(**settings), mode="test", journal=journal)  # type: ignore[arg-type]
@@ -300,17 +302,23 @@ def test_a_killed_training_goes_on_and_ends_alike(tmp_path: Path, killed: int) -
 
 
 @pytest.mark.parametrize("killed", [1, 4, 7])
-def test_a_killed_choice_of_directions_goes_on_and_ends_alike(tmp_path: Path, killed: int) -> None:
-    settings = {"steps": 10, "evaluate_every": 3}
-    whole = direction_learner(Terms(noise=1.0), 0.6, **settings).run([BATCH], [BATCH])
+@pytest.mark.parametrize(("storage", "ratio"), [("plain", 0.6), ("remap", 0.6), ("int8", 0.45)])
+def test_a_killed_choice_of_directions_goes_on_and_ends_alike(
+    tmp_path: Path, storage: str, ratio: float, killed: int
+) -> None:
+    settings = {"storage": storage, "steps": 10, "evaluate_every": 3}
+    whole = direction_learner(Terms(noise=1.0), ratio, **settings).run([BATCH], [BATCH])
     terms = Terms(noise=1.0)
     terms.fail_at = killed
     with pytest.raises(KeyboardInterrupt):
-        direction_learner(terms, 0.6, tmp_path / "j", **settings).run([BATCH], [BATCH])
+        direction_learner(terms, ratio, tmp_path / "j", **settings).run([BATCH], [BATCH])
     terms = Terms(noise=1.0)
     terms.calls = killed  # the noise goes on where it was
-    resumed = direction_learner(terms, 0.6, tmp_path / "j", **settings).run([BATCH], [BATCH])
+    resumed = direction_learner(terms, ratio, tmp_path / "j", **settings).run([BATCH], [BATCH])
     assert terms.calls == 10
+    forms = {module.storage for module in whole[0].values()}
+    assert forms >= ({"int8", "dense_int8"} if storage == "int8" else {storage})
+    assert total_bytes(whole[0]) <= ratio * DENSE
     assert resumed[0] == whole[0]
     assert resumed[1].to_dict() == whole[1].to_dict()
 
