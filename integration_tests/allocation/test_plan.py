@@ -19,8 +19,8 @@ PLAN = Plan(
 modules = st.dictionaries(
     st.text(min_size=1),
     st.one_of(
-        st.just(PlannedModule(None, "dense")),
-        st.integers(1, 10**6).map(lambda k: PlannedModule(k, "plain")),
+        st.sampled_from(["dense", "dense_int8"]).map(lambda form: PlannedModule(None, form)),
+        st.builds(PlannedModule, st.integers(1, 10**6), st.sampled_from(["plain", "remap", "int8"])),
         st.sets(st.integers(0, 60), min_size=1).map(
             lambda some: PlannedModule(len(some), "plain", tuple(sorted(some)))
         ),

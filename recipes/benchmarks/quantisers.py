@@ -11,8 +11,8 @@ some are named; choose by the former). Quantisers:
 * absmax: linear, one scale per rank; what the package does (Table 4's 8+16-bit row)
 * dynamic: the paper's, bitsandbytes' dynamic map with one scale per rank
 * absmax 64, dynamic 64: the same maps, a 16-bit scale for every 64 values (3 % more bytes, not counted)
-* error-aware: absmax; rounding errors of `first` are passed on along the inputs' second moment, `second` is fitted anew
-  to the rounded `first` and rounded the same way (GPTQ, on both factors)
+* error-aware: absmax; rounding errors of `first` are passed on along the inputs' second moment, `second` is fitted
+  anew to the rounded `first` and rounded the same way (GPTQ, on both factors)
 """
 
 import argparse
