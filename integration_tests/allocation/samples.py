@@ -24,8 +24,8 @@ SMOLLM2_SHAPES = {
 # Bytes of every form, written down again here: (m, n, rank, bytes of an element).
 SIZES: dict[str, Callable[[int, int, int, int], int]] = {
     "plain": lambda m, n, k, size: k * (m + n) * size,
-    "remap": lambda m, n, k, size: k * (2 * min(m, n) + (max(m, n) - min(m, n)) * size + size),
-    "int8": lambda m, n, k, size: k * (m + n + size),
+    "remap": lambda m, n, k, size: k * (2 * min(m, n) + (max(m, n) - min(m, n)) * size + size) + min(m, n) * size,
+    "int8": lambda m, n, k, size: k * (m + n + size) + m * size,
     "dense": lambda m, n, _, size: m * n * size,
     "dense_int8": lambda m, n, _, size: m * n + m * size,
 }

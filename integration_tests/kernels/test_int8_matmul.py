@@ -27,6 +27,7 @@ for rank in range(1, 601):
     for key in ("first", "second"):
         getattr(module, key).random_(-127, 128)
     module.scale.copy_(torch.rand(rank) + 0.1)
+    module.row_scale.copy_(torch.rand(m) + 0.1)
     dense = module.dense_matrix().double()
     xs = torch.randn(64, n).bfloat16()
     exact = xs.double() @ dense.T

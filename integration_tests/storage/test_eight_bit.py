@@ -35,15 +35,16 @@ def test_every_value_is_within_half_a_step_of_its_own_scale(
     second, first = factors(m, n, k, seed, spread)
     tensors = pack(storage, second, first, dtype)
     found_second, found_first = unpack(storage, tensors, m, n)
-    # The scale lies on `first`; what `second` is in its own units says how much of it is whose.
-    small = min(m, n)
-    counted = slice(None) if storage == "int8" else slice(0, small)
-    outer = second[counted].abs().amax(0).double() * UNIT / 127
+    # The scale per rank lies on `first`; what `second` is in its own units says how much of it is whose.
+    rows = torch.ones(m, dtype=torch.float64)
+    counted = slice(None) if storage == "int8" else slice(0, min(m, n))
+    rows[counted] = tensors["row_scale"].double()
+    outer = (second.double() / rows[:, None])[counted].abs().amax(0) * UNIT / 127
     outer = torch.where(outer > 0, outer, 1)
     inner = tensors["scale"].double() / outer
     eps = torch.finfo(dtype).eps
     for found, wanted, scale in (
-        (found_second.double() * outer, second.double(), outer[None]),
+        (found_second.double() * outer, second.double(), rows[:, None] * outer),
         (found_first.double() / outer[:, None], first.double(), inner[:, None]),
     ):
         lost = (found - wanted).abs()
@@ -66,7 +67,7 @@ def test_remapped_factors_fill_rank_times_the_longer_side_slots_of_16_bits(
     """Alg. 3, to the slot: two 8-bit values in each of the first min(m, n) k, 16-bit values in the others."""
     second, first = factors(m, n, k)
     tensors = pack("remap", second, first, dtype)
-    slots = [tensor for key, tensor in tensors.items() if key != "scale"]
+    slots = [tensor for key, tensor in tensors.items() if not key.endswith("scale")]
     assert all(tensor.element_size() == 2 for tensor in slots)
     assert sum(tensor.numel() for tensor in slots) == k * max(m, n)
     outer, inner = remapped_matrices(tensors["packed"])
@@ -106,10 +107,19 @@ def test_the_longer_factor_is_in_units_of_its_own_scale() -> None:
 def test_scales_are_rounded_up_so_that_nothing_is_clipped(dtype: torch.dtype) -> None:
     second, first = factors(64, 64, 32, seed=1, spread=2)
     tensors = pack("int8", second, first, dtype)
-    exact = second.abs().amax(0).double() * first.abs().amax(1).double() * (UNIT / 127) ** 2
-    scale = tensors["scale"].double()
-    assert bool((scale >= exact * (1 - 1e-12)).all())
-    assert bool((scale <= exact * (1 + torch.finfo(dtype).eps)).all())
+    rows = tensors["row_scale"].double()
+    by_rank = (second.double() / rows[:, None]).abs().amax(0) * first.abs().amax(1).double() * (UNIT / 127) ** 2
+    for scale, exact in ((rows, second.abs().amax(1).double()), (tensors["scale"].double(), by_rank)):
+        assert bool((scale >= exact * (1 - 1e-12)).all())
+        assert bool((scale <= exact * (1 + torch.finfo(dtype).eps)).all())
+
+
+@eight_bit
+def test_a_few_large_output_channels_do_not_set_the_step_of_all(storage: str) -> None:
+    second, first = factors(64, 64, 32)
+    second[:3] *= 300
+    found_second, found_first = unpack(storage, pack(storage, second, first, torch.bfloat16), 64, 64)
+    assert relative((found_second @ found_first)[3:], (second @ first)[3:]) < 0.015
 
 
 @eight_bit
@@ -126,10 +136,11 @@ def test_dead_ranks_and_tiny_ones_stay_finite(storage: str, dtype: torch.dtype) 
 
 
 @eight_bit
-def test_a_scale_that_overflows_is_refused(storage: str) -> None:
+@pytest.mark.parametrize(("outer", "inner"), [(1e6, 1), (1, 1e6)])
+def test_a_scale_that_overflows_is_refused(storage: str, outer: float, inner: float) -> None:
     second, first = factors(8, 8, 2)
     with pytest.raises(ValueError, match=r"does not fit into torch.float16: its scale overflows; load the model in b"):
-        pack(storage, 1e4 * second, 1e4 * first, torch.float16)
+        pack(storage, outer * second, inner * first, torch.float16)
 
 
 @given(m=sizes, n=sizes, dtype=dtypes, seed=st.integers(0, 99))

@@ -52,7 +52,8 @@ def check_factors(model: Any, files: list[str]) -> None:
     """
     if any(not str(file).endswith(".safetensors") for file in files):
         raise ValueError(f"a dobi_svd checkpoint is stored in safetensors, found {files[0]}")
-    scales = {f"{name}.scale" for name, module in model.named_modules() if isinstance(module, EightBitLinear)}
+    eight_bit = [(name, module) for name, module in model.named_modules() if isinstance(module, EightBitLinear)]
+    scales = {f"{name}.{key}" for name, module in eight_bit for key in module.tensors() if key.endswith("scale")}
     found = _headers_by_model_name(model, files, scales)
     shapes = {tensor: shape for tensor, (shape, _) in found.items()}
     expected: dict[str, Parameter] = {}
@@ -96,7 +97,7 @@ def _check_is_listed(model: Any, tensor: str, expected: Collection[str]) -> None
     if tensor.endswith((".first.weight", ".second.weight", ".second.bias")):
         owner = tensor.rsplit(".", 2)[0]
         strange = not model_has(model, tensor.rsplit(".", 1)[0])
-    elif tensor.endswith((".first", ".second", ".packed", ".rest", ".quantized", ".scale")):
+    elif tensor.endswith((".first", ".second", ".packed", ".rest", ".quantized", ".scale", ".row_scale")):
         owner, _, key = tensor.rpartition(".")
         strange = model_has(model, owner) and not hasattr(model.get_submodule(owner), key)
     else:

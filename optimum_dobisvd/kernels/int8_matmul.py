@@ -159,7 +159,9 @@ def _cpu_refuses(x: Tensor, weight: Tensor) -> str | None:
 
 
 def _has_bf16_products() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    # Private, and absent from older versions of PyTorch; without it the choice is only slower.
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _cpu_packed(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:

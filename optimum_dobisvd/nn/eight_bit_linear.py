@@ -63,19 +63,20 @@ class EightBitLinear(CompressedLinear):
 
 
 class Int8LowRankLinear(EightBitLinear):
-    """Both factors in int8, with one scale per rank between the two products."""
+    """Both factors in int8, with one scale per rank between the two products and one per output row after them."""
 
     storage = "int8"
     rank: int
     first: Tensor
     second: Tensor
     scale: Tensor
+    row_scale: Tensor
 
     def specs(self) -> dict[str, TensorSpec]:
         return int8_tensors(self.out_features, self.in_features, self.rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._with_bias(int8_matmul(int8_matmul(x, self.first, self.scale), self.second))
+        return self._with_bias(int8_matmul(int8_matmul(x, self.first, self.scale), self.second, self.row_scale))
 
     def dense_matrix(self) -> Tensor:
         second, first = unpack_int8(self.tensors())
@@ -89,6 +90,7 @@ class RemappedLinear(EightBitLinear):
     rank: int
     packed: Tensor
     scale: Tensor
+    row_scale: Tensor
     rest: Tensor
 
     def specs(self) -> dict[str, TensorSpec]:
@@ -98,13 +100,13 @@ class RemappedLinear(EightBitLinear):
         second, first = remapped_matrices(self.packed)
         if self.out_features >= self.in_features:
             inner = int8_matmul(x, first, self.scale)
-            y = int8_matmul(inner, second)
+            y = int8_matmul(inner, second, self.row_scale)
             if self.out_features > self.in_features:
                 y = torch.cat([y, nn.functional.linear(inner, self.rest)], dim=-1)
             return self._with_bias(y)
         eight, sixteen = x[..., : self.out_features], x[..., self.out_features :]
         inner = int8_matmul(eight, first) + nn.functional.linear(sixteen, self.rest)
-        return self._with_bias(int8_matmul(inner * self.scale, second))
+        return self._with_bias(int8_matmul(inner * self.scale, second, self.row_scale))
 
     def dense_matrix(self) -> Tensor:
         second, first = unpack_remapped(self.tensors(), self.out_features, self.in_features)

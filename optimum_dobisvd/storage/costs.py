@@ -15,8 +15,9 @@ class Storage:
 
     Attributes:
         name: what plans and configs call it.
-        bytes_per_rank: `(m, n, element_size) -> bytes` of one rank of both factors on disk, scales included. `m` is
+        bytes_per_rank: `(m, n, element_size) -> bytes` of one rank of both factors on disk, its scale included. `m` is
             out_features, `n` is in_features, `element_size` is the bytes of one element of the dense weight.
+        bytes_per_matrix: `(m, n, element_size) -> bytes` that every matrix takes beside its ranks: scales of rows.
         rank_multiple: what ranks are multiples of unless the user says otherwise: what its kernels take without
             copying.
         dense_storage: what a matrix that is not factorised is stored as, unless the user says otherwise.
@@ -24,20 +25,23 @@ class Storage:
 
     name: str
     bytes_per_rank: Callable[[int, int, int], int]
+    bytes_per_matrix: Callable[[int, int, int], int] = lambda m, n, element_size: 0
     rank_multiple: int = 1
     dense_storage: str = DENSE
 
     def bytes_at(self, out_features: int, in_features: int, rank: int, element_size: int) -> int:
         """Bytes of both factors on disk, scales included."""
-        return rank * self.bytes_per_rank(out_features, in_features, element_size)
+        shape = (out_features, in_features, element_size)
+        return self.bytes_per_matrix(*shape) + rank * self.bytes_per_rank(*shape)
 
     def largest_rank_below(self, size: int, out_features: int, in_features: int, element_size: int) -> int:
         """The largest rank whose factors take less than `size` bytes (those of the dense matrix: the break-even rank).
 
         0 where there is none.
         """
-        each = self.bytes_per_rank(out_features, in_features, element_size)
-        return min((size - 1) // each, out_features, in_features)
+        shape = (out_features, in_features, element_size)
+        left = size - 1 - self.bytes_per_matrix(*shape)
+        return max(0, min(left // self.bytes_per_rank(*shape), out_features, in_features))
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,15 @@ def _remap_bytes(out_features: int, in_features: int, element_size: int) -> int:
     return 2 * small + element_size * (large - small + 1)  # and a scale
 
 
+def _remap_fixed(out_features: int, in_features: int, element_size: int) -> int:
+    return min(out_features, in_features) * element_size
+
+
+def _int8_fixed(out_features: int, in_features: int, element_size: int) -> int:
+    return out_features * element_size
+
+
 register_storage(Storage("plain", _plain_bytes))
 # 16: what PyTorch's CPU kernel and the GPU's matrix units take without padding.
-register_storage(Storage("remap", _remap_bytes, rank_multiple=16))
-register_storage(Storage("int8", _int8_bytes, rank_multiple=16, dense_storage=DENSE_INT8))
+register_storage(Storage("remap", _remap_bytes, _remap_fixed, rank_multiple=16))
+register_storage(Storage("int8", _int8_bytes, _int8_fixed, rank_multiple=16, dense_storage=DENSE_INT8))

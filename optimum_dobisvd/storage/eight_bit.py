@@ -1,10 +1,15 @@
 """Matrices and factors in 8 bits: how they are rounded, and the tensors they become. Pure: tensors in, tensors out.
 
 An int8 value `q` stands for the fraction `q / 128`, so no element type has to represent 1/127, and the scale of a
-vector is its largest magnitude, of a size that 16-bit floats hold well. With `A = diag-scaled columns` and
-`B = diag-scaled rows`, `A B = (Q_A / 128) diag(scale) (Q_B / 128)`: one scale per rank serves both factors (Dobi-SVD,
-Alg. 3, with the per-rank scale of its quantiser). Scales are rounded up to the model's dtype first and values against
-the rounded scale, so the rounding of scales costs nothing.
+vector is its largest magnitude, of a size that 16-bit floats hold well. Two factors are
+
+    A B = diag(row_scale) (Q_A / 128) diag(scale) (Q_B / 128)
+
+One scale per rank serves both factors, as in Dobi-SVD's Alg. 3. The scale per output row is ours: a few output
+channels of a language model are many times larger than the others, and with scales per rank alone these set the step
+for all. It is one more value a row, nothing more to compute (kernels scale their outputs anyway), and takes most of the
+rounding's cost away. Scales are rounded up to the model's dtype first and values against the rounded scale, so the
+rounding of scales costs nothing.
 
 This module is bundled with every checkpoint (see `integrations.saving`): it imports nothing but torch.
 """
@@ -31,22 +36,28 @@ class TensorSpec:
 
 
 def int8_tensors(out_features: int, in_features: int, rank: int) -> dict[str, TensorSpec]:
-    """`first` (k x n) and `second` (m x k) in int8, and `scale` (k)."""
+    """`first` (k x n) and `second` (m x k) in int8, `scale` (k) and `row_scale` (m)."""
     return {
         "first": TensorSpec((rank, in_features), torch.int8),
         "second": TensorSpec((out_features, rank), torch.int8),
         "scale": TensorSpec((rank,)),
+        "row_scale": TensorSpec((out_features,)),
     }
 
 
 def remap_tensors(out_features: int, in_features: int, rank: int) -> dict[str, TensorSpec]:
-    """Alg. 3: `packed` has `k min(m, n)` slots of 16 bits, two 8-bit values each; `rest` (16-bit) and `scale` (k).
+    """Alg. 3: `packed` has `k min(m, n)` slots of 16 bits, two 8-bit values each; `rest` has the 16-bit ones.
 
     Together `k max(m, n)` slots, where the model's dtype has 16 bits. `rest` are the rows of the longer factor beyond
     the first `min(m, n)`: `(m - n) x k` of `second`, or `k x (n - m)` of `first`; there is none in a square matrix.
+    And `scale` (k), and `row_scale` (min(m, n)) of the 8-bit rows of `second`.
     """
     small, large = sorted((out_features, in_features))
-    specs = {"packed": TensorSpec((small, rank), torch.int16), "scale": TensorSpec((rank,))}
+    specs = {
+        "packed": TensorSpec((small, rank), torch.int16),
+        "scale": TensorSpec((rank,)),
+        "row_scale": TensorSpec((small,)),
+    }
     if large > small:
         rest = (large - small, rank) if out_features > in_features else (rank, large - small)
         specs["rest"] = TensorSpec(rest)
@@ -59,22 +70,23 @@ def dense_int8_tensors(out_features: int, in_features: int) -> dict[str, TensorS
 
 
 def pack_int8(second: Tensor, first: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Both factors rounded to 8 bits, a scale per rank.
+    """Both factors rounded to 8 bits, a scale per rank and one per row of `second`.
 
     Args:
         second: m x k.
         first: k x n.
-        dtype: of the model, hence of the scale.
+        dtype: of the model, hence of the scales.
     """
-    outer, outer_scale = _round_rows(second.T, None)
+    row_scale = _row_scale(second, dtype)
+    outer, outer_scale = _round_rows((second / row_scale[:, None]).T, None)
     scale, inner = _round_inner(first, outer_scale, None, dtype)
-    return {"first": inner, "second": outer.T.contiguous(), "scale": scale}
+    return {"first": inner, "second": outer.T.contiguous(), "scale": scale, "row_scale": row_scale.to(dtype)}
 
 
 def unpack_int8(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """`(second, first)` in float32, the scale on `first`."""
+    """`(second, first)` in float32, the scale per rank on `first`."""
     first = tensors["first"].float() * (tensors["scale"].float()[:, None] / UNIT)
-    return tensors["second"].float() / UNIT, first
+    return tensors["second"].float() * (tensors["row_scale"].float()[:, None] / UNIT), first
 
 
 def pack_remapped(second: Tensor, first: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -84,10 +96,11 @@ def pack_remapped(second: Tensor, first: Tensor, dtype: torch.dtype) -> dict[str
     int8 matrices (`second` before `first`) and products can be computed from them where they lie.
     """
     small = min(len(second), first.shape[1])
-    outer, outer_scale = _round_rows(second.T[:, :small], None)
+    row_scale = _row_scale(second[:small], dtype)
+    outer, outer_scale = _round_rows((second[:small] / row_scale[:, None]).T, None)
     scale, inner = _round_inner(first, outer_scale, small, dtype)
     slots = torch.cat([outer.T.reshape(-1), inner.reshape(-1)]).view(torch.int16)
-    tensors = {"packed": slots.view(small, len(first)), "scale": scale}
+    tensors = {"packed": slots.view(small, len(first)), "scale": scale, "row_scale": row_scale.to(dtype)}
     if len(second) > small:
         tensors["rest"] = (second[small:].double() / outer_scale).to(dtype)
     elif first.shape[1] > small:
@@ -104,9 +117,9 @@ def remapped_matrices(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack_remapped(tensors: Mapping[str, Tensor], out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
-    """`(second, first)` in float32, the scale on `first`."""
+    """`(second, first)` in float32, the scale per rank on `first`."""
     outer, inner = remapped_matrices(tensors["packed"])
-    second, first = outer.float() / UNIT, inner.float() / UNIT
+    second, first = outer.float() * (tensors["row_scale"].float()[:, None] / UNIT), inner.float() / UNIT
     if out_features > in_features:
         second = torch.cat([second, tensors["rest"].float()])
     elif in_features > out_features:
@@ -123,6 +136,12 @@ def pack_dense_int8(weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
 def unpack_dense_int8(tensors: Mapping[str, Tensor]) -> Tensor:
     """The matrix in float32."""
     return tensors["quantized"].float() * (tensors["scale"].float()[:, None] / UNIT)
+
+
+def _row_scale(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest magnitude of every row, rounded up to `dtype` (as float64); 1 for a row of zeros."""
+    largest = rows.double().abs().amax(1)
+    return _rounded_up(torch.where(largest > 0, largest, 1), dtype)
 
 
 def _round_rows(rows: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
