@@ -7,8 +7,8 @@ vector is its largest magnitude, of a size that 16-bit floats hold well. Two fac
 
 One scale per rank serves both factors, as in Dobi-SVD's Alg. 3. The scale per output row is ours: a few output
 channels of a language model are many times larger than the others, and with scales per rank alone these set the step
-for all. It is one more value a row, nothing more to compute (kernels scale their outputs anyway), and takes most of the
-rounding's cost away. Scales are rounded up to the model's dtype first and values against the rounded scale, so the
+for all. It is one more value a row, nothing more to compute (kernels scale their outputs anyway), and takes most of
+the rounding's cost away. Scales are rounded up to the model's dtype first and values against the rounded scale, so the
 rounding of scales costs nothing.
 
 This module is bundled with every checkpoint (see `integrations.saving`): it imports nothing but torch.

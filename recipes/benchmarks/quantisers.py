@@ -8,7 +8,8 @@ products are judged in float32 on windows of the training text that calibration 
 some are named; choose by the former). Quantisers:
 
 * none: the same ranks in 16 bits, so the effect of ranks alone (Table 4's 16-bit row)
-* absmax: linear, one scale per rank; what the package does (Table 4's 8+16-bit row)
+* absmax: linear, one scale per rank
+* absmax, rows: the same, and one scale per output row; what the package does (Table 4's 8+16-bit row)
 * dynamic: the paper's, bitsandbytes' dynamic map with one scale per rank
 * absmax 64, dynamic 64: the same maps, a 16-bit scale for every 64 values (3 % more bytes, not counted)
 * error-aware: absmax; rounding errors of `first` are passed on along the inputs' second moment, `second` is fitted
@@ -121,7 +122,8 @@ def as_shipped(second: Tensor, first: Tensor, weight: Tensor, gram: Tensor) -> t
 
 QUANTISERS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "none": lambda second, first, weight, gram: (second, first),
-    "absmax": as_shipped,
+    "absmax": lambda *given: plainly(*given, linear),
+    "absmax, rows": as_shipped,
     "dynamic": lambda *given: plainly(*given, dynamic),
     "absmax 64": lambda *given: plainly(*given, in_blocks(linear)),
     "dynamic 64": lambda *given: plainly(*given, in_blocks(dynamic)),
