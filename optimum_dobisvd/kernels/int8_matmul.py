@@ -7,8 +7,10 @@ checkpoint (see `integrations.saving`): nothing but torch, and Triton where ther
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import logging
+import os
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -158,6 +160,7 @@ def _cpu_refuses(x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
+@functools.cache
 def _has_bf16_products() -> bool:
     # Private, and absent from older versions of PyTorch; without it the choice is only slower.
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
@@ -176,9 +179,14 @@ def _cpu_packed(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _triton_refuses(x: Tensor, weight: Tensor) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)" if x.device.type == "cuda" else ""
-    return triton_refuses(x, weight)
+    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return ""
+    return triton_refuses(x, weight) if _has_triton() else "Triton is not installed (pip install triton)"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 KERNELS = (

@@ -20,8 +20,6 @@ _UNIT = 128
 
 def triton_refuses(x: Tensor, weight: Tensor) -> str | None:
     """Why the kernel cannot or should not compute these, None if it should."""
-    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return ""
     if len(x) > _MOST_ROWS or not x.numel():
         return ""
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
