@@ -102,10 +102,16 @@ def test_order_of_the_methods_round_trip_and_the_independent_judge(dense, tmp_pa
     assert judged == pytest.approx(found["output_pca"], rel=1e-4)
 
 
-def test_bf16_reloads_bit_for_bit_in_a_new_process(dense, tmp_path):
-    config = DobiSVDConfig(method="svd", ratio=0.8)
+@pytest.mark.parametrize(("storage", "ratio"), [("plain", 0.8), ("int8", 0.503)])
+def test_bf16_reloads_bit_for_bit_in_a_new_process(dense, tmp_path, storage, ratio):
+    config = DobiSVDConfig(method="svd", storage=storage, ratio=ratio)
     model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
     model.save_pretrained(tmp_path / "out")
+    report = model.dobisvd_report
+    disk = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert report.target_bytes <= ratio * report.dense_target_bytes
+    assert 0 <= disk - report.compressed_model_bytes < 200_000, "the header"
+    assert report.compressed_memory_bytes <= 1.02 * disk
     ids = torch.arange(100, 132)[None]
     with torch.no_grad():
         torch_sum = model(input_ids=ids).logits
@@ -119,3 +125,8 @@ def test_bf16_reloads_bit_for_bit_in_a_new_process(dense, tmp_path):
     from safetensors.torch import load_file
 
     assert torch.equal(load_file(tmp_path / "logits.safetensors")["l"], torch_sum)
+    if storage == "int8":  # every matrix whole, in 8 bits: next to nothing is lost
+        with torch.no_grad():
+            wanted = AutoModelForCausalLM.from_pretrained(dense)(input_ids=ids).logits.float().log_softmax(-1)
+        lost = wanted.exp() * (wanted - torch_sum.float().log_softmax(-1))
+        assert float(lost.sum(-1).mean()) < 0.02, "nats"
