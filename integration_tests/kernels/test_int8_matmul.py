@@ -3,7 +3,6 @@
 import importlib.util
 import logging
 import platform
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,14 +145,15 @@ def test_a_kernel_that_cannot_take_the_operands_says_why() -> None:
         pass
     with pytest.raises(ValueError, match="the kernel 'cpu_int8' was asked for, and"), using_kernel("cpu_int8"):
         int8_matmul(*operands())
+    with pytest.raises(ValueError, match="'triton' was asked for, and it is for cuda, these are on cpu"):  # noqa: SIM117
+        with using_kernel("triton"):
+            int8_matmul(*operands())
     with using_kernel("dequantize"):
         assert int8_matmul(*operands(dtype=torch.bfloat16)).dtype is torch.bfloat16
 
 
 def test_on_a_gpu_without_triton_the_extra_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_has_triton", lambda: False)
-    refuses = kernels.KERNELS[0].refuses
-    assert refuses(SimpleNamespace(device=SimpleNamespace(type="cuda")), None) == (
+    assert kernels.KERNELS[0].refuses(torch.ones(1, 1), torch.ones(1, 1, dtype=torch.int8)) == (
         "Triton is not installed (pip install triton)"
     )
-    assert refuses(torch.ones(1, 1), torch.ones(1, 1, dtype=torch.int8)) == ""

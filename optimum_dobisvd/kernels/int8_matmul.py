@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..storage.eight_bit import UNIT
-from .triton_int8 import triton_int8_matmul, triton_refuses
+from .triton_int8 import triton_int8_matmul, triton_is_outrun, triton_refuses
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +40,17 @@ class Kernel:
 
     Attributes:
         name: as `KERNEL_CALLS` counts it and `using_kernel` takes it.
-        refuses: `(x, weight) -> why not`, None where it can compute them. What it says is told to the user once, if it
-            is why products are slower than they need be; an empty string is a reason of speed, and not told.
+        device: the type of device it is for, None for any.
+        refuses: `(x, weight) -> why it cannot compute these`, None where it can. The user is told once, since products
+            are then slower than they need be.
+        outrun: `(x, weight) -> whether the kernels after it are faster` on these.
         run: `(x, weight, scale) -> y` for a two-dimensional `x`.
     """
 
     name: str
+    device: str | None
     refuses: Callable[[Tensor, Tensor], str | None]
+    outrun: Callable[[Tensor, Tensor], bool]
     run: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -112,29 +116,43 @@ def _dispatch(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _choose(x: Tensor, weight: Tensor) -> Kernel:
+    if _forced is not None:
+        return _checked(next(kernel for kernel in KERNELS if kernel.name == _forced), x, weight)
     if torch.compiler.is_compiling():
         return KERNELS[-1]  # the compiler fuses the unpacking into the product
-    reasons: list[str | None] = []
-    for kernel in KERNELS:
+    reasons = []
+    for kernel in KERNELS[:-1]:
+        if not _is_for(kernel, x):
+            continue
         reason = kernel.refuses(x, weight)
-        if _forced is not None and kernel.name == _forced:
-            if reason:
-                raise ValueError(f"the kernel {_forced!r} was asked for, and {reason}")
-            return kernel
-        if _forced is None and reason is None:
-            if kernel is KERNELS[-1]:
-                _tell([each for each in reasons if each])
-            return kernel
-        reasons.append(reason)
-    raise AssertionError("the last kernel takes everything")
+        if reason is None:
+            if not kernel.outrun(x, weight):
+                return kernel
+        else:
+            reasons.append(reason)
+    if reasons:
+        _tell("; ".join(reasons))
+    return KERNELS[-1]
 
 
-def _tell(reasons: list[str]) -> None:
+def _checked(kernel: Kernel, x: Tensor, weight: Tensor) -> Kernel:
+    """The kernel; ValueError if it cannot compute these."""
+    why = kernel.refuses(x, weight) if _is_for(kernel, x) else f"it is for {kernel.device}, these are on {x.device}"
+    if why is not None:
+        raise ValueError(f"the kernel {kernel.name!r} was asked for, and {why}")
+    return kernel
+
+
+def _is_for(kernel: Kernel, x: Tensor) -> bool:
+    interpreted = kernel.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return kernel.device in (None, x.device.type) or interpreted
+
+
+def _tell(why: str) -> None:
     """Say once why 8-bit weights are unpacked for every product."""
-    message = "; ".join(reasons)
-    if message and message not in _told:
-        _told.add(message)
-        logger.warning("8-bit weights are unpacked for every product, which is slow: %s", message)
+    if why not in _told:
+        _told.add(why)
+        logger.warning("8-bit weights are unpacked for every product, which is slow: %s", why)
 
 
 def _unpacked(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -147,17 +165,15 @@ def _dequantizing(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _cpu_refuses(x: Tensor, weight: Tensor) -> str | None:
-    if x.device.type != "cpu":
-        return ""
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"the int8 kernel was not tried on {platform.machine()}"
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"the CPU kernel is for 16-bit activations, these are {x.dtype} (load with dtype=torch.bfloat16)"
-    if not x.numel():
-        return ""
-    if _forced is None and len(x) > _CPU_FEW_ROWS and x.dtype is torch.bfloat16 and _has_bf16_products():
-        return ""
     return None
+
+
+def _cpu_is_outrun(x: Tensor, weight: Tensor) -> bool:
+    return not x.numel() or (len(x) > _CPU_FEW_ROWS and x.dtype is torch.bfloat16 and _has_bf16_products())
 
 
 @functools.cache
@@ -179,9 +195,7 @@ def _cpu_packed(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _triton_refuses(x: Tensor, weight: Tensor) -> str | None:
-    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return ""
-    return triton_refuses(x, weight) if _has_triton() else "Triton is not installed (pip install triton)"
+    return triton_refuses(x) if _has_triton() else "Triton is not installed (pip install triton)"
 
 
 @functools.cache
@@ -190,8 +204,8 @@ def _has_triton() -> bool:
 
 
 KERNELS = (
-    Kernel("triton", _triton_refuses, triton_int8_matmul),
-    Kernel("cpu_int8", _cpu_refuses, _cpu_packed),
-    Kernel("dequantize", lambda x, weight: None, _dequantizing),
+    Kernel("triton", "cuda", _triton_refuses, triton_is_outrun, triton_int8_matmul),
+    Kernel("cpu_int8", "cpu", _cpu_refuses, _cpu_is_outrun, _cpu_packed),
+    Kernel("dequantize", None, lambda x, weight: None, lambda x, weight: False, _dequantizing),
 )
-"""In the order in which they are asked."""
+"""In the order in which they are asked; the last takes everything."""

@@ -14,17 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MOST_ROWS = 128  # beyond, unpacking once and a library's product should win
+_MOST_ROWS = 128
 _UNIT = 128
 
 
-def triton_refuses(x: Tensor, weight: Tensor) -> str | None:
-    """Why the kernel cannot or should not compute these, None if it should."""
-    if len(x) > _MOST_ROWS or not x.numel():
-        return ""
+def triton_refuses(x: Tensor) -> str | None:
+    """Why the kernel cannot compute with these activations, None if it can."""
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the Triton kernel takes no activations of {x.dtype}"
     return None
+
+
+def triton_is_outrun(x: Tensor, weight: Tensor) -> bool:
+    """Whether unpacking once and a library's product should be faster."""
+    return len(x) > _MOST_ROWS or not x.numel()
 
 
 def triton_int8_matmul(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:

@@ -38,12 +38,18 @@ ROWS = {
     "kfac, uniform": {"method": "global", "allocation": "uniform"},
     "global": {"method": "global"},
     "dobi, fixed basis": {"method": "global", "allocation": "dobi_fixed_basis"},
-    "dobi, untrained": {"method": "dobi", "allocation": "uniform", "factorization": "output_pca"},
+    "dobi without remapping, untrained": {
+        "method": "dobi_no_remap",
+        "allocation": "uniform",
+        "factorization": "output_pca",
+    },
+    "dobi without remapping": {"method": "dobi_no_remap", "factorization": "output_pca", "training": ACTIVATION},
     "uniform, remap": {"method": "output_pca", "storage": "remap"},
     "global, remap": {"method": "global", "storage": "remap"},
     "global, remap or dense int8": {"method": "global", "storage": "remap", "dense_storage": "dense_int8"},
     "global, int8 or dense int8": {"method": "global", "storage": "int8"},
-    "dobi, activation": {"method": "dobi", "factorization": "output_pca", "training": ACTIVATION},
+    "dobi": {"method": "dobi", "factorization": "output_pca", "training": ACTIVATION},
+    "dobi, remap, fixed basis": {"method": "global", "allocation": "dobi_fixed_basis", "storage": "remap"},
 }
 
 
