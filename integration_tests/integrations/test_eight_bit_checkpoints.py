@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from integration_tests.integrations.test_bad_checkpoints import edit_tensors
-from integration_tests.integrations.test_round_trip import LOAD_ALL, OFFLOAD, logits
+from integration_tests.integrations.test_round_trip import OFFLOAD, assert_reloaded_alike, logits
 from integration_tests.processes import run_python
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer, Plan
@@ -52,7 +52,7 @@ def checkpoint(tmp_path_factory):
 
 
 def test_every_form_in_every_architecture_and_dtype_reloads_bit_for_bit_in_a_new_process(tmp_path):
-    expected, jobs = {}, []
+    expected = {}
     for name in ARCHITECTURES:
         tiny(name).save_pretrained(tmp_path / name)
         for dtype in DTYPES:
@@ -60,15 +60,7 @@ def test_every_form_in_every_architecture_and_dtype_reloads_bit_for_bit_in_a_new
             path = tmp_path / f"{name}-{str(dtype)[6:]}"
             model.save_pretrained(path)
             expected[path.name] = logits(model)
-            jobs.append((str(path), str(tmp_path / f"{path.name}.safetensors")))
-    done = run_python(LOAD_ALL, json.dumps(jobs))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "MISSING" not in done.stderr
-    assert "UNEXPECTED" not in done.stderr
-    for name, wanted in expected.items():
-        found = load_file(tmp_path / f"{name}.safetensors")["logits"]
-        assert found.dtype == wanted.dtype, name
-        assert torch.equal(found, wanted), name
+    assert_reloaded_alike(tmp_path, expected)
 
 
 def test_it_loads_without_the_package(checkpoint, tmp_path):

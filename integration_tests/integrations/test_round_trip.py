@@ -35,6 +35,19 @@ def logits(model, ids=None):
         return model(input_ids=torch.arange(2, 26).view(2, 12) if ids is None else ids).logits
 
 
+def assert_reloaded_alike(folder, expected):
+    """The checkpoints of these names give these logits in a process that never imports the plugin."""
+    jobs = [(str(folder / name), str(folder / f"{name}.safetensors")) for name in expected]
+    done = run_python(LOAD_ALL, json.dumps(jobs))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "MISSING" not in done.stderr
+    assert "UNEXPECTED" not in done.stderr
+    for name, wanted in expected.items():
+        found = load_file(folder / f"{name}.safetensors")["logits"]
+        assert found.dtype == wanted.dtype, name
+        assert torch.equal(found, wanted), name
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "llama"
@@ -44,7 +57,7 @@ def checkpoint(tmp_path_factory):
 
 
 def test_every_architecture_and_dtype_reloads_bit_for_bit_in_a_process_that_never_imports_the_plugin(tmp_path):
-    expected, jobs = {}, []
+    expected = {}
     for name in ARCHITECTURES:
         tiny(name).save_pretrained(tmp_path / name)
         for dtype in DTYPES:
@@ -53,15 +66,7 @@ def test_every_architecture_and_dtype_reloads_bit_for_bit_in_a_process_that_neve
             path = tmp_path / f"{name}-{str(dtype)[6:]}"
             model.save_pretrained(path)
             expected[path.name] = logits(model)
-            jobs.append((str(path), str(tmp_path / f"{path.name}.safetensors")))
-    done = run_python(LOAD_ALL, json.dumps(jobs))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "MISSING" not in done.stderr
-    assert "UNEXPECTED" not in done.stderr
-    for name, wanted in expected.items():
-        found = load_file(tmp_path / f"{name}.safetensors")["logits"]
-        assert found.dtype == wanted.dtype, name
-        assert torch.equal(found, wanted), name
+    assert_reloaded_alike(tmp_path, expected)
 
 
 def test_compress_on_load_equals_the_quantizer_and_reports(tmp_path):
