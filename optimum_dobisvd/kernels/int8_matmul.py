@@ -30,7 +30,7 @@ KERNEL_CALLS: Counter[str] = Counter()
 # `_weight_int8pack_mm` reads beyond its operands where the inner dimension is no multiple of its vectors: with AVX2 of
 # 8 (wrong results, then a segmentation fault), with AVX-512 of 16.
 _CPU_MULTIPLE = 16
-_CACHED = 1 << 20
+_CACHED = 1 << 22
 """Elements that are unpacked at once on a CPU."""
 # Above so many rows the bf16 instructions of newer CPUs beat it, unpacking included.
 _CPU_FEW_ROWS = 12
@@ -167,11 +167,13 @@ def _dequantizing(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
         return product if scale is None else product * scale.to(x.dtype)
     # Rows of the weight are unpacked by as many as stay in the cache until they are multiplied.
     product = x.new_empty(len(x), len(weight))
-    count = max(1, _CACHED // weight.shape[1])
+    count = min(max(1, _CACHED // weight.shape[1]), len(weight))
+    unpacked = x.new_empty(count, weight.shape[1])
     for begin in range(0, len(weight), count):
         part = weight[begin : begin + count]
-        # In float16 a sum of whole numbers would overflow; elsewhere dividing the sum is one pass less.
-        rows = _unpacked(part, x.dtype) if x.dtype is torch.float16 else part.to(x.dtype)
+        rows = unpacked[: len(part)].copy_(part)
+        if x.dtype is torch.float16:  # in which a sum of whole numbers would overflow; elsewhere the sum is divided
+            rows.mul_(1 / UNIT)
         product[:, begin : begin + count] = torch.nn.functional.linear(x, rows)
     if x.dtype is not torch.float16:
         return product.mul_(1 / UNIT if scale is None else scale.to(x.dtype) / UNIT)
