@@ -164,6 +164,8 @@ class DobiSVDConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What goes into config.json: everything but the inputs of the run; a dataset by its name only."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _RUN_ONLY}
+        if values["dense_storage"] is None:
+            del values["dense_storage"]  # versions that do not know it can read the rest
         dataset = values["dataset"]
         if isinstance(dataset, str | os.PathLike):
             values["dataset"] = os.path.basename(os.fspath(dataset))

@@ -1,6 +1,7 @@
 """Checkpoints in 8 bits: bit for bit in a new process, 8 bits in memory, wherever the weights lie."""
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_imports
 
 from integration_tests.integrations.test_bad_checkpoints import edit_tensors
 from integration_tests.integrations.test_round_trip import OFFLOAD, assert_reloaded_alike, logits
@@ -68,6 +70,7 @@ def test_it_loads_without_the_package(checkpoint, tmp_path):
 import sys, torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_imports
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 with torch.no_grad():
     save_file({"logits": model(input_ids=torch.arange(2, 26).view(2, 12)).logits.contiguous()}, sys.argv[2])
@@ -75,6 +78,12 @@ with torch.no_grad():
     done = run_python(code, str(checkpoint[0]), str(tmp_path / "logits"), without_package_in=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert torch.equal(load_file(tmp_path / "logits")["logits"], checkpoint[1])
+
+
+def test_the_bundled_loader_asks_for_nothing_but_torch_and_transformers(checkpoint):
+    """transformers refuses to load such a file where any package that it imports is missing."""
+    asked = set(get_imports(checkpoint[0] / "modeling_dobisvd.py"))
+    assert asked - set(sys.stdlib_module_names) == {"torch", "transformers", "safetensors"}
 
 
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
@@ -213,6 +222,7 @@ def test_config_that_does_not_fit_is_refused(checkpoint, tmp_path, case):
 MEMORY = """
 import sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_imports
 
 def resident():
     rows = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)

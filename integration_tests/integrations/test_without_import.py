@@ -121,6 +121,8 @@ CHECK += "import transformers.modeling_utils\nassert 'dobi_svd' in q and 'dobi_s
         "import transformers.modeling_utils; import optimum_dobisvd",
         "import optimum_dobisvd; import torch; import optimum_dobisvd.config",
         "from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer",
+        "import optimum_dobisvd.integrations.loading",
+        "import optimum_dobisvd.kernels.int8_matmul",
     ],
 )
 def test_registered_in_every_order_of_imports(first):

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import platform
+import threading
 
 import pytest
 import torch
@@ -160,6 +161,48 @@ def test_a_kernel_that_cannot_take_the_operands_says_why() -> None:
             int8_matmul(*operands())
     with using_kernel("dequantize"):
         assert int8_matmul(*operands(dtype=torch.bfloat16)).dtype is torch.bfloat16
+
+
+def test_a_kernel_is_forced_in_its_own_context_only() -> None:
+    """Two overlapping uses, in two threads, leave nothing behind and do not see each other."""
+    order = [threading.Event() for _ in range(3)]
+    seen = []
+
+    def other() -> None:
+        order[0].wait(10)
+        with using_kernel("dequantize"):
+            order[1].set()
+            order[2].wait(10)
+            seen.append(kernels._forced.get())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with using_kernel("cpu_int8"):
+        order[0].set()
+        order[1].wait(10)
+        assert kernels._forced.get() == "cpu_int8"
+    order[2].set()
+    thread.join()
+    assert seen == ["dequantize"]
+    assert kernels._forced.get() is None
+
+
+def test_a_triton_that_fails_is_told_once_and_done_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        raise RuntimeError("Failed to find C compiler")
+
+    broken = kernels.Kernel("triton", "cpu", lambda x, weight: None, lambda x, weight: False, fails)
+    monkeypatch.setattr(kernels, "KERNELS", (broken, kernels.KERNELS[-1]))
+    monkeypatch.setattr(kernels, "_broken", {})
+    x, weight, scale = operands()
+    with caplog.at_level(logging.WARNING, logger="optimum_dobisvd"):
+        for _ in range(2):
+            assert torch.allclose(int8_matmul(x, weight, scale), (x @ (weight / 128).T) * scale, atol=1e-5)
+    assert [record.message.count("Failed to find C compiler") for record in caplog.records] == [1]
+    with pytest.raises(RuntimeError, match="C compiler"), using_kernel("triton"):
+        int8_matmul(x, weight, scale)
 
 
 def test_on_a_gpu_without_triton_the_extra_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

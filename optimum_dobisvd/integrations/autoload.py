@@ -41,6 +41,8 @@ def _register() -> bool:
         from ..config import QUANT_METHOD, DobiSVDConfig
         from .transformers_quantizer import DobiSVDHfQuantizer
     except Exception as error:
+        if isinstance(error, ImportError) and "partially initialized module" in str(error):
+            return False  # one of our own modules is being imported, and has set off this; the next moment will do
         logger.warning("optimum-dobisvd does not work with the installed transformers: %s", error)
         return True
     if QUANT_METHOD not in table.AUTO_QUANTIZATION_CONFIG_MAPPING:

@@ -14,6 +14,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -81,18 +82,19 @@ def using_kernel(name: str) -> Iterator[None]:
     Raises:
         ValueError: there is no such kernel; inside, it cannot take the operands (says why).
     """
-    global _forced
     if name not in (kernel.name for kernel in KERNELS):
         raise ValueError(f"unknown kernel {name!r}; known: {', '.join(kernel.name for kernel in KERNELS)}")
-    before, _forced = _forced, name
+    token = _forced.set(name)
     try:
         yield
     finally:
-        _forced = before
+        _forced.reset(token)
 
 
-_forced: str | None = None
+_forced: ContextVar[str | None] = ContextVar("forced kernel", default=None)
 _told: set[str] = set()
+_broken: dict[str, str] = {}
+"""Kernels that failed in this process, and how."""
 
 
 class _Int8Matmul(torch.autograd.Function):
@@ -111,22 +113,30 @@ class _Int8Matmul(torch.autograd.Function):
 
 def _dispatch(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
+    if torch.compiler.is_compiling():  # the compiler fuses the unpacking into the product
+        return _dequantizing(rows, weight, scale).view(*x.shape[:-1], len(weight))
     kernel = _choose(rows, weight)
-    if not torch.compiler.is_compiling():
-        KERNEL_CALLS[kernel.name] += 1
-    return kernel.run(rows, weight, scale).view(*x.shape[:-1], len(weight))
+    try:
+        product = kernel.run(rows, weight, scale)
+    except Exception as error:
+        # A kernel compiled on the spot may find no C compiler, or a GPU it was never made for.
+        if kernel.name != "triton" or _forced.get() is not None or isinstance(error, torch.OutOfMemoryError):
+            raise
+        _broken[kernel.name] = f"the Triton kernel failed: {error}"
+        return _dispatch(x, weight, scale)
+    KERNEL_CALLS[kernel.name] += 1
+    return product.view(*x.shape[:-1], len(weight))
 
 
 def _choose(x: Tensor, weight: Tensor) -> Kernel:
-    if _forced is not None:
-        return _checked(next(kernel for kernel in KERNELS if kernel.name == _forced), x, weight)
-    if torch.compiler.is_compiling():
-        return KERNELS[-1]  # the compiler fuses the unpacking into the product
+    forced = _forced.get()
+    if forced is not None:
+        return _checked(next(kernel for kernel in KERNELS if kernel.name == forced), x, weight)
     reasons = []
     for kernel in KERNELS[:-1]:
         if not _is_for(kernel, x):
             continue
-        reason = kernel.refuses(x, weight)
+        reason = _broken.get(kernel.name) or kernel.refuses(x, weight)
         if reason is None:
             if not kernel.outrun(x, weight):
                 return kernel

@@ -7,7 +7,9 @@ Bundled with every checkpoint. Triton is imported when it is first asked for, no
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import os
 from typing import Any
 
@@ -40,27 +42,30 @@ def triton_int8_matmul(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tenso
     rows, inner = x.shape
     outer = len(weight)
     x = x.contiguous()
-    block_rows = max(16, triton.next_power_of_2(rows))
-    block_outer, block_inner = 32, 128
+    # Tiles of a size that fits into the shared memory of small GPUs, too, with the three stages of loads in flight.
+    block_rows = min(max(16, triton.next_power_of_2(rows)), 32 if x.dtype is torch.float32 else 64)
+    block_outer, block_inner = 32, 64 if x.dtype is torch.float32 else 128
     tiles = triton.cdiv(outer, block_outer) * triton.cdiv(rows, block_rows)
     steps = triton.cdiv(inner, block_inner)
     splits = max(1, min(steps, 2 * _multiprocessors(x.device) // tiles))
     steps_each = triton.cdiv(steps, splits)
     splits = triton.cdiv(steps, steps_each)
     sums = torch.empty((splits, rows, outer), device=x.device, dtype=torch.float32)
-    kernel[(triton.cdiv(outer, block_outer), triton.cdiv(rows, block_rows), splits)](
-        x,
-        weight,
-        sums,
-        rows,
-        outer,
-        inner,
-        steps_each,
-        BLOCK_ROWS=block_rows,
-        BLOCK_OUTER=block_outer,
-        BLOCK_INNER=block_inner,
-        FLOAT32=os.environ.get("TRITON_INTERPRET") == "1",  # which takes the bits of bfloat16 for integers
-    )
+    # Triton launches on the current device, which need not be the one the tensors are on.
+    with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
+        kernel[(triton.cdiv(outer, block_outer), triton.cdiv(rows, block_rows), splits)](
+            x,
+            weight,
+            sums,
+            rows,
+            outer,
+            inner,
+            steps_each,
+            BLOCK_ROWS=block_rows,
+            BLOCK_OUTER=block_outer,
+            BLOCK_INNER=block_inner,
+            FLOAT32=os.environ.get("TRITON_INTERPRET") == "1",  # which takes the bits of bfloat16 for integers
+        )
     found = sums[0] if splits == 1 else sums.sum(0)
     factors = 1 / _UNIT if scale is None else scale.float() / _UNIT
     return (found * factors).to(x.dtype)
@@ -73,8 +78,9 @@ def _multiprocessors(device: torch.device) -> int:
 @functools.cache
 def _compiled() -> tuple[Any, Any]:
     """Triton and the kernel."""
-    import triton
-    import triton.language as tl
+    # By name, because transformers refuses a bundled file whose imports are not all installed, wherever they stand.
+    triton: Any = importlib.import_module("triton")
+    tl: Any = importlib.import_module("triton.language")
 
     @triton.jit
     def matmul(
@@ -97,7 +103,7 @@ def _compiled() -> tuple[Any, Any]:
         for step in range(steps):
             at_inner = (split * steps + step) * BLOCK_INNER + tl.arange(0, BLOCK_INNER)
             values = tl.load(
-                x + at_rows[:, None] * inner + at_inner[None, :],
+                x + at_rows[:, None].to(tl.int64) * inner + at_inner[None, :],
                 mask=(at_rows[:, None] < rows) & (at_inner[None, :] < inner),
                 other=0.0,
             )
@@ -112,7 +118,7 @@ def _compiled() -> tuple[Any, Any]:
             # ieee: of the input precisions only this one keeps float32 activations whole.
             found += tl.dot(values, factors.to(values.dtype), input_precision="ieee")
         tl.store(
-            sums + (split * rows + at_rows[:, None]).to(tl.int64) * outer + at_outer[None, :],
+            sums + (split.to(tl.int64) * rows + at_rows[:, None]) * outer + at_outer[None, :],
             found,
             mask=(at_rows[:, None] < rows) & (at_outer[None, :] < outer),
         )

@@ -53,4 +53,6 @@ def check_gradient(found: Mapping[str, float]) -> None:
 def require_ranks(budget: Budget, start: Mapping[str, PlannedModule]) -> None:
     """Raise ValueError if every matrix with something to decide is dense."""
     if all(start[name].rank is None for name in budget.ladders):
-        raise ValueError("no matrix has a rank to learn: all are dense or overridden; lower ratio")
+        raise ValueError(
+            "no matrix has a rank to learn: all are whole or overridden; lower ratio, or take dense_storage='dense'"
+        )
