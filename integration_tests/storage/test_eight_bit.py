@@ -1,5 +1,7 @@
 """Factors and matrices in 8 bits: what rounding may lose, exact bytes, exact round trips."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from integration_tests.allocation.samples import SIZES
-from optimum_dobisvd.storage import pack, pack_dense, storage_named, unpack
+from optimum_dobisvd.nn.dense_linear import compressed_class
+from optimum_dobisvd.storage import STORAGES, Storage, pack, pack_dense, register_storage, storage_named, unpack
 from optimum_dobisvd.storage.eight_bit import UNIT, remapped_matrices
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -157,3 +160,19 @@ def test_a_whole_matrix_loses_half_a_step_of_its_rows_scale(m: int, n: int, dtyp
 def test_the_matrix_as_it_is_has_no_packed_form() -> None:
     with pytest.raises(ValueError, match="storage 'dense' keeps the matrix as it is"):
         pack_dense("dense", torch.ones(2, 2), torch.float32)
+
+
+def test_a_storage_without_a_form_on_disk_is_refused_and_not_stored_as_another() -> None:
+    """Registering a cost curve does not say how tensors are packed."""
+    with patch.dict(STORAGES):
+        register_storage(Storage("mine", lambda m, n, size: size))
+        with pytest.raises(ValueError, match="storage 'mine' has no form on disk; .*: plain, remap, int8"):
+            pack("mine", *factors(4, 4, 2), torch.float32)
+
+
+def test_every_storage_of_factors_has_a_form_and_a_module() -> None:
+    for name in STORAGES:
+        tensors = pack(name, *factors(6, 4, 2), torch.float32)
+        module = compressed_class(name)(4, 6, 2, bias=False, dtype=torch.float32)
+        shapes = {key: (parameter.shape, parameter.dtype) for key, parameter in module.named_parameters()}
+        assert shapes == {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}

@@ -88,9 +88,8 @@ def _compressed(
 ) -> ModuleReport:
     """The row of one compressed matrix, its tensors checked against what config.json says of it."""
     expected = empty_compressed(dense, entry["storage"], entry["rank"], device="meta")
-    found = {key: shapes.get(f"{name}.{key}") for key, _ in expected.named_parameters()}
     for key, parameter in expected.named_parameters():
-        header = found[key]
+        header = shapes.get(f"{name}.{key}")
         if header is None:
             raise ValueError(f"the checkpoint lacks {name}.{key}, which config.json promises; copy it again")
         if header[0] != list(parameter.shape):

@@ -5,13 +5,14 @@ Bundled with every checkpoint (see `integrations.saving`): nothing but torch.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 
-class CompressedLinear(nn.Module):
+class CompressedLinear(nn.Module, ABC):
     """A linear stored in another form, named `storage` in plans and config.json.
 
     `conv1d` remembers that the dense layer was transformers' `Conv1D` (GPT-2), whose weight is stored transposed, so
@@ -51,9 +52,9 @@ class CompressedLinear(nn.Module):
             return self.in_features * self.out_features
         return self.rank * (self.in_features + self.out_features)
 
+    @abstractmethod
     def dense_matrix(self) -> Tensor:
         """The `m x n` matrix this stands for, in float32."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         rank = "" if self.rank is None else f", rank={self.rank}"

@@ -30,11 +30,13 @@ def as_matrix(module: nn.Module, stored: Tensor) -> Tensor:
 
 def compressed_class(storage: str) -> type[CompressedLinear]:
     """The module that computes from a storage. ValueError lists the known ones."""
-    for found in (LowRankLinear, RemappedLinear, Int8LowRankLinear, Int8Linear):
-        if found.storage == storage:
-            return found
-    known = "plain, remap, int8, dense_int8"
-    raise ValueError(f"storage {storage!r} is not known to this version, which reads {known}: upgrade optimum-dobisvd")
+    classes = {found.storage: found for found in (LowRankLinear, RemappedLinear, Int8LowRankLinear, Int8Linear)}
+    if storage not in classes:
+        raise ValueError(
+            f"storage {storage!r} is not known to this version, which reads {', '.join(classes)}: upgrade "
+            "optimum-dobisvd"
+        )
+    return classes[storage]
 
 
 def empty_compressed(

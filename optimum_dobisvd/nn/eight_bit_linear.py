@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -38,16 +40,17 @@ class EightBitLinear(CompressedLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, rank, conv1d, device, dtype)
-        self._keys = tuple(self.specs())
-        for key, spec in self.specs().items():
+        specs = self.specs()
+        self._keys = tuple(specs)
+        for key, spec in specs.items():
             values = torch.empty(spec.shape, device=device, dtype=dtype if spec.dtype is None else spec.dtype)
             self.register_parameter(key, nn.Parameter(values, requires_grad=False))
         values = torch.empty(out_features, device=device, dtype=dtype)
         self.register_parameter("bias", nn.Parameter(values) if bias else None)
 
+    @abstractmethod
     def specs(self) -> dict[str, TensorSpec]:
         """Its tensors by name, without the bias."""
-        raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
         """These tensors."""

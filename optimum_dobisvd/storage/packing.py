@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .costs import DENSE_INT8, dense_storage_named, storage_named
+from .costs import DENSE_INT8, dense_storage_named
 from .eight_bit import pack_dense_int8, pack_int8, pack_remapped, unpack_dense_int8, unpack_int8, unpack_remapped
 
 
@@ -23,20 +23,23 @@ def pack(storage: str, second: Tensor, first: Tensor, dtype: torch.dtype) -> dic
     Raises:
         ValueError: an unknown storage, or a scale that overflows in that dtype.
     """
-    if storage_named(storage).name == "remap":
-        return pack_remapped(second, first, dtype)
-    if storage == "int8":
-        return pack_int8(second, first, dtype)
-    return {"first.weight": first.to(dtype), "second.weight": second.to(dtype)}
+    packers = {"plain": _pack_plain, "remap": pack_remapped, "int8": pack_int8}
+    if storage not in packers:
+        raise ValueError(f"storage {storage!r} has no form on disk; those that have: {', '.join(packers)}")
+    return packers[storage](second, first, dtype)
 
 
 def unpack(storage: str, tensors: Mapping[str, Tensor], out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
     """`(second, first)` as these tensors stand for them, in float32."""
-    if storage_named(storage).name == "remap":
+    if storage == "remap":
         return unpack_remapped(tensors, out_features, in_features)
     if storage == "int8":
         return unpack_int8(tensors)
     return tensors["second.weight"].float(), tensors["first.weight"].float()
+
+
+def _pack_plain(second: Tensor, first: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {"first.weight": first.to(dtype), "second.weight": second.to(dtype)}
 
 
 def pack_dense(storage: str, weight: Tensor, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
