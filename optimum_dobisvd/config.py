@@ -8,16 +8,21 @@ import os
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from accelerate.utils import convert_file_size_to_int
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .inner import as_applied, inner_config, inner_storage, other_storages, remembered
 from .learning.settings import RankTraining
 from .methods import Method, method_named
 from .storage.costs import DENSE_INT8, STORAGES, dense_storage_named
+from .storage.inner_forms import inner_form_named
 
 if TYPE_CHECKING:
     from .allocation.plan import Plan
 
 QUANT_METHOD = "dobi_svd"
+MIXED = "mixed"
+"""The storage that is none: every matrix gets its own."""
 FORMAT_VERSION = 1
 """Version of what is written to config.json and of the tensors; raised when an old reader would misread it."""
 
@@ -32,9 +37,14 @@ class DobiSVDConfig(QuantizationConfigMixin):
     Args:
         method: row of `METHODS`: `global` (the best without training), `dobi` and `dobi_no_remap` (the paper's),
             `svd_llm_v2`, `svd_llm`, `asvd`, `svd`, `output_pca`, `dobi_ipca`.
-        ratio: fraction of the compressed matrices' bytes that is **kept**, `0 < ratio <= 1`. 20 % removed is 0.8.
+        ratio: fraction of the compressed matrices' bytes that is **kept**, `0 < ratio <= 1`. 20 % removed is 0.8. By
+            default 0.8, or what `budget` leaves.
+        budget: size of the whole checkpoint instead of a ratio, in bytes or as `"2.8GB"`, `"500MiB"`.
         allocation, factorization, storage: replace one column of the method's row. Storages: `plain` (two factors in
-            the model's dtype), `remap` (Dobi-SVD's 8+16 bit), `int8` (both factors in 8 bits).
+            the model's dtype), `remap` (Dobi-SVD's 8+16 bit), `int8` (both factors in 8 bits), `mixed` (for every
+            matrix whichever of all forms, `inner` ones at any bits included, costs the loss least; `global` only).
+        inner: quantisation stacked on low rank, a `GPTQConfig` or a `BitsAndBytesConfig`: linears, factors and whole
+            matrices alike, are stored so. `ratio` and `budget` count its bits.
         dense_storage: what becomes of matrices that are not factorised: `dense` (left as they are) or `dense_int8` (in
             8 bits, as far as the budget asks for it). By default what goes with the storage: `dense_int8` with `int8`,
             else `dense`.
@@ -64,11 +74,13 @@ class DobiSVDConfig(QuantizationConfigMixin):
 
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]
     method: str = "global"
-    ratio: float = 0.8
+    ratio: float | None = None
+    budget: int | str | None = None
     allocation: str | None = None
     factorization: str | None = None
     storage: str | None = None
     dense_storage: str | None = None
+    inner: Any = None
     dataset: Any = field(default=None, repr=False, compare=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
     nsamples: int = 128
@@ -93,7 +105,13 @@ class DobiSVDConfig(QuantizationConfigMixin):
         if self.quant_method != QUANT_METHOD:
             raise ValueError(f"quant_method is {self.quant_method!r}; a DobiSVDConfig is always {QUANT_METHOD!r}")
         _check_version(self.format_version)
-        self.ratio = _checked_ratio(self.ratio)
+        if self.ratio is not None and self.budget is not None:
+            raise ValueError("ratio and budget both say how many bytes to keep: give one of them")
+        if self.budget is not None:
+            self.budget = _checked_budget(self.budget)
+        else:
+            self.ratio = _checked_ratio(0.8 if self.ratio is None else self.ratio)
+        self.inner = inner_config(self.inner)
         self.overrides = dict(self.overrides or {})
         self.training = dict(self.training or {})
         self.modules_to_not_convert = list(self.modules_to_not_convert or [])
@@ -113,6 +131,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
         method = self.resolved_method()
         if self.dense_storage is not None:
             dense_storage_named(self.dense_storage)
+        self._check_storages(method)
         if self.gradient_nsamples is not None:
             _check_integer("gradient_nsamples", self.gradient_nsamples, at_least=1)
         if self.fisher not in ("empirical", "sampled"):
@@ -127,11 +146,40 @@ class DobiSVDConfig(QuantizationConfigMixin):
             )
         self.rank_training.optimizer_for(method.learning_mode, method.metric, method.factorization)
 
+    def _check_storages(self, method: Method) -> None:
+        if self.storage == MIXED:
+            if method.allocation != "global" or method.metric != "kfac":
+                raise ValueError(
+                    "storage 'mixed' weighs forms against each other by what they cost the loss, which only method "
+                    f"'global' knows, not {self.method!r} with allocation {method.allocation!r}: take method='global'"
+                )
+            if self.dense_storage is not None:
+                raise ValueError("storage 'mixed' chooses every matrix's form: leave dense_storage out")
+        elif self.inner is not None and method.storage != "plain":
+            raise ValueError(
+                f"inner quantises linears, and the factors of storage {method.storage!r} are none: leave storage out, "
+                "or take storage='mixed' to have both in one model"
+            )
+
     def resolved_method(self) -> Method:
         """The method's row with the overridden columns put in; ValueError names an unknown name and the known ones."""
-        return method_named(
-            self.method, allocation=self.allocation, factorization=self.factorization, storage=self.storage
-        )
+        storage = None if self.storage == MIXED else self.storage
+        if storage is None and self.inner is not None:
+            storage = "plain"  # what the inner quantiser takes, whatever the method's own is
+        return method_named(self.method, allocation=self.allocation, factorization=self.factorization, storage=storage)
+
+    @property
+    def storages(self) -> tuple[str, list[str]]:
+        """What factors and whole matrices are stored as by the allocation, and what else it may choose."""
+        chosen = inner_storage(self.inner) if self.inner is not None else None
+        if self.storage != MIXED:
+            return chosen or self.resolved_method().storage, []
+        return chosen or "int8", [*other_storages(self.inner), *(("int8",) if chosen else ()), "plain"]
+
+    @property
+    def inner_is_applied(self) -> bool:
+        """Whether some matrix is stored in the form of another library, so that it is not to be quantised again."""
+        return any(inner_form_named(entry["storage"]) is not None for entry in (self.modules or {}).values())
 
     @property
     def rank_training(self) -> RankTraining:
@@ -159,13 +207,17 @@ class DobiSVDConfig(QuantizationConfigMixin):
             if not planned.is_dense
         }
         blank: dict[str, Any] = {f.name: f.default for f in fields(self) if f.name in _RUN_ONLY}
-        return replace(self, modules=modules, dataset=dataset, **blank)
+        inner = None if self.inner is None else as_applied(self.inner)
+        return replace(self, modules=modules, dataset=dataset, inner=inner, **blank)
 
     def to_dict(self) -> dict[str, Any]:
         """What goes into config.json: everything but the inputs of the run; a dataset by its name only."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _RUN_ONLY}
-        if values["dense_storage"] is None:
-            del values["dense_storage"]  # versions that do not know it can read the rest
+        for name in ("dense_storage", "inner", "budget"):
+            if values[name] is None:
+                del values[name]  # versions that do not know it can read the rest
+        if self.inner is not None:
+            values["inner"] = remembered(self.inner)
         dataset = values["dataset"]
         if isinstance(dataset, str | os.PathLike):
             values["dataset"] = os.path.basename(os.fspath(dataset))
@@ -200,6 +252,19 @@ def _check_version(version: Any) -> None:
         )
 
 
+def _checked_budget(budget: Any) -> int:
+    """Bytes. ValueError or TypeError for what is no size."""
+    if isinstance(budget, bool) or not isinstance(budget, int | str):
+        raise TypeError(f"budget must be bytes or a size such as '2.8GB', got {budget!r}")
+    try:
+        size = convert_file_size_to_int(budget)
+    except ValueError as error:
+        raise ValueError(f"budget {budget!r} is no size: write bytes, or '2.8GB', '500MB', '1GiB'") from error
+    if size <= 0:
+        raise ValueError(f"budget must be above 0 bytes, got {budget!r}")
+    return int(size)
+
+
 def _checked_ratio(ratio: Any) -> float:
     if isinstance(ratio, bool) or not isinstance(ratio, int | float):
         raise TypeError(f"ratio must be a number, got {type(ratio).__name__}")
@@ -228,12 +293,15 @@ def _check_modules(modules: dict[str, dict[str, Any]]) -> None:
     for name, entry in modules.items():
         if not isinstance(entry, dict) or set(entry) != {"rank", "storage"}:
             raise ValueError(f"quantization_config.modules: {name}: expected a rank and a storage, got {entry!r}")
+        inner = isinstance(entry["storage"], str) and inner_form_named(entry["storage"]) is not None
         known = [*STORAGES, DENSE_INT8]
-        if entry["storage"] not in known:
+        if not inner and entry["storage"] not in known:
             raise ValueError(
                 f"{name}: storage {entry['storage']!r} is not known to this version, which reads "
                 f"{', '.join(known)}; upgrade it (pip install -U optimum-dobisvd), or mend config.json"
             )
+        if inner and entry["rank"] is None:
+            continue
         if entry["storage"] != DENSE_INT8:
             _check_integer(f"{name}: rank", entry["rank"], at_least=1)
         elif entry["rank"] is not None:

@@ -12,13 +12,16 @@ from .allocation import allocation_named, global_prices
 from .allocation.budget import Budget, open_budget
 from .allocation.patterns import resolve_overrides
 from .allocation.plan import Plan
+from .allocation.prices import Roundings
 from .calibration.layout import Layout
 from .config import DobiSVDConfig
 from .factorization.registry import factorization_named
 from .learning.settings import DIRECTIONS_OF
+from .statistics.roundings import price_roundings
 from .statistics.spectra import compute_spectra
 from .statistics.store import StatisticsStore
-from .storage import dense_storage_named
+from .storage import DENSE, dense_storage_named, storage_named
+from .storage.inner_forms import inner_form_named
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +30,20 @@ def budget_of(config: DobiSVDConfig, layout: Layout) -> Budget:
     """The bytes there are for every target, by the config.
 
     Raises:
-        ValueError: overrides that cannot be honoured, or a ratio that is too small.
+        ValueError: overrides that cannot be honoured, or a ratio or budget that is too small.
     """
+    if config.budget is not None and int(config.budget) <= layout.other_bytes:
+        raise ValueError(
+            f"budget {config.budget} bytes: what is not compressed (embeddings, norms, excluded layers) takes "
+            f"{layout.other_bytes} already; raise it"
+        )
+    storage, alternatives = config.storages
     return open_budget(
         layout.targets,
         config.ratio,
-        storage=config.resolved_method().storage,
+        size=None if config.budget is None else int(config.budget) - layout.other_bytes,
+        storage=storage,
+        alternatives=alternatives,
         dense_storage=config.dense_storage,
         overrides=resolve_overrides(config.overrides, list(layout.linears)),
         rank_multiple=config.rank_multiple,
@@ -87,8 +98,26 @@ def make_plan(
             method.allocation,
             method.metric,
         )
-    modules = allocation.function(budget_of(config, layout), spectra)
+    budget = budget_of(config, layout)
+    if allocation.function is global_prices and method.metric == "kfac" and store is not None:
+        modules = global_prices(budget, spectra, _roundings(budget, layout, store, device))
+    else:
+        modules = allocation.function(budget, spectra)
     return Plan(modules=modules, method=config.method, ratio=config.ratio, allocation=method.allocation)
+
+
+def _roundings(
+    budget: Budget, layout: Layout, store: StatisticsStore, device: torch.device | None
+) -> Roundings | None:
+    """What rounding costs in every form that may be chosen, where that is more than our own 8 bits and ranks."""
+    ladders = [
+        each for name, ladder in budget.ladders.items() for each in (ladder, *budget.alternatives.get(name, ()))
+    ]
+    factored = {ladder.storage.name for ladder in ladders if ladder.dense_level}
+    whole = {form.name for ladder in ladders for form in ladder.dense_forms if form.name != DENSE}
+    if all(inner_form_named(name) is None for name in factored | whole):
+        return None
+    return price_roundings(layout, store, sorted(factored - {"plain"}), sorted(whole), device)
 
 
 def predicted_increase(plan: Plan, store: StatisticsStore | None, factorization: str) -> float | None:
@@ -102,5 +131,6 @@ def predicted_increase(plan: Plan, store: StatisticsStore | None, factorization:
         if module.rank is None:
             increase += dense_storage_named(module.storage).lost_share * float(prices.sum())
         else:
-            increase += float(prices.sum() - prices[list(module.kept)].sum())
+            kept = float(prices[list(module.kept)].sum())
+            increase += float(prices.sum()) - kept + storage_named(module.storage).lost_share * kept
     return increase

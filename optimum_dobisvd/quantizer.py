@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GPTQConfig
 
 from .allocation.plan import Plan, PlannedModule
 from .calibration.dataset import CalibrationWindows, load_windows
-from .calibration.layout import Layout
+from .calibration.layout import Layout, checkpoint_bytes
 from .calibration.loss import require_labels
 from .checking import check_model
 from .collecting import basis_of, block_runner, collect_statistics
@@ -26,8 +27,9 @@ from .nn.dense_linear import weight_matrix
 from .planning import budget_of, check_basis, given_plan, make_plan, predicted_increase
 from .replacement import Replacement
 from .report.measure import Stages
-from .report.report import CompressionReport, macs_per_token, model_bytes, module_report, resident_bytes
+from .report.report import CompressionReport, macs_per_token, module_report, resident_bytes
 from .report.write import write_beside
+from .stacking import check_inner, quantize_shells
 from .statistics.fingerprint import fingerprint
 from .statistics.sample_bases import SampleBasisVisitor
 from .statistics.spectra import PreparedInputs, decompositions, input_grams
@@ -98,7 +100,7 @@ class DobiSVDQuantizer:
         self._check_labels(windows, held_out)
         if held_out is not None:
             check_learnable(layout)
-        before = (macs_per_token(model), model_bytes(model.parameters()), resident_bytes(model))
+        before = (macs_per_token(model), checkpoint_bytes(model), resident_bytes(model))
         with stages.stage("statistics"):
             store, basis = None, None
             if windows is not None:
@@ -127,7 +129,7 @@ class DobiSVDQuantizer:
             dense_macs=before[0],
             compressed_macs=macs_per_token(model),
             dense_model_bytes=before[1],
-            compressed_model_bytes=model_bytes(model.parameters()),
+            compressed_model_bytes=checkpoint_bytes(model),
             dense_memory_bytes=before[2],
             compressed_memory_bytes=resident_bytes(model),
             seconds=stages.seconds,
@@ -149,6 +151,8 @@ class DobiSVDQuantizer:
         ones passed in, if any, or newly drawn ones.
         """
         layout = check_model(model, self.config)
+        if self.config.inner is not None:
+            check_inner(self.config.inner, layout, self.config.min_coverage)
         given = given_plan(self.config, layout)
         if given is None:
             budget_of(self.config, layout)
@@ -173,9 +177,9 @@ class DobiSVDQuantizer:
     def _load_windows(self, model: Any, tokenizer: Any) -> CalibrationWindows | None:
         config = self.config
         if config.dataset is None:
-            if config.resolved_method().needs_data:
+            if config.resolved_method().needs_data or isinstance(config.inner, GPTQConfig):
                 raise ValueError(
-                    f"method {config.method!r} needs calibration text: pass dataset= (a name such as 'wikitext2', a "
+                    f"{self._reader_of_text} needs calibration text: pass dataset= (a name such as 'wikitext2', a "
                     "file, a list of strings, or token tensors), or use method='svd', which needs none"
                 )
             return None
@@ -189,6 +193,10 @@ class DobiSVDQuantizer:
             seed=config.seed,
             held_out=held_out,
         )
+
+    @property
+    def _reader_of_text(self) -> str:
+        return f"method {self.config.method!r}" if self.config.resolved_method().needs_data else "GPTQ"
 
     @property
     def _learns(self) -> bool:
@@ -283,7 +291,19 @@ class DobiSVDQuantizer:
                     replacement.put(name, found.keep(plan.modules[name].kept), gram)
             for name, gram in input_grams(layout, row, store, device, storages.keys() - ranks.keys()):
                 replacement.put_rounded(name, gram)
+            if self.config.inner is not None:
+                self._quantize_inner(model, layout, windows)
         return {name: replacement.errors.get(name, 0.0) for name in plan.modules}
+
+    def _quantize_inner(self, model: Any, layout: Layout, windows: CalibrationWindows | None) -> None:
+        quantize_shells(
+            model,
+            layout.blocks,
+            self.config.inner,
+            windows,
+            batch_size=self.config.batch_size,
+            device=self.config.device,
+        )
 
 
 def describe_dataset(windows: CalibrationWindows | None) -> str | None:

@@ -154,10 +154,10 @@ def test_byte_budget_reads_the_ratio_as_a_decimal(ratio: float, dense_bytes: int
 def test_large_models_need_few_evaluations_of_the_cost_curve() -> None:
     calls = 0
 
-    def count(m: int, n: int, size: int) -> int:
+    def count(m: int, n: int, rank: int, size: int) -> int:
         nonlocal calls
         calls += 1
-        return STORAGES["plain"].bytes_per_rank(m, n, size)
+        return STORAGES["plain"].bytes_at(m, n, rank, size)
 
     counted = Storage("counted", count)
     targets = [Target(f"layers.{i}.up_proj", 28672 - i, 8192, 2) for i in range(1500)]

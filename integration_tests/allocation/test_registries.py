@@ -51,17 +51,17 @@ def test_dense_int8_comes_before_dense_where_it_is_smaller() -> None:
 
 
 def test_storages_are_registered_once() -> None:
-    storage = Storage("mine", lambda m, n, size: size)
+    storage = Storage("mine", lambda m, n, rank, size: size * rank)
     register_storage(storage)
     assert storage_named("mine") is storage
     with pytest.raises(ValueError, match="'mine' is already registered; choose another name"):
         register_storage(storage)
 
 
-@pytest.mark.parametrize("name", ["dense", "dense_int8", ""])
+@pytest.mark.parametrize("name", ["dense", "dense_int8", "", "gptq4_g32", "nf4"])
 def test_storages_cannot_take_a_reserved_name(name: str) -> None:
     with pytest.raises(ValueError, match="cannot be called"):
-        register_storage(Storage(name, lambda m, n, size: size))
+        register_storage(Storage(name, lambda m, n, rank, size: size * rank))
 
 
 def test_unknown_names_list_the_known_ones() -> None:

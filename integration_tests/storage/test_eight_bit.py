@@ -165,7 +165,7 @@ def test_the_matrix_as_it_is_has_no_packed_form() -> None:
 def test_a_storage_without_a_form_on_disk_is_refused_and_not_stored_as_another() -> None:
     """Registering a cost curve does not say how tensors are packed."""
     with patch.dict(STORAGES):
-        register_storage(Storage("mine", lambda m, n, size: size))
+        register_storage(Storage("mine", lambda m, n, rank, size: rank * (size)))
         with pytest.raises(ValueError, match="storage 'mine' has no form on disk; .*: plain, remap, int8"):
             pack("mine", *factors(4, 4, 2), torch.float32)
 

@@ -9,8 +9,9 @@ import bisect
 import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Protocol
 
 from ..storage.costs import DENSE, DenseStorage, Storage, dense_levels, dense_storage_named, storage_named
 from .patterns import Override, is_keep_ratio, near_names
@@ -77,12 +78,14 @@ class Budget:
             (left dense, and paid for).
         ladders: the sizes that the other matrices can take.
         free_bytes: bytes for `ladders` together: the budget less what is settled.
+        alternatives: the sizes that these matrices can take in other storages, where an allocator may choose them.
     """
 
     names: tuple[str, ...]
     settled: dict[str, PlannedModule]
     ladders: dict[str, Ladder]
     free_bytes: int
+    alternatives: dict[str, tuple[Ladder, ...]] = field(default_factory=dict)
 
 
 def byte_budget(targets: Sequence[Target], ratio: float) -> int:
@@ -92,9 +95,11 @@ def byte_budget(targets: Sequence[Target], ratio: float) -> int:
 
 def open_budget(
     targets: Sequence[Target],
-    ratio: float,
+    ratio: float | None,
     *,
     storage: str,
+    size: int | None = None,
+    alternatives: Sequence[str] = (),
     dense_storage: str | None = None,
     overrides: Mapping[str, Override] | None = None,
     rank_multiple: int | None = None,
@@ -108,8 +113,10 @@ def open_budget(
 
     Args:
         targets: the matrices, names distinct.
-        ratio: fraction of the dense bytes of all targets to keep, in (0, 1].
-        storage: name of a registered storage for the factors.
+        ratio: fraction of the dense bytes of all targets to keep, in (0, 1]; None where `size` is given.
+        storage: name of a storage for the factors.
+        size: bytes for all targets together.
+        alternatives: other storages that allocators may choose for a matrix which know what each costs the loss.
         dense_storage: how matrices may be stored that are not factorised: `dense` (as they are), or `dense_int8`, and
             as they are where the budget is enough. None: what goes with the storage.
         overrides: `{target name: Override}`, as `resolve_overrides` returns it.
@@ -117,35 +124,54 @@ def open_budget(
         min_rank: at least 1.
 
     Raises:
-        ValueError: a bad argument; an override for an unknown matrix, or one that cannot be honoured; or a budget too
-            small for the overrides and the minimum ranks (the message gives the smallest reachable ratio).
+        ValueError: a bad argument; a `rank_multiple` that the storage cannot take; an override for an unknown matrix,
+            or one that cannot be honoured; or a budget too small for the overrides and the minimum ranks (the message
+            gives the smallest reachable one).
     """
     known = targets_by_name(targets)
     overrides = overrides or {}
+    if (ratio is None) == (size is None):
+        raise ValueError("give either a ratio or a size for the matrices to compress")
     form = storage_named(storage)
-    whole = dense_storage_named(form.dense_storage if dense_storage is None else dense_storage).name
-    multiple = form.rank_multiple if rank_multiple is None else rank_multiple
-    _check_options(known, ratio, overrides, rank_multiple=multiple, min_rank=min_rank)
-    ladders = {name: _ladder(target, form, whole, multiple, min_rank) for name, target in known.items()}
+    _check_options(known, ratio, overrides, rank_multiple=_multiple(form, rank_multiple), min_rank=min_rank)
+    ladders = {name: _ladder(target, form, dense_storage, rank_multiple, min_rank) for name, target in known.items()}
     settled = {name: _settle(ladders[name], override) for name, override in overrides.items()}
     for name, ladder in ladders.items():
         if ladder.top_level == 0:
             settled.setdefault(name, ladder.module_at(0))
     free = {name: ladder for name, ladder in ladders.items() if name not in settled}
 
-    budget = byte_budget(targets, ratio)
+    budget = byte_budget(targets, ratio) if ratio is not None else size or 0
     settled_bytes = sum(planned_bytes(known[name], module) for name, module in settled.items())
-    smallest = sum(ladder.bytes_at(0) for ladder in free.values())
+    others = {name: _others(ladder, alternatives, rank_multiple, min_rank) for name, ladder in free.items()}
+    smallest = sum(min(each.bytes_at(0) for each in (free[name], *others[name])) for name in free)
     if settled_bytes + smallest > budget:
         dense = sum(target.dense_bytes for target in targets)
-        # Rounded up, so that the ratio printed is one that works.
-        reachable = math.ceil(Fraction(settled_bytes + smallest, dense) * 10**6) / 10**6
         raise ValueError(
-            f"ratio {ratio} keeps {budget} of {dense} bytes, but overrides and matrices too small to factorise take "
-            f"{settled_bytes} and the other {len(free)} need {smallest} at their lowest ranks; raise ratio to "
-            f"{reachable}, the smallest reachable, or lower rank_multiple, min_rank or what the overrides ask"
+            f"{_asked(ratio, budget)} of {dense} bytes, but overrides and matrices too small to factorise take "
+            f"{settled_bytes} and the other {len(free)} need {smallest} at their lowest ranks; raise "
+            f"{_reachable(ratio, settled_bytes + smallest, dense)}, the smallest reachable, or lower rank_multiple, "
+            "min_rank or what the overrides ask"
         )
-    return Budget(tuple(known), settled, free, budget - settled_bytes)
+    return Budget(tuple(known), settled, free, budget - settled_bytes, {k: v for k, v in others.items() if v})
+
+
+def _asked(ratio: float | None, budget: int) -> str:
+    return f"the size asked for leaves {budget}" if ratio is None else f"ratio {ratio} keeps {budget}"
+
+
+def _reachable(ratio: float | None, needed: int, dense: int) -> str:
+    if ratio is None:
+        return f"it to leave {needed} for them"
+    # Rounded up, so that the ratio printed is one that works.
+    return f"ratio to {math.ceil(Fraction(needed, dense) * 10**6) / 10**6}"
+
+
+def _others(
+    ladder: Ladder, alternatives: Sequence[str], rank_multiple: int | None, min_rank: int
+) -> tuple[Ladder, ...]:
+    forms = [storage_named(name) for name in alternatives]
+    return tuple(_ladder(ladder.target, form, None, rank_multiple, min_rank) for form in forms)
 
 
 def proportional_shares(
@@ -200,21 +226,37 @@ def spend(budget: Budget, wishes: Mapping[str, int | Fraction]) -> dict[str, Pla
     )
     wished = dict(zip(ladders, shares, strict=True))
     levels = {name: ladder.level_within(wished[name]) for name, ladder in ladders.items()}
-    top_up(budget, levels, lambda name, level: float(1 - ladders[name].bytes_at(level) / Fraction(wished[name])))
+    top_up(
+        ladders,
+        budget.free_bytes,
+        levels,
+        lambda name, level: float(1 - ladders[name].bytes_at(level) / Fraction(wished[name])),
+    )
     planned = budget.settled | {name: ladder.module_at(levels[name]) for name, ladder in ladders.items()}
     return {name: planned[name] for name in budget.names}
 
 
-def top_up(budget: Budget, levels: dict[str, int], priority: Callable[[str, int], float]) -> None:
-    """Raises `levels` in place, one level at a time, until no matrix's next level fits into the budget.
+class Sizes(Protocol):
+    """The sizes that one matrix can take, smallest first."""
+
+    @property
+    def top_level(self) -> int: ...
+
+    def bytes_at(self, level: int) -> int: ...
+
+
+def top_up(
+    ladders: Mapping[str, Sizes], free_bytes: int, levels: dict[str, int], priority: Callable[[str, int], float]
+) -> None:
+    """Raises `levels` in place, one level at a time, until no matrix's next level fits into the bytes there are.
 
     Args:
-        budget: what `open_budget` returned.
-        levels: a level for every name in `budget.ladders`, together within `budget.free_bytes`.
+        ladders: the sizes of every matrix.
+        free_bytes: for all of them.
+        levels: a level for every matrix, together within `free_bytes`.
         priority: `(name, present level) -> number`; the highest goes first, on a tie the earlier name.
     """
-    ladders = budget.ladders
-    left = budget.free_bytes - sum(ladder.bytes_at(levels[name]) for name, ladder in ladders.items())
+    left = free_bytes - sum(ladder.bytes_at(levels[name]) for name, ladder in ladders.items())
     queue = [(-priority(name, levels[name]), order, name) for order, name in enumerate(ladders)]
     heapq.heapify(queue)
     while queue:
@@ -234,8 +276,23 @@ def _exact(ratio: float) -> Fraction:
     return Fraction(repr(ratio))
 
 
-def _check_options(known: Mapping[str, Target], ratio: float, overrides: Mapping[str, Override], **ranks: int) -> None:
-    if not is_keep_ratio(ratio):
+def _multiple(storage: Storage, wanted: int | None) -> int:
+    """What ranks are multiples of. ValueError for one that the storage cannot take."""
+    if wanted is None:
+        return storage.rank_multiple
+    needed = 1 if storage.form is None else storage.form.rank_multiple
+    if type(wanted) is int and wanted % needed:
+        raise ValueError(
+            f"rank_multiple is {wanted}, and {storage.name} takes ranks in multiples of {needed} only; leave "
+            f"rank_multiple out, or make it a multiple of {needed}"
+        )
+    return wanted
+
+
+def _check_options(
+    known: Mapping[str, Target], ratio: float | None, overrides: Mapping[str, Override], **ranks: int
+) -> None:
+    if ratio is not None and not is_keep_ratio(ratio):
         raise ValueError(f"ratio is {ratio!r}; it is the fraction of the bytes kept, above 0 and at most 1")
     for option, value in ranks.items():
         if type(value) is not int or value < 1:
@@ -248,13 +305,19 @@ def _check_options(known: Mapping[str, Target], ratio: float, overrides: Mapping
             )
 
 
-def _ladder(target: Target, storage: Storage, dense_storage: str, rank_multiple: int, min_rank: int) -> Ladder:
+def _ladder(
+    target: Target, storage: Storage, dense_storage: str | None, rank_multiple: int | None, min_rank: int
+) -> Ladder:
     m, n, element_size = target.out_features, target.in_features, target.element_size
-    lowest = -(-min_rank // rank_multiple) * rank_multiple
-    forms = dense_levels(dense_storage, m, n, element_size)
-    largest = storage.largest_rank_below(forms[0].bytes_of(m, n, element_size), m, n, element_size)
-    count = max(0, (largest - lowest) // rank_multiple + 1)
-    return Ladder(target, storage, lowest, rank_multiple, dense_level=count, dense_forms=forms)
+    multiple = _multiple(storage, rank_multiple)
+    lowest = -(-min_rank // multiple) * multiple
+    whole = dense_storage_named(storage.dense_storage if dense_storage is None else dense_storage)
+    forms = dense_levels(whole.name, m, n, element_size)
+    count = 0
+    if storage.obstacle(m, n) is None:
+        largest = storage.largest_rank_below(forms[0].bytes_of(m, n, element_size), m, n, element_size)
+        count = max(0, (largest - lowest) // multiple + 1)
+    return Ladder(target, storage, lowest, multiple, dense_level=count, dense_forms=forms)
 
 
 def _settle(ladder: Ladder, override: Override) -> PlannedModule:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..storage.atomic import write_text_atomically
 from ..storage.costs import DENSE, DENSE_STORAGES, dense_storage_named, storage_named
+from ..storage.inner_forms import inner_form_named
 from .patterns import is_keep_ratio, near_names
 from .ranges import read_ranges, write_ranges
 from .target import Target, targets_by_name
@@ -23,9 +24,9 @@ _MODULE_KEYS = ("rank", "storage", "directions")
 
 @dataclass(frozen=True)
 class PlannedModule:
-    """What one matrix becomes: a rank in a registered storage, or rank None in a storage of whole matrices.
+    """What one matrix becomes: a rank in a storage of factors, or rank None in a storage of whole matrices.
 
-    These are "dense" (left as it is) and "dense_int8".
+    These are "dense" (left as it is), "dense_int8", and the forms of `storage.inner_forms`, which hold either.
 
     Attributes:
         rank: how many of its singular directions are kept; None: it stays whole.
@@ -56,6 +57,8 @@ class PlannedModule:
                 )
             return
         storage_named(self.storage)
+        if self.rank is None and inner_form_named(self.storage) is not None:
+            return
         if type(self.rank) is not int or self.rank < 1:
             raise ValueError(
                 f"rank is {self.rank!r}; storage {self.storage!r} needs a whole number of at least 1 "
@@ -202,6 +205,8 @@ class Plan:
                 )
             if module.rank is not None:
                 check_rank(known[name], module.rank, module.storage)
+            else:
+                check_whole(known[name], module.storage)
             if module.directions is not None:
                 most = min(known[name].out_features, known[name].in_features)
                 if module.directions[-1] >= most:
@@ -236,6 +241,9 @@ def check_rank(target: Target, rank: int, storage: str) -> None:
     m, n = target.out_features, target.in_features
     if rank > min(m, n):
         raise ValueError(f"{target.name}: rank {rank} is above {min(m, n)}, the most a {m}x{n} matrix has; lower it")
+    obstacle = storage_named(storage).obstacle(m, n, rank)
+    if obstacle is not None:
+        raise ValueError(f"{target.name}: {obstacle}; change the rank, or leave the matrix dense")
     largest = storage_named(storage).largest_rank_below(target.dense_bytes, m, n, target.element_size)
     if rank > largest:
         remedy = f"use at most {largest}, or " if largest else ""
@@ -243,6 +251,14 @@ def check_rank(target: Target, rank: int, storage: str) -> None:
             f"{target.name}: at rank {rank} the factors of a {m}x{n} matrix in storage {storage!r} are not smaller "
             f"than the dense matrix; {remedy}leave it dense (storage 'dense' in a plan, dense: true in an override)"
         )
+
+
+def check_whole(target: Target, storage: str) -> None:
+    """Makes sure that a storage can hold the whole matrix. ValueError names the module."""
+    form = dense_storage_named(storage).form
+    obstacle = None if form is None else form.obstacle(target.out_features, target.in_features)
+    if obstacle is not None:
+        raise ValueError(f"{target.name}: {obstacle}; leave the matrix dense, or take another form")
 
 
 def planned_bytes(target: Target, module: PlannedModule) -> int:

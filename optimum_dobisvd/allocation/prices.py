@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def global_prices(budget: Budget, spectra: Mapping[str, Tensor] | None = None) -> dict[str, PlannedModule]:
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding costs one matrix in one storage, in the units of squared singular values.
+
+    `whole`: rounding the matrix as a whole; None where the storage has no such form. `ranks` (`min(m, n)`, float64):
+    what rounding each rank of its factors adds; None where it has no factors.
+    """
+
+    whole: float | None
+    ranks: Tensor | None
+
+
+Roundings = Mapping[str, Mapping[str, Rounding]]
+"""By matrix and storage."""
+
+
+def global_prices(
+    budget: Budget, spectra: Mapping[str, Tensor] | None = None, roundings: Roundings | None = None
+) -> dict[str, PlannedModule]:
     """Minimises the sum over all matrices of `tail_j(k_j) = sum_{i > k_j} s_i^2` within the byte budget.
 
     A dense matrix has no tail and its own bytes, so the error of a matrix is not convex in its bytes at the rank where
@@ -30,6 +48,7 @@ def global_prices(budget: Budget, spectra: Mapping[str, Tensor] | None = None) -
         budget: what `open_budget` returned.
         spectra: for every matrix to allocate, its min(m, n) singular values, descending, in a metric in which matrices
             can be compared (`kfac`; in that of the outputs' raw error they cannot).
+        roundings: what rounding costs, where it was measured; a fixed share of the energy elsewhere.
 
     Returns:
         A planned module for every target, in order.
@@ -40,23 +59,75 @@ def global_prices(budget: Budget, spectra: Mapping[str, Tensor] | None = None) -
     spectra = spectra or {}
     for ladder in budget.ladders.values():
         check_spectrum(ladder.target, spectra, "global")
-    return allocate_by_worth(budget, {name: spectra[name].detach().cpu().double().square() for name in budget.ladders})
+    worth = {name: spectra[name].detach().cpu().double().square() for name in budget.ladders}
+    if budget.alternatives:
+        return allocate_mixture(budget, worth, roundings)
+    return allocate_by_worth(budget, worth, roundings)
 
 
-def allocate_by_worth(budget: Budget, worth: Mapping[str, Tensor]) -> dict[str, PlannedModule]:
+def allocate_mixture(
+    budget: Budget, worth: Mapping[str, Tensor], roundings: Roundings | None = None
+) -> dict[str, PlannedModule]:
+    """Storage and rank of every matrix: `global_prices` over the sizes that it can take in any of the storages.
+
+    Args:
+        budget: what `open_budget` returned for alternative storages.
+        worth: for every matrix, what each of its directions is worth, not rising.
+        roundings: what rounding costs.
+    """
+    menus, tails = {}, {}
+    for name, ladder in budget.ladders.items():
+        choices = []
+        for each in (ladder, *budget.alternatives.get(name, ())):
+            lost = level_tails(each, worth[name], roundings)
+            choices += [(each.bytes_at(level), lost[level], each.module_at(level)) for level in range(len(lost))]
+        best: list[tuple[int, float, PlannedModule]] = []
+        for choice in sorted(choices, key=lambda choice: choice[:2]):
+            if not best or choice[1] < best[-1][1]:  # a larger one must lose less
+                best.append(choice)
+        menus[name] = Menu(tuple((size, module) for size, _, module in best))
+        tails[name] = [lost for _, lost, _ in best]
+    return allocate_by_tails(budget, tails, menus)
+
+
+@dataclass(frozen=True)
+class Menu:
+    """The sizes one matrix can take and what it becomes there, smallest first: a ladder over several storages."""
+
+    choices: tuple[tuple[int, PlannedModule], ...]
+
+    @property
+    def top_level(self) -> int:
+        """The last level."""
+        return len(self.choices) - 1
+
+    def bytes_at(self, level: int) -> int:
+        """Bytes on disk at a level."""
+        return self.choices[level][0]
+
+    def module_at(self, level: int) -> PlannedModule:
+        """What the matrix becomes at a level."""
+        return self.choices[level][1]
+
+
+def allocate_by_worth(
+    budget: Budget, worth: Mapping[str, Tensor], roundings: Roundings | None = None
+) -> dict[str, PlannedModule]:
     """Keeps the singular directions that are worth most, as many of each matrix as the budget is best spent on.
 
     Args:
         budget: what `open_budget` returned.
         worth: for every matrix to allocate, what keeping each of its min(m, n) directions takes off the loss; they
             need not fall from one to the next. Below zero counts as zero.
+        roundings: what rounding costs, where it was measured.
 
     Returns:
         A planned module for every target, in order.
     """
     orders = {name: values.argsort(descending=True, stable=True) for name, values in worth.items()}
     tails = {
-        name: level_tails(ladder, worth[name][orders[name]].clamp_min(0)) for name, ladder in budget.ladders.items()
+        name: level_tails(ladder, worth[name][orders[name]].clamp_min(0), roundings)
+        for name, ladder in budget.ladders.items()
     }
     planned = allocate_by_tails(budget, tails)
     for name in budget.ladders:
@@ -66,26 +137,41 @@ def allocate_by_worth(budget: Budget, worth: Mapping[str, Tensor]) -> dict[str, 
     return planned
 
 
-def level_tails(ladder: Ladder, worth: Tensor) -> list[float]:
-    """What is lost at every level of a ladder that keeps the first directions.
+def level_tails(ladder: Ladder, worth: Tensor, roundings: Roundings | None = None) -> list[float]:
+    """What is lost at every level of a ladder that keeps the first directions, rounding included.
 
     The last, the matrix as it is, loses nothing; one rounded as a whole loses its share of everything.
 
     Args:
         ladder: of one matrix.
         worth: of its min(m, n) directions, float64, none below zero.
+        roundings: what rounding costs, where it was measured.
     """
+    measured = (roundings or {}).get(ladder.target.name, {})
     tails = torch.cat([worth.flip(0).cumsum(0).flip(0), worth.new_zeros(1)])
-    ranks = [ladder.lowest_rank + level * ladder.rank_step for level in range(ladder.dense_level)]
-    rounding = [form.lost_share * float(tails[0]) for form in ladder.dense_forms]
+    total = float(tails[0])
+    found: list[float] = []
+    if ladder.dense_level:
+        price = measured.get(ladder.storage.name)
+        by_rank = ladder.storage.lost_share * worth if price is None or price.ranks is None else price.ranks
+        lost = tails + torch.cat([worth.new_zeros(1), by_rank.to(worth).cumsum(0)])
+        ranks = [ladder.lowest_rank + level * ladder.rank_step for level in range(ladder.dense_level)]
+        found = lost[ranks].tolist()
+    for form in ladder.dense_forms:
+        price = measured.get(form.name)
+        found.append(form.lost_share * total if price is None or price.whole is None else price.whole)
     # Where the last ranks lose next to nothing, rounding may lose more; no allocator is to climb for that.
-    found = [*tails[ranks].tolist(), *rounding]
     return [min(found[: level + 1]) for level in range(len(found))]
 
 
-def allocate_by_tails(budget: Budget, tails: Mapping[str, Sequence[float]]) -> dict[str, PlannedModule]:
-    """Levels that minimise the sum of `tails` (by name and level, not rising) within the budget."""
-    ladders = budget.ladders
+def allocate_by_tails(
+    budget: Budget, tails: Mapping[str, Sequence[float]], menus: Mapping[str, Menu] | None = None
+) -> dict[str, PlannedModule]:
+    """Levels that minimise the sum of `tails` (by name and level, not rising) within the budget.
+
+    The levels are those of the budget's ladders, or of `menus` in their stead.
+    """
+    ladders: Mapping[str, Ladder | Menu] = budget.ladders if menus is None else menus
     levels = dict.fromkeys(ladders, 0)
     left = budget.free_bytes - sum(ladder.bytes_at(0) for ladder in ladders.values())
     edges = {name: _hull(ladder, tails[name]) for name, ladder in ladders.items()}
@@ -109,12 +195,12 @@ def allocate_by_tails(budget: Budget, tails: Mapping[str, Sequence[float]]) -> d
         gain = tails[name][level] - tails[name][level + 1]
         return gain / cost if cost else float("inf")
 
-    top_up(budget, levels, gain_per_byte)
+    top_up(ladders, budget.free_bytes, levels, gain_per_byte)
     planned = budget.settled | {name: ladder.module_at(levels[name]) for name, ladder in ladders.items()}
     return {name: planned[name] for name in budget.names}
 
 
-def _hull(ladder: Ladder, tails: Sequence[float]) -> list[tuple[float, int]]:
+def _hull(ladder: Ladder | Menu, tails: Sequence[float]) -> list[tuple[float, int]]:
     """The lower convex hull of (bytes, tail) from level 0 up: `(gain per byte, level)` of its edges' far ends."""
     hull: list[tuple[int, float, int]] = []
     for level, tail in enumerate(tails):

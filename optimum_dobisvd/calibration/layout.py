@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -24,11 +25,15 @@ class LeftDense:
 
 @dataclass(frozen=True)
 class Layout:
-    """The blocks of a model in order, its compressible linears by full name, and what is left out."""
+    """The blocks of a model in order, its compressible linears by full name, and what is left out.
+
+    `other_bytes` is what all that is not the weight of such a linear takes in a checkpoint.
+    """
 
     blocks: dict[str, nn.Module]
     linears: dict[str, nn.Module]
     left_dense: list[LeftDense] = field(default_factory=list)
+    other_bytes: int = 0
 
     @property
     def targets(self) -> list[Target]:
@@ -104,7 +109,9 @@ def find_layout(model: nn.Module, modules_to_not_convert: Iterable[str] = (), mi
                     left.append(LeftDense(name, parameter.numel(), reason))
     excluded = select(modules_to_not_convert, eligible)
     left += [LeftDense(name, weight_matrix(eligible[name]).numel(), EXCLUDED) for name in eligible if name in excluded]
-    layout = Layout(blocks, {name: m for name, m in eligible.items() if name not in excluded}, left)
+    linears = {name: module for name, module in eligible.items() if name not in excluded}
+    target_bytes = sum(_bytes(module.weight) for module in linears.values())
+    layout = Layout(blocks, linears, left, other_bytes=checkpoint_bytes(model) - target_bytes)
     if not layout.linears:
         raise ValueError(f"no eligible linear in {type(model).__name__}: {layout.describe_left_dense()}")
     if layout.coverage < min_coverage:
@@ -114,6 +121,20 @@ def find_layout(model: nn.Module, modules_to_not_convert: Iterable[str] = (), mi
             "accept that"
         )
     return layout
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """Bytes of all tensors that a checkpoint of the model holds, tied ones once. Works on meta tensors, tied or not."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    seen: dict[int, int] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in tied or tied[name] == name:
+            seen[id(tensor)] = _bytes(tensor)
+    return sum(seen.values())
+
+
+def _bytes(tensor: Any) -> int:
+    return int(tensor.numel() * tensor.element_size())
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:

@@ -104,6 +104,54 @@ class BlockRunner:
         finally:
             self._hidden, self._arguments = [], []
 
+    @torch.no_grad()
+    def run_in_turn(
+        self, change: Callable[[str, nn.Module, Callable[[BlockVisitor], None]], None], description: str
+    ) -> None:
+        """Change the blocks one after the other, each on the outputs of the changed ones before it.
+
+        Args:
+            change: called with a block's name, the block on the compute device, and a function that takes all windows
+                through it, as it is by then, past a visitor; as often as it likes.
+            description: words beside the progress bar.
+
+        Raises:
+            ValueError: naming the block whose output is not finite on some token.
+        """
+        try:
+            with evaluating(self._model), without_cache(self._model):
+                alone = self._blocks_stand_alone()
+                if alone:
+                    self._record(self._batches)
+                for name, block in tqdm(self._blocks.items(), desc=description, unit="block"):
+                    with on_device(block, self._device):
+                        change(name, block, partial(self._replay, name, block, alone))
+                        if alone:
+                            self._advance(name, block)
+        finally:
+            self._hidden, self._arguments = [], []
+
+    def _replay(self, name: str, block: nn.Module, alone: bool, visitor: BlockVisitor) -> None:
+        """All windows through one block, their outputs thrown away; through the whole model if it must be."""
+        visitor.enter(name, block)
+        try:
+            for index, (ids, mask) in enumerate(self._batches):
+                visitor.start_batch(mask)
+                if alone:
+                    self._through(name, block, index, self._hidden[index])
+                else:
+                    self._whole_pass(ids, mask)
+        except BaseException:
+            visitor.abandon()
+            raise
+        visitor.leave(name, block)
+
+    def _advance(self, name: str, block: nn.Module) -> None:
+        """The hidden states of all windows from before a block to after it."""
+        for index, (_, mask) in enumerate(self._batches):
+            self._hidden[index] = self._through(name, block, index, self._hidden[index])
+            check_finite(f"{name}: its output", self._hidden[index], mask)
+
     def _walk(self, visitor: BlockVisitor, description: str) -> None:
         self._record(self._batches)
         for hidden, (_, mask) in zip(self._hidden, self._batches, strict=True):

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch.nn import Parameter
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..nn.compressed_linear import CompressedLinear
 from ..nn.eight_bit_linear import EightBitLinear
+from .bnb_linear import bnb_tensors, is_bnb_form
 
-_WHOLE_DTYPES = {torch.int8: "I8", torch.int16: "I16"}
+_WHOLE_DTYPES = {torch.int8: "I8", torch.int16: "I16", torch.int32: "I32"}
 
 
 def module_names_in(model: Any, names: list[str]) -> dict[str, str]:
@@ -56,15 +56,14 @@ def check_factors(model: Any, files: list[str]) -> None:
     scales = {f"{name}.{key}" for name, module in eight_bit for key in module.tensors() if key.endswith("scale")}
     found = _headers_by_model_name(model, files, scales)
     shapes = {tensor: shape for tensor, (shape, _) in found.items()}
-    expected: dict[str, Parameter] = {}
+    expected: dict[str, tuple[list[int], str | None]] = {}
     dense = set()
     for name, module in model.named_modules():
         if isinstance(module, CompressedLinear):
             dense.add(f"{name}.weight")
-            for key, parameter in module.named_parameters():
-                expected[f"{name}.{key}"] = parameter
-    for tensor, parameter in expected.items():
-        _check_tensor(tensor, list(parameter.shape), _WHOLE_DTYPES.get(parameter.dtype), found.get(tensor))
+            expected |= _tensors_of(name, module)
+    for tensor, (shape, dtype) in expected.items():
+        _check_tensor(tensor, shape, dtype, found.get(tensor))
     for tensor in shapes:
         if tensor in dense and 0 not in shapes[tensor]:
             raise ValueError(
@@ -72,6 +71,19 @@ def check_factors(model: Any, files: list[str]) -> None:
             )
         _check_is_listed(model, tensor, expected)
     _check_nothing_else_is_missing(model, shapes)
+
+
+def _tensors_of(name: str, module: CompressedLinear) -> dict[str, tuple[list[int], str | None]]:
+    """Shape of every tensor a module loads, and its dtype where loading must not change it."""
+    expected = {
+        f"{name}.{key}": (list(parameter.shape), _WHOLE_DTYPES.get(parameter.dtype))
+        for key, parameter in module.named_parameters()
+    }
+    if is_bnb_form(module.storage):
+        for child, linear in module.named_children():
+            shape = (int(linear.out_features), int(linear.in_features))  # type: ignore[arg-type]
+            expected |= bnb_tensors(module.storage, f"{name}.{child}", *shape)
+    return expected
 
 
 def _check_tensor(tensor: str, shape: list[int], dtype: str | None, found: tuple[list[int], str] | None) -> None:
@@ -94,7 +106,7 @@ def _check_is_listed(model: Any, tensor: str, expected: Collection[str]) -> None
     """A tensor that only a compressed linear can have belongs to one."""
     if tensor in expected:
         return
-    if tensor.endswith((".first.weight", ".second.weight", ".second.bias")):
+    if tensor.endswith((".first.weight", ".second.weight", ".second.bias", ".whole.weight", ".qweight")):
         owner = tensor.rsplit(".", 2)[0]
         strange = not model_has(model, tensor.rsplit(".", 1)[0])
     elif tensor.endswith((".first", ".second", ".packed", ".rest", ".quantized", ".scale", ".row_scale")):

@@ -1,7 +1,8 @@
 """The half of the quantizer that loads compressed checkpoints.
 
-This module, `checkpoint`, `nn`, `kernels` and `storage.eight_bit` are also bundled with every checkpoint (see
-`saving.modeling_source`), so they import nothing but torch, transformers and each other.
+This module, `checkpoint`, `gptq_linear`, `bnb_linear`, `inner`, `nn`, `kernels`, `storage.eight_bit` and
+`storage.inner_forms` are also bundled with every checkpoint (see `saving.modeling_source`), so they import nothing but
+torch, transformers and each other.
 """
 
 from __future__ import annotations
@@ -9,12 +10,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
 from transformers.quantizers.base import HfQuantizer
 
+from ..inner import as_applied, inner_config
 from ..nn.compressed_linear import CompressedLinear
 from ..nn.dense_linear import empty_compressed, is_dense_linear, to_dense
 from ..nn.eight_bit_linear import EightBitLinear
+from ..storage.inner_forms import gptq_bits_of, inner_form_named
+from .bnb_linear import bnb_quantizer, empty_bnb_children, is_bnb_form, mark_loaded, require_bitsandbytes, unmark
 from .checkpoint import check_factors, module_names_in
+from .gptq_linear import GPTQTensors, gptq_kernel, require_gptqmodel
 
 BUNDLED_ENTRY = "DobiSVD"
 """What the classes in the bundled file are called that `auto_map` names, followed by the auto class."""
@@ -31,7 +38,54 @@ def forget_bundled_loader(model: Any) -> None:
 
 
 class LowRankLoader(HfQuantizer):
-    """Builds the modules on meta from the ranks in config.json, and checks the files' headers before reading."""
+    """Builds the modules on meta from the ranks in config.json, and checks the files' headers before reading.
+
+    What another library has quantised, that library's own reader loads: for bitsandbytes this hands on to the
+    quantizer that transformers has for it.
+    """
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.inner: Any = inner_config(getattr(quantization_config, "inner", None))
+        modules = (getattr(quantization_config, "modules", None) or {}) if self.pre_quantized else {}
+        forms = {entry["storage"] for entry in modules.values() if inner_form_named(entry["storage"]) is not None}
+        self._has_gptq = any(gptq_bits_of(name) is not None for name in forms)
+        self._has_bnb = any(is_bnb_form(name) for name in forms)
+        if forms and (self.inner is None or isinstance(self.inner, BitsAndBytesConfig) == self._has_gptq):
+            raise ValueError(
+                f"config.json lists matrices in the form {sorted(forms)[0]}, and its 'inner' does not say how they "
+                "were quantised: copy config.json again"
+            )
+        self._bnb: Any = bnb_quantizer(self.inner) if self._has_bnb else None
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if self._has_gptq:
+            require_gptqmodel()
+            device_map = kwargs.get("device_map")
+            if isinstance(device_map, dict) and "disk" in device_map.values():
+                raise ValueError(
+                    "linears quantised by GPTQ cannot be offloaded to disk: gptqmodel computes from tensors in memory "
+                    "only; give a device_map without 'disk'"
+                )
+        if self._has_bnb:
+            require_bitsandbytes()
+            self._bnb.validate_environment(*args, **kwargs)
+
+    def update_device_map(self, device_map: Any) -> Any:
+        return device_map if self._bnb is None else self._bnb.update_device_map(device_map)
+
+    def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
+        return max_memory if self._bnb is None else self._bnb.adjust_max_memory(max_memory)
+
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        if self._bnb is not None:
+            return self._bnb.param_element_size(model, param_name, param)
+        return super().param_element_size(model, param_name, param)
+
+    def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
+        if self._bnb is not None:
+            return self._bnb.update_weight_conversions(weight_conversions, model)
+        return super().update_weight_conversions(weight_conversions, model)
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -45,19 +99,47 @@ class LowRankLoader(HfQuantizer):
                     f"config.json lists {listed} as compressed, and in {type(model).__name__} it is a "
                     f"{type(dense).__name__}: the checkpoint belongs to another architecture"
                 )
-            rank, limit = modules[listed]["rank"], min(dense.weight.shape)
-            if rank is not None and rank > limit:
-                raise ValueError(f"{listed}: rank {rank} in config.json is above its largest possible rank {limit}")
-            model.set_submodule(name, empty_compressed(dense, modules[listed]["storage"], rank, device="meta"))
+            entry = modules[listed]
+            _check_possible(listed, entry, *_matrix_shape(dense))
+            shell = empty_compressed(dense, entry["storage"], entry["rank"], device="meta")
+            self._empty_children(shell)
+            model.set_submodule(name, shell)
         if checkpoint_files:
             check_factors(model, checkpoint_files)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for module in model.modules():
+        for module in list(model.modules()):
             if isinstance(module, EightBitLinear):
                 module.freeze()
+            for child, tensors in module.named_children():
+                if isinstance(tensors, GPTQTensors):
+                    setattr(module, child, self._kernel(tensors))
+        if self._bnb is not None:
+            mark_loaded(model, self.inner)
+        if self._has_gptq:
+            self.quantization_config.inner = as_applied(self.inner)  # type: ignore[attr-defined]
         return model
+
+    def _empty_children(self, shell: CompressedLinear) -> None:
+        """Places for quantised weights in a shell's children, on meta."""
+        if is_bnb_form(shell.storage):
+            empty_bnb_children(shell, self.inner)
+        gptq = gptq_bits_of(shell.storage)
+        if gptq is not None:
+            for child, linear in list(shell.named_children()):
+                shape = (linear.in_features, linear.out_features, linear.bias is not None)
+                setattr(shell, child, GPTQTensors(*shape, *gptq, device="meta"))  # type: ignore[arg-type]
+
+    def _kernel(self, tensors: GPTQTensors) -> nn.Module:
+        return gptq_kernel(
+            tensors.tensors(),
+            in_features=tensors.in_features,
+            out_features=tensors.out_features,
+            bits=tensors.bits,
+            group_size=tensors.group_size,
+            options=self.inner.to_dict(),
+        )
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         low_rank = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
@@ -66,6 +148,7 @@ class LowRankLoader(HfQuantizer):
                 raise ValueError(f"{name} is offloaded; load the model without cpu or disk offload to dequantize it")
         for name, module in low_rank.items():
             model.set_submodule(name, to_dense(module))
+        unmark(model)
         forget_bundled_loader(model)
         return model if dtype is None else model.to(dtype)
 
@@ -79,8 +162,25 @@ class LowRankLoader(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         modules = self.quantization_config.modules or {}  # type: ignore[attr-defined]
-        return all(entry["storage"] == "plain" for entry in modules.values())  # 8-bit factors cannot be trained
+        return all(entry["storage"] == "plain" for entry in modules.values())  # quantised factors cannot be trained
 
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _matrix_shape(dense: Any) -> tuple[int, int]:
+    rows, columns = dense.weight.shape
+    return (rows, columns) if type(dense) is nn.Linear else (columns, rows)
+
+
+def _check_possible(name: str, entry: dict[str, Any], out_features: int, in_features: int) -> None:
+    """ValueError if no such matrix can have that rank in that storage."""
+    rank, form = entry["rank"], inner_form_named(entry["storage"])
+    if rank is not None and rank > min(out_features, in_features):
+        raise ValueError(
+            f"{name}: rank {rank} in config.json is above its largest possible rank {min(out_features, in_features)}"
+        )
+    obstacle = None if form is None else form.obstacle(out_features, in_features, rank)
+    if obstacle is not None:
+        raise ValueError(f"{name}: config.json cannot be right, {obstacle}; copy it again")

@@ -20,12 +20,17 @@ MODELING_FILE = "modeling_dobisvd.py"
 # In the order in which they need each other.
 _BUNDLED = (
     "storage/eight_bit.py",
+    "storage/inner_forms.py",
+    "inner.py",
     "kernels/triton_int8.py",
     "kernels/int8_matmul.py",
     "nn/compressed_linear.py",
     "nn/low_rank_linear.py",
+    "nn/whole_linear.py",
     "nn/eight_bit_linear.py",
     "nn/dense_linear.py",
+    "integrations/gptq_linear.py",
+    "integrations/bnb_linear.py",
     "integrations/checkpoint.py",
     "integrations/loading.py",
     "integrations/bundled_entry.py",

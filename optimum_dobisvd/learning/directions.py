@@ -13,7 +13,6 @@ from ..allocation.budget import Budget
 from ..allocation.plan import PlannedModule
 from ..allocation.prices import allocate_by_worth
 from ..allocation.spectra import check_spectrum
-from ..storage.costs import DENSE_STORAGES
 from .mover import NoGradientError, check_gradient, require_ranks
 
 
@@ -178,7 +177,7 @@ class DirectionMover:
         for name, prices in self._prices.items():
             planned = self._planned[name]
             if planned.rank is None:
-                kept = prices.new_full((len(prices),), -1.0 - list(DENSE_STORAGES).index(planned.storage))
+                kept = prices.new_full((len(prices),), -1.0 - self._whole_forms(name).index(planned.storage))
             else:
                 kept = _kept(planned, len(prices))
             found[name] = torch.stack([self._sums[name], self._squares[name], kept])
@@ -190,10 +189,13 @@ class DirectionMover:
         for name, ladder in self._budget.ladders.items():
             self._sums[name], self._squares[name], kept = state[name]
             if float(kept[0]) < 0:
-                self._planned[name] = PlannedModule(None, list(DENSE_STORAGES)[-1 - int(kept[0])])
+                self._planned[name] = PlannedModule(None, self._whole_forms(name)[-1 - int(kept[0])])
             else:
                 chosen = tuple(kept.nonzero().flatten().tolist())
                 self._planned[name] = PlannedModule(len(chosen), ladder.storage.name, chosen)
+
+    def _whole_forms(self, name: str) -> list[str]:
+        return [form.name for form in self._budget.ladders[name].dense_forms]
 
 
 def _kept(module: PlannedModule, count: int) -> Tensor:

@@ -6,7 +6,7 @@ Bundled with every checkpoint (see `integrations.saving`): nothing but torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class CompressedLinear(nn.Module, ABC):
     wrong size and stops. Modelling code can still ask it for dtype and device.
     """
 
-    storage: ClassVar[str]
+    storage: str
     bias_key: ClassVar[str] = "bias"
     """The name of the bias among the parameters."""
     weight: Tensor
@@ -59,3 +59,15 @@ class CompressedLinear(nn.Module, ABC):
     def extra_repr(self) -> str:
         rank = "" if self.rank is None else f", rank={self.rank}"
         return f"in_features={self.in_features}, out_features={self.out_features}{rank}, storage={self.storage}"
+
+
+@torch.no_grad()
+def matrix_of(linear: nn.Module) -> Tensor:
+    """The `m x n` weight of a linear in float32; of one that another library has quantised, what it computes with."""
+    if type(linear) is nn.Linear:
+        return linear.weight.detach().float()
+    device = next(tensor.device for tensor in (*linear.parameters(), *linear.buffers()))
+    columns: Any = linear.in_features
+    outputs = linear(torch.eye(columns, device=device)).float()
+    bias = getattr(linear, "bias", None)
+    return (outputs if bias is None else outputs - bias.float()).T

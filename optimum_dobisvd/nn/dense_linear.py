@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..storage.inner_forms import inner_form_named
 from .compressed_linear import CompressedLinear
 from .eight_bit_linear import Int8Linear, Int8LowRankLinear, RemappedLinear
 from .low_rank_linear import LowRankLinear
+from .whole_linear import WholeLinear
 
 
 def is_dense_linear(module: nn.Module) -> bool:
@@ -28,8 +30,13 @@ def as_matrix(module: nn.Module, stored: Tensor) -> Tensor:
     return stored.T if type(module) is Conv1D else stored
 
 
-def compressed_class(storage: str) -> type[CompressedLinear]:
-    """The module that computes from a storage. ValueError lists the known ones."""
+def compressed_class(storage: str, rank: int | None = None) -> type[CompressedLinear]:
+    """The module that computes from a storage. ValueError lists the known ones.
+
+    For a form of another library it is the shell whose children that library quantises.
+    """
+    if inner_form_named(storage) is not None:
+        return WholeLinear if rank is None else LowRankLinear
     classes = {found.storage: found for found in (LowRankLinear, RemappedLinear, Int8LowRankLinear, Int8Linear)}
     if storage not in classes:
         raise ValueError(
@@ -44,8 +51,8 @@ def empty_compressed(
 ) -> CompressedLinear:
     """A compressed linear of the same shape, bias and dtype as a dense one, its tensors not set."""
     out_features, in_features = weight_matrix(module).shape
-    make: Any = compressed_class(storage)
-    return make(
+    make: Any = compressed_class(storage, rank)
+    new = make(
         in_features,
         out_features,
         rank,
@@ -54,6 +61,8 @@ def empty_compressed(
         device=device if device is not None else module.weight.device,
         dtype=module.weight.dtype,
     )
+    new.storage = storage
+    return new
 
 
 def to_dense(module: CompressedLinear) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .compressed_linear import CompressedLinear
+from .compressed_linear import CompressedLinear, matrix_of
 
 
 class LowRankLinear(CompressedLinear):
@@ -14,7 +14,7 @@ class LowRankLinear(CompressedLinear):
     Both children are exactly `nn.Linear`, because bitsandbytes, GPTQ and PEFT find their layers by that type.
     """
 
-    storage = "plain"
+    storage = "plain"  # an instance's own where another library has quantised its children
     bias_key = "second.bias"
     rank: int
 
@@ -41,4 +41,4 @@ class LowRankLinear(CompressedLinear):
         return self.second(self.first(x))
 
     def dense_matrix(self) -> Tensor:
-        return self.second.weight.float() @ self.first.weight.float()
+        return matrix_of(self.second) @ matrix_of(self.first)

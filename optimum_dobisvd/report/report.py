@@ -15,7 +15,6 @@ from ..allocation.plan import PlannedModule, planned_bytes
 from ..allocation.target import Target
 from ..nn.compressed_linear import CompressedLinear
 from ..nn.dense_linear import is_dense_linear, weight_matrix
-from ..nn.eight_bit_linear import EightBitLinear
 from ..storage.atomic import write_text_atomically
 
 REPORT_NAME = "dobisvd_report.json"
@@ -53,7 +52,9 @@ class ModuleReport:
 
 @dataclass
 class CompressionReport:
-    """All that was measured while compressing. `*_macs`: multiply-adds per token of all linears, `lm_head` too.
+    """All that was measured while compressing. `ratio` is None where a size was asked for.
+
+    `*_macs`: multiply-adds per token of all linears, `lm_head` too.
 
     `*_model_bytes` are those of the checkpoint, `*_memory_bytes` those that the model's tensors were
     seen to take in memory, None where no model was loaded.
@@ -64,7 +65,7 @@ class CompressionReport:
 
     model: str
     method: str
-    ratio: float
+    ratio: float | None
     dataset: dict[str, Any] | None
     modules: list[ModuleReport]
     coverage: float
@@ -137,10 +138,16 @@ def module_report(target: Target, module: PlannedModule, error: float | None) ->
 
 
 def macs_per_token(model: nn.Module) -> int:
-    """Multiply-adds of all linears for one token; the two inside a `LowRankLinear` count, and not itself."""
-    dense = sum(weight_matrix(module).numel() for module in model.modules() if is_dense_linear(module))
-    eight_bit = (module for module in model.modules() if isinstance(module, EightBitLinear))
-    return dense + sum(module.macs for module in eight_bit)
+    """Multiply-adds of all linears for one token, each of the two factors of a compressed one counted as such."""
+    total = 0
+    shells: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedLinear):
+            shells.append(f"{name}.")
+            total += module.macs
+        elif is_dense_linear(module) and not name.startswith(tuple(shells)):
+            total += weight_matrix(module).numel()
+    return total
 
 
 def model_bytes(parameters: Iterable[nn.Parameter]) -> int:

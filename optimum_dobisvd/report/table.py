@@ -31,7 +31,8 @@ def print_report(report: CompressionReport, console: Console, *, modules: bool =
 
 def summary_table(report: CompressionReport) -> Table:
     """Dense against compressed: bytes of the targets and of the model, arithmetic per token, perplexities."""
-    title = f"{report.model}, {report.method}, asked to keep {report.ratio:g}"
+    asked = "" if report.ratio is None else f", asked to keep {report.ratio:g}"
+    title = f"{report.model}, {report.method}{asked}"
     table = plain_table(title, ("", "dense", "compressed", "ratio"))
     table.add_row(
         "target matrices",

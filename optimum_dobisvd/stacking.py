@@ -1,0 +1,168 @@
+"""Quantising what low rank leaves: during a compression, and of a checkpoint that was saved without it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GPTQConfig
+
+from .allocation.patterns import select
+from .allocation.target import Target
+from .calibration.dataset import CalibrationWindows
+from .calibration.layout import Layout, find_layout
+from .calibration.runner import BlockRunner
+from .inner import InnerConfig, inner_storage
+from .nn.compressed_linear import CompressedLinear
+from .nn.low_rank_linear import LowRankLinear
+from .nn.placement import dense_weight, replace_with
+from .storage.inner_forms import InnerForm, inner_form_named
+
+logger = logging.getLogger(__name__)
+
+
+def check_inner(inner: InnerConfig, layout: Layout, min_coverage: float) -> None:
+    """What can be refused about the quantisation before calibration.
+
+    Raises:
+        ImportError: its library is missing; names the extra.
+        ValueError: the form fits less than `min_coverage` of the targets' weights.
+    """
+    require_backend(inner)
+    form = _form_of(inner)
+    obstacles = {target.name: form.obstacle(target.out_features, target.in_features) for target in layout.targets}
+    left = {target.name: target for target in layout.targets if obstacles[target.name] is not None}
+    if not left:
+        return
+    count = sum(target.out_features * target.in_features for target in left.values())
+    share = 1 - count / sum(target.out_features * target.in_features for target in layout.targets)
+    first = next(iter(left))
+    message = (
+        f"{len(left)} matrices ({count:,} parameters) cannot be stored as {form.name}: {first}, {obstacles[first]}"
+    )
+    if share < min_coverage:
+        raise ValueError(
+            f"{message}; take another group_size (one that divides their inputs), or lower min_coverage "
+            f"({min_coverage:g}) to have them in 8 or 16 bits"
+        )
+    logger.warning("%s; they stay in 8 or 16 bits", message)
+
+
+def require_backend(inner: InnerConfig) -> None:
+    """ImportError, naming the extra, if the library that does it is not there."""
+    if isinstance(inner, GPTQConfig):
+        from .integrations.gptq_linear import require_gptqmodel
+
+        require_gptqmodel()
+    else:
+        from .integrations.bnb_linear import require_bitsandbytes
+
+        require_bitsandbytes()
+
+
+def quantize_shells(
+    model: Any,
+    blocks: Mapping[str, nn.Module],
+    inner: InnerConfig,
+    windows: CalibrationWindows | None,
+    *,
+    batch_size: int,
+    device: Any = None,
+) -> None:
+    """Quantise the linears inside every shell of the model that is marked with a form of `inner`.
+
+    Args:
+        model: compressed; its shells hold plain linears still.
+        blocks: its blocks, by name.
+        inner: how.
+        windows: what GPTQ is calibrated on; not read by bitsandbytes.
+        batch_size, device: of that calibration.
+    """
+    if isinstance(inner, GPTQConfig):
+        from .integrations.inner_gptq import quantize_gptq
+
+        if windows is None:
+            raise ValueError("GPTQ needs calibration text: pass dataset=")
+        runner = BlockRunner(model, dict(blocks), windows, batch_size=batch_size, device=device)
+        quantize_gptq(model, runner, inner)
+    else:
+        from .integrations.bnb_linear import mark_loaded, quantize_bnb
+
+        quantize_bnb(model, inner)
+        mark_loaded(model, inner)
+
+
+def mark_for_inner(model: Any, inner: InnerConfig, modules_to_not_convert: list[str]) -> dict[str, dict[str, Any]]:
+    """Give every plain factor and every dense target of a compressed model the form of `inner`, unquantised yet.
+
+    Ranks that the form cannot take are filled up with zeros, which changes nothing the model computes. What cannot
+    have the form at all is told about and left as it is.
+
+    Returns `modules` of config.json, as they will be.
+    """
+    form = _form_of(inner)
+    storage = form.name
+    modules: dict[str, dict[str, Any]] = {}
+    left = 0
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, CompressedLinear):
+            continue
+        modules[name] = {"rank": module.rank, "storage": module.storage}
+        shape = (module.out_features, module.in_features)
+        if not isinstance(module, LowRankLinear) or form.obstacle(*shape) is not None:
+            left += module.out_features * module.in_features
+            continue
+        rank = -(-module.rank // form.rank_multiple) * form.rank_multiple
+        if rank != module.rank:
+            model.set_submodule(name, _filled_up(module, rank))
+        model.get_submodule(name).storage = storage
+        modules[name] = {"rank": rank, "storage": storage}
+    for target in _dense_targets(model, modules_to_not_convert):
+        if form.obstacle(target.out_features, target.in_features) is not None:
+            left += target.out_features * target.in_features
+            continue
+        weight = dense_weight(model.get_submodule(target.name))
+        replace_with(model, target.name, storage, None, {"whole.weight": weight})
+        modules[target.name] = {"rank": None, "storage": storage}
+    if left:
+        logger.warning("%s parameters cannot be stored as %s and stay as they are", f"{left:,}", storage)
+    return modules
+
+
+def _form_of(inner: InnerConfig) -> InnerForm:
+    form = inner_form_named(inner_storage(inner))
+    if form is None:
+        raise ValueError(f"{inner_storage(inner)!r} is no form that a linear can be stored in")
+    return form
+
+
+def _dense_targets(model: Any, modules_to_not_convert: list[str]) -> list[Target]:
+    """The linears of the blocks that a compression left as they were and nobody excluded."""
+    shells = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, CompressedLinear))
+    targets = [target for target in find_layout(model).targets if not target.name.startswith(shells)]
+    excluded = select(modules_to_not_convert, [target.name for target in targets])
+    return [target for target in targets if target.name not in excluded]
+
+
+def _filled_up(module: LowRankLinear, rank: int) -> LowRankLinear:
+    """The same function at a higher rank: zeros in both factors."""
+    first, second = module.first.weight.detach(), module.second.weight.detach()
+    new = LowRankLinear(
+        module.in_features,
+        module.out_features,
+        rank,
+        bias=module.bias is not None,
+        conv1d=module.conv1d,
+        device="meta",
+        dtype=module.weight.dtype,
+    )
+    new.weight = module.weight
+    missing = rank - module.rank
+    new.first.weight = nn.Parameter(torch.nn.functional.pad(first, (0, 0, 0, missing)))
+    new.second.weight = nn.Parameter(torch.nn.functional.pad(second, (0, missing)))
+    if module.bias is not None:
+        new.second.bias = module.second.bias
+    return new.train(module.training)
