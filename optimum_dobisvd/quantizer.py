@@ -29,7 +29,7 @@ from .replacement import Replacement
 from .report.measure import Stages
 from .report.report import CompressionReport, macs_per_token, module_report, resident_bytes
 from .report.write import write_beside
-from .stacking import check_inner, quantize_shells
+from .stacking import check_inner, inner_windows, quantize_shells
 from .statistics.fingerprint import fingerprint
 from .statistics.sample_bases import SampleBasisVisitor
 from .statistics.spectra import PreparedInputs, decompositions, input_grams
@@ -58,6 +58,7 @@ class DobiSVDQuantizer:
         self.plan: Plan | None = None
         self.report: CompressionReport | None = None
         self.training_curve: TrainingCurve | None = None
+        self._inner_windows: CalibrationWindows | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON values."""
@@ -156,7 +157,11 @@ class DobiSVDQuantizer:
         given = given_plan(self.config, layout)
         if given is None:
             budget_of(self.config, layout)
-        return layout, given, windows if windows is not None else self._load_windows(model, tokenizer)
+        windows = windows if windows is not None else self._load_windows(model, tokenizer)
+        if self.config.inner is not None and self._inner_windows is None:
+            tokenizer = tokenizer or self.config.tokenizer or getattr(model, "name_or_path", None)
+            self._inner_windows = inner_windows(self.config.inner, windows, None, tokenizer, **self._draw)
+        return layout, given, windows
 
     def save(self, model: Any, save_dir: str | os.PathLike[str], **kwargs: Any) -> None:
         """`model.save_pretrained(save_dir, **kwargs)`, with plan, report and pictures beside the checkpoint."""
@@ -188,11 +193,13 @@ class DobiSVDQuantizer:
         return load_windows(
             config.dataset,
             tokenizer,
-            nsamples=config.nsamples,
-            seqlen=config.seqlen,
-            seed=config.seed,
             held_out=held_out,
+            **self._draw,
         )
+
+    @property
+    def _draw(self) -> dict[str, int]:
+        return {"nsamples": self.config.nsamples, "seqlen": self.config.seqlen, "seed": self.config.seed}
 
     @property
     def _reader_of_text(self) -> str:
@@ -292,18 +299,15 @@ class DobiSVDQuantizer:
             for name, gram in input_grams(layout, row, store, device, storages.keys() - ranks.keys()):
                 replacement.put_rounded(name, gram)
             if self.config.inner is not None:
-                self._quantize_inner(model, layout, windows)
+                quantize_shells(
+                    model,
+                    layout.blocks,
+                    self.config.inner,
+                    self._inner_windows,
+                    batch_size=self.config.batch_size,
+                    device=self.config.device,
+                )
         return {name: replacement.errors.get(name, 0.0) for name in plan.modules}
-
-    def _quantize_inner(self, model: Any, layout: Layout, windows: CalibrationWindows | None) -> None:
-        quantize_shells(
-            model,
-            layout.blocks,
-            self.config.inner,
-            windows,
-            batch_size=self.config.batch_size,
-            device=self.config.device,
-        )
 
 
 def describe_dataset(windows: CalibrationWindows | None) -> str | None:

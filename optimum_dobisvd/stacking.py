@@ -12,7 +12,7 @@ from transformers import GPTQConfig
 
 from .allocation.patterns import select
 from .allocation.target import Target
-from .calibration.dataset import CalibrationWindows
+from .calibration.dataset import CalibrationWindows, load_windows
 from .calibration.layout import Layout, find_layout
 from .calibration.runner import BlockRunner
 from .inner import InnerConfig, inner_storage
@@ -61,6 +61,38 @@ def require_backend(inner: InnerConfig) -> None:
         from .integrations.bnb_linear import require_bitsandbytes
 
         require_bitsandbytes()
+
+
+def inner_windows(
+    inner: InnerConfig, windows: CalibrationWindows | None, dataset: Any, tokenizer: Any, **draw: int
+) -> CalibrationWindows | None:
+    """What GPTQ is calibrated on: text of its own if its config names some, else the windows of the compression.
+
+    Args:
+        inner: the quantisation; None is returned for one that reads no text.
+        windows: those of the compression; None where there was none in this process.
+        dataset: what to draw from without them.
+        tokenizer: where the GPTQ config gives none.
+        draw: `nsamples`, `seqlen` and `seed`.
+
+    Raises:
+        ValueError: there is no text.
+    """
+    if not isinstance(inner, GPTQConfig):
+        return None
+    own = inner.dataset
+    if own is None and windows is not None:
+        return windows
+    text = {"c4-new": "c4"}.get(own, own) if isinstance(own, str) else own if own is not None else dataset
+    if text is None:
+        raise ValueError(f"GPTQ needs calibration text: {_HOW_TO_GIVE_TEXT}")
+    try:
+        return load_windows(text, inner.tokenizer or tokenizer, **draw)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"GPTQ needs calibration text: {error}; {_HOW_TO_GIVE_TEXT}") from error
+
+
+_HOW_TO_GIVE_TEXT = "pass GPTQConfig(dataset=[...texts]), or dataset= of the DobiSVDConfig"
 
 
 def quantize_shells(

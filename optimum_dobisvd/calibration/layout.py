@@ -124,7 +124,7 @@ def find_layout(model: nn.Module, modules_to_not_convert: Iterable[str] = (), mi
 
 
 def checkpoint_bytes(model: nn.Module) -> int:
-    """Bytes of all tensors that a checkpoint of the model holds, tied ones once. Works on meta tensors, tied or not."""
+    """Bytes of all tensors in a checkpoint of the model, tied ones once. Works on meta tensors, tied or not."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     seen: dict[int, int] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

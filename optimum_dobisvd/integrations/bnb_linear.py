@@ -62,8 +62,8 @@ def quantize_bnb(model: nn.Module, inner: BitsAndBytesConfig) -> None:
         replace_with_bnb_linear(shell, quantization_config=inner, pre_quantized=False)
         for child, module in plain.items():
             new: Any = shell.get_submodule(child)
-            found = operation.convert({f"{child}.weight": module.weight.data}, model=shell, full_layer_name=child)
-            new.weight = found[f"{child}.weight"]
+            key = f"{name}.{child}.weight"
+            new.weight = operation.convert({key: module.weight.data}, model=model, full_layer_name=key)[key]
             if module.bias is not None:
                 new.bias = nn.Parameter(module.bias.data, requires_grad=False)
             new.train(module.training)
@@ -81,7 +81,7 @@ def bnb_tensors(storage: str, name: str, out_features: int, in_features: int) ->
     }
 
 
-def bnb_quantizer(inner: BitsAndBytesConfig) -> Any:
+def bnb_quantizer(inner: Any) -> Any:
     """transformers' quantizer that reads such weights."""
     from transformers.quantizers.auto import AutoHfQuantizer
 

@@ -6,9 +6,12 @@ that has an import statement for it could not be loaded where it is missing, wha
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
-from collections.abc import Mapping
+import logging
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,9 +28,22 @@ def require_gptqmodel() -> None:
             "torch you have, e.g. 'torch==2.13.0': its newest release may ask for a newer one)"
         )
     try:
-        importlib.import_module("gptqmodel")
+        with contextlib.redirect_stdout(sys.stderr):  # it greets, and standard output may be somebody's data
+            importlib.import_module("gptqmodel")
     except Exception as error:
         raise ImportError(f"gptqmodel is installed and cannot be imported: {error}") from error
+
+
+@contextlib.contextmanager
+def quiet_gptqmodel() -> Iterator[None]:
+    """Without its lines on every linear; warnings are let through."""
+    logger = importlib.import_module("logbar").LogBar.shared()
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 class GPTQTensors(nn.Module):

@@ -15,7 +15,7 @@ from ..nn.low_rank_linear import LowRankLinear
 from ..statistics.collect import InputCollector
 from ..statistics.store import full_gram
 from ..storage.inner_forms import gptq_bits_of
-from .gptq_linear import IN_MEMORY_FORMAT, gptq_kernel, require_gptqmodel
+from .gptq_linear import IN_MEMORY_FORMAT, gptq_kernel, quiet_gptqmodel, require_gptqmodel
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ def quantize_gptq(model: nn.Module, runner: BlockRunner, inner: Any) -> None:
         if mine:
             _Block(mine, replay, inner).quantize()
 
-    runner.run_in_turn(change, "GPTQ")
+    with quiet_gptqmodel():
+        runner.run_in_turn(change, "GPTQ")
 
 
 class _Block:

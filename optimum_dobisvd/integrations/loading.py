@@ -21,7 +21,7 @@ from ..nn.eight_bit_linear import EightBitLinear
 from ..storage.inner_forms import gptq_bits_of, inner_form_named
 from .bnb_linear import bnb_quantizer, empty_bnb_children, is_bnb_form, mark_loaded, require_bitsandbytes, unmark
 from .checkpoint import check_factors, module_names_in
-from .gptq_linear import GPTQTensors, gptq_kernel, require_gptqmodel
+from .gptq_linear import GPTQTensors, gptq_kernel, quiet_gptqmodel, require_gptqmodel
 
 BUNDLED_ENTRY = "DobiSVD"
 """What the classes in the bundled file are called that `auto_map` names, followed by the auto class."""
@@ -82,6 +82,10 @@ class LowRankLoader(HfQuantizer):
             return self._bnb.param_element_size(model, param_name, param)
         return super().param_element_size(model, param_name, param)
 
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        # Asked while loading, too: packed weights need not have the shape of their parameters on meta.
+        return self._bnb is not None and bool(self._bnb.param_needs_quantization(model, param_name, **kwargs))
+
     def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
         if self._bnb is not None:
             return self._bnb.update_weight_conversions(weight_conversions, model)
@@ -132,14 +136,15 @@ class LowRankLoader(HfQuantizer):
                 setattr(shell, child, GPTQTensors(*shape, *gptq, device="meta"))  # type: ignore[arg-type]
 
     def _kernel(self, tensors: GPTQTensors) -> nn.Module:
-        return gptq_kernel(
-            tensors.tensors(),
-            in_features=tensors.in_features,
-            out_features=tensors.out_features,
-            bits=tensors.bits,
-            group_size=tensors.group_size,
-            options=self.inner.to_dict(),
-        )
+        with quiet_gptqmodel():
+            return gptq_kernel(
+                tensors.tensors(),
+                in_features=tensors.in_features,
+                out_features=tensors.out_features,
+                bits=tensors.bits,
+                group_size=tensors.group_size,
+                options=self.inner.to_dict(),
+            )
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         low_rank = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from ..calibration.dataset import CalibrationWindows
 from ..config import DobiSVDConfig
+from ..inner import InnerConfig, as_applied
 from .loading import LowRankLoader
 from .saving import with_safe_save, without_safe_save
 
@@ -21,6 +24,7 @@ class DobiSVDHfQuantizer(LowRankLoader):
     def __init__(self, quantization_config: DobiSVDConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._config = quantization_config
+        self._windows: CalibrationWindows | None = None
         self.state_dict_to_save: dict[str, torch.Tensor] | None = None
         if self.pre_quantized and not quantization_config.is_compressed:
             raise ValueError("config.json says dobi_svd but lists no compressed modules: it is damaged or was edited")
@@ -34,7 +38,11 @@ class DobiSVDHfQuantizer(LowRankLoader):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
         if self.pre_quantized:
-            return super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
+            model = super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
+            if self._is_to_be_stacked:
+                with torch.device("cpu"):
+                    self._windows = self._windows_to_stack_with(model)
+            return model
         from ..quantizer import DobiSVDQuantizer  # calibration is not imported by those who only load
 
         self._compressor = DobiSVDQuantizer(self._config)
@@ -47,10 +55,24 @@ class DobiSVDHfQuantizer(LowRankLoader):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
             attach(model, self._config)
-            return super()._process_model_after_weight_loading(model, **kwargs)
+            model = super()._process_model_after_weight_loading(model, **kwargs)
+            return stack_inner(model, self.inner, self._windows) if self._is_to_be_stacked else model
         # On an error the model is never handed out, so nothing has to be kept for a way back.
         self._compressor.quantize_model(model, windows=self._windows, undo_on_error=False)
         return model
+
+    @property
+    def _is_to_be_stacked(self) -> bool:
+        return self.inner is not None and not self._config.inner_is_applied
+
+    def _windows_to_stack_with(self, model: Any) -> CalibrationWindows | None:
+        """Refuses what cannot work while no weight has been read, and draws what GPTQ is calibrated on."""
+        from ..stacking import inner_windows, require_backend
+
+        require_backend(self.inner)
+        config, tokenizer = self._config, getattr(model, "name_or_path", None)
+        draw = {"nsamples": config.nsamples, "seqlen": config.seqlen, "seed": config.seed}
+        return inner_windows(self.inner, None, config.dataset, tokenizer, **draw)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         without_safe_save(model)
@@ -62,6 +84,26 @@ class DobiSVDHfQuantizer(LowRankLoader):
 
     def is_serializable(self) -> bool:
         return True
+
+
+def stack_inner(model: Any, inner: InnerConfig, windows: CalibrationWindows | None) -> Any:
+    """Quantise a loaded low-rank model whose linears are not quantised yet; its config says so afterwards.
+
+    Args:
+        model: as it was loaded.
+        inner: a `GPTQConfig` or a `BitsAndBytesConfig`.
+        windows: calibration windows for GPTQ.
+    """
+    from ..calibration.layout import find_blocks
+    from ..stacking import mark_for_inner, quantize_shells
+
+    config = model.config.quantization_config
+    blocks = find_blocks(model)
+    with torch.inference_mode(False), torch.no_grad():
+        modules = mark_for_inner(model, inner, config.modules_to_not_convert)
+        quantize_shells(model, blocks, inner, windows, batch_size=config.batch_size)
+    attach(model, replace(config, modules=modules, inner=as_applied(inner)))
+    return model
 
 
 def attach(model: Any, config: DobiSVDConfig) -> None:
