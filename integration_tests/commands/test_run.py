@@ -131,7 +131,7 @@ def test_a_file_that_is_no_recipe_is_refused(
 def test_every_recipe_of_the_repository_is_valid() -> None:
     from optimum_dobisvd.commands.run import read_steps
 
-    found = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+    found = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))  # those in tasks/ are lm-eval's
     assert found
     for path in found:
         assert read_steps(str(path), [])
