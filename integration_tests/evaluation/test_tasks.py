@@ -175,9 +175,9 @@ def test_a_real_model_on_real_rows_is_judged_as_by_lm_eval_itself(tmp_path: Path
     load_dense(source, dtype="bfloat16").save_pretrained(tmp_path / "model")
     load_tokenizer(source).save_pretrained(tmp_path / "model")
     tasks = ("piqa", "arc_easy", "hellaswag", "winogrande", "boolq")
-    asked = ("--tasks", *tasks, "--data-dir", SHARED, "--limit", 4, "--dtype", "float32")
+    asked = ("--tasks", *tasks, "--data-dir", SHARED, "--limit", 2, "--dtype", "float32")
     found = measured(capfd, tmp_path / "model", *asked)["tasks"]
-    direct = lm_eval(tmp_path / "model", SHARED, tasks, tmp_path, "--limit", "4")
+    direct = lm_eval(tmp_path / "model", SHARED, tasks, tmp_path, "--limit", "2")
     assert same_figures({task: models["compressed"] for task, models in found.items()}, direct) == 16
 
 
