@@ -84,7 +84,9 @@ def test_set_changes_options(work: Path) -> None:
         ([{"compress": STEP, "eval": {}}], "step 1 must be one command"),
         ([{"compress": [STEP]}], "must be a mapping"),
         # The second step is wrong: the first must not have run.
-        ([{"compress": STEP}, {"eval": {"out": "out"}}], "the option 'dataset' is missing"),
+        ([{"compress": STEP}, {"eval": {"dataset": "text.txt"}}], "the option 'out' is missing"),
+        ([{"compress": STEP}, {"eval": {"out": "out"}}], "eval: nothing to judge by: give --dataset TEXT"),
+        ([{"compress": STEP}, {"eval": {"out": "out", "tasks": "piqa", "limit": 0}}], "--limit must be at least 1"),
         ([], "must be a list of steps"),
     ],
 )

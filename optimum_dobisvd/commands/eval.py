@@ -78,16 +78,14 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     cannot be loaded, and was not named by --dense, only the compressed one is judged.
 
     Raises:
-        UsageError: neither text nor task, or a number that makes no sense.
         ImportError: tasks without lm-eval.
         OSError, ValueError: a model, text or task that cannot be used. Texts and tasks are read before any model.
     """
     from ..evaluation.mean_accuracy import compare_means
     from .sources import model_source, text_of
 
-    names = _task_names(options)
     texts = {name: text_of(name, "test") for name in options["dataset"]}
-    tasks = _load_tasks(names, options)
+    tasks = _load_tasks(options)
     dense, note = _dense_source(options)
     judged: dict[str, _Measured] = {}
     if dense is not None:
@@ -119,12 +117,29 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     }
 
 
+def check(options: dict[str, Any]) -> None:
+    """Raise UsageError for options that ask for nothing, or for nonsense."""
+    names = _task_names(options)
+    if not names and not options["dataset"]:
+        raise UsageError(
+            "eval: nothing to judge by: give --dataset TEXT for perplexity, --tasks TASK for lm-eval, or both"
+        )
+    for key, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
+        value = options[key]
+        if value is not None and value < least:
+            raise UsageError(f"eval: --{key.replace('_', '-')} must be at least {least}, got {value}")
+    for key in ("data_dir", "limit"):
+        if options[key] is not None and not names:
+            raise UsageError(f"eval: --{key.replace('_', '-')} is for tasks, and none is named: give --tasks too")
+
+
 SPEC = CommandSpec(
     name="eval",
     summary="Measure perplexity and lm-eval accuracies of a compressed model and of the dense one, in one run.",
     groups=_GROUPS,
     examples=_EXAMPLES,
     execute=execute,
+    check=check,
 )
 
 
@@ -137,25 +152,14 @@ class _Measured:
 
 
 def _task_names(options: dict[str, Any]) -> list[str]:
-    """The names given, commas taken apart. Raises UsageError for options that ask for nothing or for nonsense."""
-    names = [name.strip() for given in options["tasks"] for name in given.split(",") if name.strip()]
-    if not names and not options["dataset"]:
-        raise UsageError(
-            "eval: nothing to judge by: give --dataset TEXT for perplexity, --tasks TASK for lm-eval, or both"
-        )
-    for key, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
-        value = options[key]
-        if value is not None and value < least:
-            raise UsageError(f"eval: --{key.replace('_', '-')} must be at least {least}, got {value}")
-    for key in ("data_dir", "limit"):
-        if options[key] is not None and not names:
-            raise UsageError(f"eval: --{key.replace('_', '-')} is for tasks, and none is named: give --tasks too")
-    return names
+    """The names given, commas taken apart."""
+    return [name.strip() for given in options["tasks"] for name in given.split(",") if name.strip()]
 
 
-def _load_tasks(names: list[str], options: dict[str, Any]) -> LoadedTasks | None:
+def _load_tasks(options: dict[str, Any]) -> LoadedTasks | None:
     from ..evaluation.tasks import load_tasks
 
+    names = _task_names(options)
     return load_tasks(names, options["data_dir"]) if names else None
 
 
