@@ -73,8 +73,8 @@ OptionGroups = Mapping[str, tuple[Option, ...]]
 class CommandSpec:
     """One subcommand: its options by group, and the function that does it.
 
-    `execute(options, console)` prints for people on `console` and returns what `--json` writes. `check(options)` raises
-    UsageError where options make no sense together; a recipe's steps are checked before the first one runs.
+    `execute(options, console)` prints for people on `console` and returns what `--json` writes. `check(options)`
+    raises UsageError where options make no sense together; a recipe's steps are checked before the first one runs.
     """
 
     name: str
