@@ -1,16 +1,18 @@
-"""`optimum-cli dobisvd eval`: perplexity of a compressed model beside the dense one it came from."""
+"""`optimum-cli dobisvd eval`: perplexity and lm-eval accuracies of a compressed model beside the dense one's."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .options import CommandSpec, Option
+from .options import CommandSpec, Option, UsageError
 from .running import RUNNING
 from .shared_options import DTYPE, TRUST_REMOTE_CODE
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..evaluation.tasks import LoadedTasks
     from .sources import ModelSource
 
 _GROUPS = {
@@ -28,66 +30,137 @@ _GROUPS = {
             "dataset",
             "wikitext2, c4, ptb (their test split), files, globs, or package:NAME/FILES",
             many=True,
-            required=True,
+            default=[],
             metavar="TEXT",
         ),
         Option("seqlen", "tokens in a window", kind=int, default=1024, metavar="N"),
         Option("windows", "at most so many windows of each text (default: all)", kind=int, metavar="N"),
+    ),
+    "tasks": (
+        Option(
+            "tasks",
+            "tasks of lm-eval, with spaces or commas between: piqa,hellaswag,winogrande,arc_easy,arc_challenge,"
+            "openbookqa,mathqa,boolq, mmlu, ... (`lm_eval ls tasks` lists them); data come from the hub",
+            many=True,
+            default=[],
+            metavar="TASK",
+        ),
+        Option(
+            "data_dir",
+            "have those first eight from files in this folder instead, named and written as recipes/tasks says",
+            metavar="DIR",
+        ),
+        Option("limit", "the first so many examples of each task (default: all)", kind=int, metavar="N"),
+        Option(
+            "num_fewshot",
+            "examples with their answers before each question; with --data-dir they are other lines of the same file",
+            kind=int,
+            default=0,
+            metavar="N",
+        ),
+        Option("batch_size", "sequences per forward pass in tasks", kind=int, default=1, metavar="N"),
     ),
     "running": RUNNING,
 }
 
 _EXAMPLES = """\
   optimum-cli dobisvd eval llama-0.8 --dataset wikitext2 c4 --windows 40
-  optimum-cli dobisvd eval llama-0.8 --dense ./llama --dataset held-out.txt --json -"""
+  optimum-cli dobisvd eval llama-0.8 --dense ./llama --dataset held-out.txt --json -
+  optimum-cli dobisvd eval llama-0.8 --tasks piqa,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa,mathqa,boolq
+  optimum-cli dobisvd eval llama-0.8 --tasks piqa boolq --data-dir ./data --limit 200"""
 
 
 def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Measure and print; returns `{"perplexity": {text: {"dense": ..., "compressed": ...}}, ...}`.
+    """Measure and print; returns `{"perplexity": {text: {"dense": ..., "compressed": ...}}, "tasks": {...}, ...}`.
 
-    Where the dense model is not known or cannot be loaded, and was not named by --dense, only it is judged.
+    `tasks` is `{task: {"dense": figures, "compressed": figures}}` with the figures of `evaluation.harness.judge`,
+    `mean_accuracy` what `evaluation.mean_accuracy.compare_means` makes of them. Where the dense model is not known or
+    cannot be loaded, and was not named by --dense, only the compressed one is judged.
 
     Raises:
-        OSError, ValueError: a model or text that cannot be used.
+        ImportError: tasks without lm-eval.
+        OSError, ValueError: a model, text or task that cannot be used. Texts and tasks are read before any model.
     """
-    from ..report.table import plain_table
+    from ..evaluation.mean_accuracy import compare_means
     from .sources import model_source, text_of
 
     texts = {name: text_of(name, "test") for name in options["dataset"]}
-    found: dict[str, dict[str, float]] = {name: {} for name in texts}
+    tasks = _load_tasks(options)
     dense, note = _dense_source(options)
+    judged: dict[str, _Measured] = {}
     if dense is not None:
         try:
-            perplexities = _perplexities(dense, texts, options)
+            judged["dense"] = _measure(dense, texts, tasks, options)
         except (OSError, ValueError, ImportError) as error:
             if options["dense"] is not None:
                 raise
             note = f"the dense model {dense.typed} could not be judged: {' '.join(str(error).split())[:300]}"
-        else:
-            for name, value in perplexities.items():
-                found[name]["dense"] = value
-    for name, value in _perplexities(model_source(options["out"]), texts, options).items():
-        found[name]["compressed"] = value
+    judged["compressed"] = _measure(model_source(options["out"]), texts, tasks, options)
 
-    table = plain_table(f"perplexity of {options['out']}", ("text", "dense", "compressed", "ratio"))
-    for name, values in found.items():
-        judged, against = values["compressed"], values.get("dense")
-        ratio = ("", "") if against is None else (f"{against:.3f}", f"{judged / against:.3f}")
-        table.add_row(name, ratio[0], f"{judged:.3f}", ratio[1])
-    console.print(table)
-    if note is not None:
-        console.print(f"\n{note}")
-    settings = {key: options[key] for key in ("out", "seqlen", "windows", "dtype")}
-    return {**settings, "dense": dense.typed if dense is not None else None, "note": note, "perplexity": found}
+    found = {name: {which: each.perplexity[name] for which, each in judged.items()} for name in texts}
+    figures = {
+        name: {which: each.tasks[name] for which, each in judged.items()} for name in judged["compressed"].tasks
+    }
+    means = compare_means(figures)
+    _print(options["out"], found, figures, means, note, console)
+    settings = {
+        key: options[key]
+        for key in ("out", "seqlen", "windows", "dtype", "data_dir", "limit", "num_fewshot", "batch_size")
+    }
+    return {
+        **settings,
+        "dense": dense.typed if dense is not None else None,
+        "note": note,
+        "perplexity": found,
+        "tasks": figures,
+        "mean_accuracy": means,
+    }
+
+
+def check(options: dict[str, Any]) -> None:
+    """Raise UsageError for options that ask for nothing, or for nonsense."""
+    names = _task_names(options)
+    if not names and not options["dataset"]:
+        raise UsageError(
+            "eval: nothing to judge by: give --dataset TEXT for perplexity, --tasks TASK for lm-eval, or both"
+        )
+    for key, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
+        value = options[key]
+        if value is not None and value < least:
+            raise UsageError(f"eval: --{key.replace('_', '-')} must be at least {least}, got {value}")
+    for key in ("data_dir", "limit"):
+        if options[key] is not None and not names:
+            raise UsageError(f"eval: --{key.replace('_', '-')} is for tasks, and none is named: give --tasks too")
 
 
 SPEC = CommandSpec(
     name="eval",
-    summary="Measure the perplexity of a compressed model and of the dense one, in one run.",
+    summary="Measure perplexity and lm-eval accuracies of a compressed model and of the dense one, in one run.",
     groups=_GROUPS,
     examples=_EXAMPLES,
     execute=execute,
+    check=check,
 )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What was found of one model: perplexity by text, lm-eval's figures by task."""
+
+    perplexity: dict[str, float]
+    tasks: dict[str, dict[str, Any]]
+
+
+def _task_names(options: dict[str, Any]) -> list[str]:
+    """The names given, commas taken apart."""
+    return [name.strip() for given in options["tasks"] for name in given.split(",") if name.strip()]
+
+
+def _load_tasks(options: dict[str, Any]) -> LoadedTasks | None:
+    from ..evaluation.tasks import load_tasks
+
+    names = _task_names(options)
+    return load_tasks(names, options["data_dir"]) if names else None
 
 
 def _dense_source(options: dict[str, Any]) -> tuple[ModelSource | None, str | None]:
@@ -108,15 +181,18 @@ def _dense_source(options: dict[str, Any]) -> tuple[ModelSource | None, str | No
         return None, f"the dense model {made_with['model']} cannot be found: {error}"
 
 
-def _perplexities(source: ModelSource, texts: dict[str, str], options: dict[str, Any]) -> dict[str, float]:
-    """Perplexity by text; the model is gone from memory afterwards."""
+def _measure(
+    source: ModelSource, texts: dict[str, str], tasks: LoadedTasks | None, options: dict[str, Any]
+) -> _Measured:
+    """Everything of one model; it is gone from memory afterwards."""
+    from ..evaluation.harness import judge
     from ..report.perplexity import perplexity
     from .load_dense import load_dense, load_tokenizer
 
     trust = options["trust_remote_code"]
     tokenizer = load_tokenizer(source, trust_remote_code=trust)
     model = load_dense(source, dtype=options["dtype"], device_map=options["device"], trust_remote_code=trust)
-    return {
+    perplexities = {
         name: perplexity(
             model,
             tokenizer,
@@ -127,3 +203,33 @@ def _perplexities(source: ModelSource, texts: dict[str, str], options: dict[str,
         )
         for name, text in texts.items()
     }
+    if tasks is None:
+        return _Measured(perplexities, {})
+    settings = {key: options[key] for key in ("limit", "num_fewshot", "batch_size")}
+    return _Measured(perplexities, judge(model, tokenizer, tasks, **settings))
+
+
+def _print(
+    out: str,
+    perplexities: dict[str, dict[str, float]],
+    figures: dict[str, dict[str, Any]],
+    means: dict[str, Any] | None,
+    note: str | None,
+    console: Console,
+) -> None:
+    from ..evaluation.table import means_line, tasks_table
+    from ..report.table import plain_table
+
+    if perplexities:
+        table = plain_table(f"perplexity of {out}", ("text", "dense", "compressed", "ratio"))
+        for name, values in perplexities.items():
+            judged, against = values["compressed"], values.get("dense")
+            ratio = ("", "") if against is None else (f"{against:.3f}", f"{judged / against:.3f}")
+            table.add_row(name, ratio[0], f"{judged:.3f}", ratio[1])
+        console.print(table)
+    if figures:
+        console.print(tasks_table(f"lm-eval tasks of {out}", figures, means))
+        if means is not None and len(means["metrics"]) > 1:
+            console.print(means_line(means))
+    if note is not None:
+        console.print(f"\n{note}")

@@ -73,7 +73,8 @@ OptionGroups = Mapping[str, tuple[Option, ...]]
 class CommandSpec:
     """One subcommand: its options by group, and the function that does it.
 
-    `execute(options, console)` prints for people on `console` and returns what `--json` writes.
+    `execute(options, console)` prints for people on `console` and returns what `--json` writes. `check(options)`
+    raises UsageError where options make no sense together; a recipe's steps are checked before the first one runs.
     """
 
     name: str
@@ -81,6 +82,7 @@ class CommandSpec:
     groups: OptionGroups
     examples: str
     execute: Callable[[dict[str, Any], Any], dict[str, Any]]
+    check: Callable[[dict[str, Any]], None] = lambda options: None
 
     @property
     def options(self) -> list[Option]:

@@ -64,7 +64,10 @@ def read_steps(path: str, changes: list[str]) -> list[tuple[CommandSpec, dict[st
     steps = [_step(number, entry) for number, entry in enumerate(_read(path), start=1)]
     for change in changes:
         _apply(change, steps)
-    return [(spec, from_recipe(spec, given)) for spec, given in steps]
+    resolved = [(spec, from_recipe(spec, given)) for spec, given in steps]
+    for spec, options in resolved:
+        spec.check(options)
+    return resolved
 
 
 SPEC = CommandSpec(

@@ -48,6 +48,7 @@ def execute(spec: CommandSpec, options: dict[str, Any], console: Console | None 
 
     With JSON on standard output, nothing else is printed there.
     """
+    spec.check(options)
     target = options.get("json")
     try:
         if target == STDOUT:
