@@ -89,7 +89,14 @@ def bnb_quantizer(inner: Any) -> Any:
 
 
 def mark_loaded(model: Any, inner: BitsAndBytesConfig) -> None:
-    """What peft and transformers' Trainer ask of a model whose linears are bitsandbytes'."""
+    """What peft and transformers' Trainer ask of a model whose linears are bitsandbytes'.
+
+    And on CPUs with bf16 instructions, 4-bit linears are kept from repacking themselves in their first forward pass:
+    that takes multiples of 32 outputs only, rounds the scales to bfloat16, and the rounded ones would then be saved.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     setattr(model, "is_loaded_in_8bit" if inner.load_in_8bit else "is_loaded_in_4bit", True)
 
 
