@@ -52,9 +52,10 @@ class DobiSVDHfQuantizer(LowRankLoader):
         self._compressor.quantize_model(model, windows=self._windows, undo_on_error=False)
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        dense = super()._dequantize(model, dtype=dtype)
         without_safe_save(model)
-        return super()._dequantize(model, dtype=dtype)
+        return dense
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         # transformers forgets the `state_dict` argument of `save_pretrained` and takes what comes from here.
