@@ -16,6 +16,7 @@ class LowRankLinear(CompressedLinear):
 
     storage = "plain"
     bias_key = "second.bias"
+    adapters = "two factors: name these, as in target_modules=['q_proj.first', 'q_proj.second'], or 'all-linear'"
     rank: int
 
     def __init__(
