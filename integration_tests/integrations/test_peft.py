@@ -237,7 +237,7 @@ def test_prepare_model_for_kbit_training(storage, tmp_path):
     assert torch.equal(logits(model), logits(load(tmp_path / "base", dtype=torch.float32)))
     assert not any(parameter.requires_grad for parameter in model.parameters())
     model = peft.get_peft_model(model, lora("all-linear"))
-    run = trainer(model, tmp_path / "run", activation_checkpointing=True)
+    run = trainer(model, tmp_path / "run", gradient_checkpointing=True)
     run.train()
     healed = logits(model.eval())
     model.save_pretrained(tmp_path / "adapter")
