@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from integration_tests.tiny_models import tiny
@@ -55,9 +56,13 @@ def run(name: str, *arguments: str, cwd: Path) -> str:
     return done.stdout
 
 
-def is_compressed(folder: Path) -> bool:
+def low_rank_linears(folder: Path) -> int:
     model = AutoModelForCausalLM.from_pretrained(folder)
-    return sum(isinstance(module, LowRankLinear) for module in model.modules()) == 21
+    return sum(isinstance(module, LowRankLinear) for module in model.modules())
+
+
+def is_compressed(folder: Path) -> bool:
+    return low_rank_linears(folder) == 21
 
 
 def test_quickstart(tmp_path: Path, inputs: list[str]) -> None:
@@ -78,6 +83,36 @@ def test_device_map_offload(tmp_path: Path, inputs: list[str]) -> None:
     said = run("device_map_offload.py", *inputs, "--out", "out", "--max-memory", "120KB", cwd=tmp_path)
     assert "['cpu', 'disk']" in said
     assert is_compressed(tmp_path / "out")
+
+
+def perplexities(said: str) -> list[float]:
+    """Before and after."""
+    return [float(line.rpartition(" ")[2]) for line in said.splitlines() if line.startswith("perplexity of")]
+
+
+def test_heal_with_lora(tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    monkeypatch.chdir(tmp_path)  # the adapter names its model as the example was given it, by a relative path
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "dense")
+    texts = ["--text", "text.txt", "--eval-text", "text.txt", "--seqlen", "16", "--nsamples", "8", "--steps", "20"]
+    from_dense = ["--model", "dense", *texts, "--ratio", "0.7", "--lr", "1e-2", "--out", "out", "--merge"]
+    before, after = perplexities(run("heal_with_lora.py", *from_dense, cwd=tmp_path))
+    assert after < 0.7 * before
+    assert low_rank_linears(tmp_path / "out-merged") == low_rank_linears(tmp_path / "out-base") > 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out-merged", dtype=torch.float32)
+    healed = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad():
+        assert torch.allclose(merged(input_ids=ids).logits, healed(input_ids=ids).logits, atol=0.2)
+    for name in ("config.json", "generation_config.json"):
+        assert (tmp_path / "out-merged" / name).read_text() == (tmp_path / "out-base" / name).read_text()
+
+    bare = ["--model", "out-base", *texts, "--bare", "--lr", "1e-2", "--out", "bare"]
+    first, after = perplexities(run("heal_with_lora.py", *bare, cwd=tmp_path))
+    assert first == before
+    assert after < 0.7 * before
+    assert low_rank_linears(tmp_path / "bare") == low_rank_linears(tmp_path / "out-base")
 
 
 def test_every_example_has_a_test() -> None:

@@ -19,6 +19,7 @@ _NAMES = {
     "LowRankLinear": "nn.low_rank_linear",
     "METHODS": "methods",
     "Plan": "allocation.plan",
+    "adapter_targets": "integrations.adapter_targets",
     "stable_svd": "factorization.stable_svd",
 }
 
@@ -28,6 +29,7 @@ __all__ = [
     "DobiSVDQuantizer",
     "LowRankLinear",
     "Plan",
+    "adapter_targets",
     "load_quantized_model",
     "stable_svd",
 ]

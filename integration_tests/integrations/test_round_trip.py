@@ -219,6 +219,15 @@ def test_dequantize_refuses_what_is_offloaded(checkpoint, tmp_path):
     assert torch.equal(logits(model), checkpoint[1])
 
 
+def test_dequantize_after_saving(checkpoint, tmp_path):
+    """transformers' save leaves the dtype's name in the config, which was taken for that of a device."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint[0])
+    model.save_pretrained(tmp_path / "again")
+    dense = model.dequantize()
+    assert not any(isinstance(module, LowRankLinear) for module in dense.modules())
+    assert torch.allclose(logits(dense), checkpoint[1], atol=1e-4)
+
+
 def test_dequantize_to_a_dtype(checkpoint):
     dense = AutoModelForCausalLM.from_pretrained(checkpoint[0]).dequantize(dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in dense.parameters()} == {torch.bfloat16}

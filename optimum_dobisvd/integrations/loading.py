@@ -37,6 +37,15 @@ def forget_bundled_loader(model: Any) -> None:
         del model.config.auto_map
 
 
+def adapted_modules(model: Any) -> list[str]:
+    """The names of the modules that PEFT has wrapped."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if hasattr(module, "base_layer") or hasattr(module, "original_module")
+    ]
+
+
 class LowRankLoader(HfQuantizer):
     """Builds the modules on meta from the ranks in config.json, and checks the files' headers before reading.
 
@@ -146,15 +155,22 @@ class LowRankLoader(HfQuantizer):
                 options=self.inner.to_dict(),
             )
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         low_rank = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
         for name, module in low_rank.items():
+            if adapted_modules(module):
+                raise ValueError(
+                    f"{name} has adapters (PEFT), which would be lost: merge them (merge_and_unload) or take them off "
+                    "(unload), then dequantize"
+                )
             if any(parameter.device.type == "meta" for parameter in module.parameters()):
                 raise ValueError(f"{name} is offloaded; load the model without cpu or disk offload to dequantize it")
         for name, module in low_rank.items():
             model.set_submodule(name, to_dense(module))
         unmark(model)
         forget_bundled_loader(model)
+        if isinstance(dtype, str):  # config.dtype, which save_pretrained leaves as a name
+            dtype = getattr(torch, dtype)
         return model if dtype is None else model.to(dtype)
 
     def is_serializable(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..report.write import write_beside
 from ..storage.folder import link_or_copy, staging_folder
-from .loading import BUNDLED_ENTRY, forget_bundled_loader
+from .loading import BUNDLED_ENTRY, adapted_modules, forget_bundled_loader
 
 MODELING_FILE = "modeling_dobisvd.py"
 # In the order in which they need each other.
@@ -79,14 +79,18 @@ def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: A
     """transformers' `save_pretrained`, its arguments, into a folder that replaces `save_directory` when it is whole.
 
     Other files of an existing folder (a tokenizer, say) are kept. A crash, a kill or a full disk leaves the old folder
-    as it was. `modeling_dobisvd.py` and its `auto_map` entries are added, and plan and report where they are known.
+    as it was. `modeling_dobisvd.py` and its `auto_map` entries are added, and plan and report where they are known. Of
+    a model with an adapter (`add_adapter`) transformers saves the adapter alone, and nothing is added.
 
     Raises:
-        ValueError: `save_directory` is a file.
+        ValueError: `save_directory` is a file, or the weights lie inside layers of PEFT.
     """
     target = Path(os.path.realpath(save_directory))
     if target.is_file():
         raise ValueError(f"{target} is a file; name a folder")
+    adapter_only = getattr(model, "_hf_peft_config_loaded", False)
+    if not adapter_only:
+        _refuse_layers_of_peft(model)
     original = type(model).save_pretrained
     arguments = _by_name(original, model, target, args, kwargs)
     if not arguments.get("is_main_process", True):
@@ -104,13 +108,28 @@ def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: A
             original(model, stage, **arguments)
         finally:
             model.hf_quantizer.state_dict_to_save = None
-        (stage / MODELING_FILE).write_text(modeling_source(), encoding="utf-8")
-        if getattr(model, "dobisvd_report", None) is not None:
-            write_beside(stage, model.dobisvd_plan, model.dobisvd_report, model.dobisvd_training, pictures=False)
+        if not adapter_only:
+            (stage / MODELING_FILE).write_text(modeling_source(), encoding="utf-8")
+            if getattr(model, "dobisvd_report", None) is not None:
+                write_beside(stage, model.dobisvd_plan, model.dobisvd_report, model.dobisvd_training, pictures=False)
         written = sorted(path.name for path in stage.iterdir())
         _carry_over(target, stage, set(written), arguments.get("variant"))
+    if not adapter_only and getattr(model, "dobisvd_report", None) is not None:
+        # Compressed in this process, so until now it was the dense model's. PEFT writes it into adapters.
+        model.name_or_path = os.fspath(save_directory)
     if push:
         _upload(target, written, {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
+
+
+def _refuse_layers_of_peft(model: Any) -> None:
+    """transformers would write their names into the checkpoint, and nothing could load it."""
+    wrapped = adapted_modules(model)
+    if wrapped:
+        raise ValueError(
+            f"{wrapped[0]} and {len(wrapped) - 1} other modules are layers of PEFT, and a checkpoint with such layers "
+            "cannot be loaded: save what merge_and_unload() or unload() of the PeftModel returns; after "
+            "delete_adapter, load the model anew"
+        )
 
 
 def _by_name(original: Any, model: Any, target: Path, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

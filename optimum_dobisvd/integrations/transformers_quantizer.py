@@ -74,9 +74,10 @@ class DobiSVDHfQuantizer(LowRankLoader):
         draw = {"nsamples": config.nsamples, "seqlen": config.seqlen, "seed": config.seed}
         return inner_windows(self.inner, None, config.dataset, tokenizer, **draw)
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        dense = super()._dequantize(model, dtype=dtype)
         without_safe_save(model)
-        return super()._dequantize(model, dtype=dtype)
+        return dense
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         # transformers forgets the `state_dict` argument of `save_pretrained` and takes what comes from here.

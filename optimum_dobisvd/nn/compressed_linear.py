@@ -26,6 +26,8 @@ class CompressedLinear(nn.Module, ABC):
     storage: str
     bias_key: ClassVar[str] = "bias"
     """The name of the bias among the parameters."""
+    adapters: ClassVar[str]
+    """What PEFT can put adapters on instead of the whole module, in words."""
     weight: Tensor
     rank: int | None
 
@@ -55,6 +57,11 @@ class CompressedLinear(nn.Module, ABC):
     @abstractmethod
     def dense_matrix(self) -> Tensor:
         """The `m x n` matrix this stands for, in float32."""
+
+    def __format__(self, spec: str) -> str:
+        # PEFT refuses a module with f"Target module {module} is not supported": the only place in its message where a
+        # user can be told what to name instead. print(model), str and repr do not come here.
+        return format(f"{self!r} ({self.adapters})", spec)
 
     def extra_repr(self) -> str:
         rank = "" if self.rank is None else f", rank={self.rank}"

@@ -27,6 +27,7 @@ class EightBitLinear(CompressedLinear):
     Parameters and not buffers, because Accelerate offloads only these.
     """
 
+    adapters = "stored in 8 bits, which take no adapter: name linears that are dense, or compress with storage='plain'"
     bias: Tensor | None
 
     def __init__(

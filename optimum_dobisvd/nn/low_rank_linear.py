@@ -16,6 +16,7 @@ class LowRankLinear(CompressedLinear):
 
     storage = "plain"  # an instance's own where another library has quantised its children
     bias_key = "second.bias"
+    adapters = "two factors: name these, as in target_modules=['q_proj.first', 'q_proj.second'], or 'all-linear'"
     rank: int
 
     def __init__(

@@ -1,0 +1,374 @@
+"""PEFT and transformers' Trainer on compressed models, the real libraries."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from integration_tests.integrations.test_round_trip import compressed, logits
+from integration_tests.processes import run_python
+from integration_tests.tiny_models import tiny, tokens
+from optimum_dobisvd import LowRankLinear, Plan, adapter_targets
+from optimum_dobisvd.allocation.plan import PlannedModule
+from optimum_dobisvd.calibration.layout import find_layout
+from optimum_dobisvd.nn.eight_bit_linear import EightBitLinear
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+
+FACTORS = ["first", "second"]
+ARCHITECTURES = ("llama", "llama_tied", "qwen2", "gpt2")
+EIGHT_BIT = ("remap", "int8")
+PURELY_QUANTIZED = "You cannot perform fine-tuning on purely quantized models"
+
+LOAD_ALL = """
+import json, sys, torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+for path, out, kind in json.loads(sys.argv[1]):
+    auto = AutoPeftModelForCausalLM if kind == "adapter" else AutoModelForCausalLM
+    model = auto.from_pretrained(path).eval()
+    with torch.no_grad():
+        save_file({"logits": model(input_ids=torch.arange(2, 26).view(2, 12)).logits.contiguous()}, out)
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A function that gives the folder of a tiny compressed model, made when first asked for."""
+    root = tmp_path_factory.mktemp("compressed")
+
+    def folder(name: str, storage: str = "plain", dtype: torch.dtype = torch.float32) -> Path:
+        path = root / f"{name}-{storage}-{str(dtype)[6:]}"
+        if not path.exists():
+            compressed(tiny(name, dtype=dtype), storage=storage).save_pretrained(path)
+        return path
+
+    return folder
+
+
+def load(folder, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+
+
+def lora(targets, **settings):
+    return peft.LoraConfig(target_modules=targets, r=4, task_type="CAUSAL_LM", **settings)
+
+
+def descend(model, steps=6):
+    """A few steps on one batch; the losses."""
+    ids, losses = tokens(4, 24), []
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    model.eval()
+    return losses
+
+
+def trainer(model, folder, **settings):
+    data = [{"input_ids": row, "labels": row} for row in tokens(12, 24)]
+    defaults = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "save_steps": 2, "seed": 0}
+    arguments = {**defaults, "report_to": [], "use_cpu": True, "disable_tqdm": True, **settings}
+    settings = TrainingArguments(output_dir=str(folder), **arguments)
+    return Trainer(model=model, args=settings, train_dataset=data, eval_dataset=data)
+
+
+def assert_fresh_process_gives(expected, tmp_path):
+    """`expected`: folders, "adapter" or "model", and the logits that a process without our import must give."""
+    jobs = [
+        (str(path), str(tmp_path / f"{index}.safetensors"), kind) for index, (path, kind, _) in enumerate(expected)
+    ]
+    done = run_python(LOAD_ALL, json.dumps(jobs))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for (path, out, _), (_, _, wanted) in zip(jobs, expected, strict=True):
+        assert torch.equal(load_file(out)["logits"], wanted), path
+
+
+def test_lora_on_the_factors_trains_reloads_merges_and_reloads_merged(saved, tmp_path):
+    expected = []
+    for name in ARCHITECTURES:
+        for targets in (FACTORS, "all-linear"):
+            model = peft.get_peft_model(load(saved(name)), lora(targets))
+            adapted = {key.rpartition(".")[2] for key, module in model.named_modules() if hasattr(module, "lora_A")}
+            assert adapted == {"first", "second"}, "nothing else is in the blocks, and the head is left alone"
+            before = logits(model)
+            losses = descend(model)
+            assert losses[-1] < losses[0] - 0.3, (name, targets, losses)
+            healed = logits(model)
+            assert not torch.allclose(healed, before, atol=0.1)
+            adapter = tmp_path / f"{name}-{targets[0]}"
+            model.save_pretrained(adapter)
+            expected.append((adapter, "adapter", healed))
+
+            merged = model.merge_and_unload()
+            assert sum(isinstance(module, LowRankLinear) for module in merged.modules()) > 10
+            assert merged.num_parameters() == load(saved(name)).num_parameters()
+            assert torch.allclose(logits(merged), healed, atol=1e-4)
+            merged.save_pretrained(tmp_path / f"{adapter.name}-merged")
+            expected.append((tmp_path / f"{adapter.name}-merged", "model", logits(merged)))
+    assert_fresh_process_gives(expected, tmp_path)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], None])
+def test_names_of_the_dense_model_are_refused_with_the_names_that_work(saved, targets):
+    """None is PEFT's own list for this architecture, `q_proj` and `v_proj`."""
+    with pytest.raises(ValueError, match=r"LowRankLinear[\s\S]*name these, .*'q_proj.first', 'q_proj.second'.*all-li"):
+        peft.get_peft_model(load(saved("llama")), lora(targets))
+    model = peft.get_peft_model(load(saved("llama")), lora(["q_proj.first", "q_proj.second"]))
+    assert sum(hasattr(module, "lora_A") for module in model.modules()) == 6
+
+
+def test_what_print_shows_has_no_advice_in_it(saved):
+    layer = load(saved("llama")).model.layers[0].self_attn.q_proj
+    assert str(layer) == repr(layer)
+    assert "q_proj" not in str(layer)
+
+
+@pytest.mark.parametrize("storage", EIGHT_BIT)
+def test_8_bit_linears_refuse_adapters_and_say_what_to_do(saved, storage):
+    with pytest.raises(ValueError, match="stored in 8 bits, which take no adapter: .* storage='plain'"):
+        peft.get_peft_model(load(saved("llama", storage)), lora(["q_proj", "up_proj", "down_proj", "gate_proj"]))
+
+
+def in_part(folder, storage, dtype=torch.float32):
+    """Layer 1 dense, the others compressed; saved, and loaded again."""
+    in_forms(tiny("llama", dtype=dtype), lambda name: "dense" if "layers.1." in name else storage).save_pretrained(
+        folder
+    )
+    return load(folder)
+
+
+def in_forms(model, storage_of):
+    modules = {}
+    for target in find_layout(model).targets:
+        storage = storage_of(target.name)
+        modules[target.name] = PlannedModule(None if storage.startswith("dense") else 6, storage)
+    plan = Plan(modules, method="output_pca", ratio=None, allocation="by hand")
+    return compressed(model, ratio=0.8, plan=plan)
+
+
+@pytest.mark.parametrize("storage", ["plain", *EIGHT_BIT])
+def test_adapter_targets_names_what_can_be_adapted(storage, tmp_path, caplog):
+    model = in_part(tmp_path / "mixed", storage)
+    found = adapter_targets(model, ["q_proj", "mlp.up_proj"])
+    dense = ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
+    assert set(dense) <= set(found)
+    if storage == "plain":
+        assert "model.layers.0.self_attn.q_proj.first" in found
+        assert len(found) == 2 + 2 * 4
+        assert not caplog.records
+    else:
+        assert found == dense
+        assert "q_proj: 2 of 3 linears are in 8 bits and get no adapter" in caplog.text
+    wrapped = peft.get_peft_model(model, lora(adapter_targets(model)))
+    every = peft.get_peft_model(load(tmp_path / "mixed"), lora("all-linear"))
+    assert [name for name, _ in wrapped.named_parameters()] == [name for name, _ in every.named_parameters()]
+
+
+def test_adapter_targets_refuses_what_is_not_there(saved, tmp_path):
+    model = load(saved("llama"))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no linear called q_prj \(nearest: q_proj\)"):
+        adapter_targets(model, ["q_prj"])
+    with pytest.raises(TypeError, match=r"pass \['q_proj'\]"):
+        adapter_targets(model, "q_proj")
+    for storage in EIGHT_BIT:
+        eight = in_forms(tiny("llama"), lambda name, storage=storage: "dense_int8" if "mlp" in name else storage)
+        with pytest.raises(ValueError, match="the model: all 21 linears are stored in 8 bits.*storage='plain'"):
+            adapter_targets(eight)
+        with pytest.raises(ValueError, match="o_proj: all 3 linears are stored in 8 bits"):
+            adapter_targets(eight, ["o_proj"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("storage", EIGHT_BIT)
+def test_lora_beside_8_bit_linears(storage, dtype, tmp_path):
+    """Layer 1 learns, and gradients reach it through layer 2 in 8 bits, whose kernels compute in bfloat16."""
+    model = peft.get_peft_model(in_part(tmp_path / "base", storage, dtype), lora("all-linear", bias="all"))
+    eight = {name: m.dense_matrix() for name, m in model.named_modules() if isinstance(m, EightBitLinear)}
+    assert len(eight) == 14
+    losses = descend(model)
+    assert losses[-1] < losses[0] - 0.1
+    assert all(torch.equal(model.get_submodule(name).dense_matrix(), matrix) for name, matrix in eight.items())
+    model.save_pretrained(tmp_path / "adapter")
+    healed = logits(model)
+    merged = model.merge_and_unload()
+    assert torch.allclose(logits(merged), healed, atol=1e-4 if dtype == torch.float32 else 0.3)
+    merged.save_pretrained(tmp_path / "merged")
+    expected = [(tmp_path / "adapter", "adapter", healed), (tmp_path / "merged", "model", logits(merged))]
+    assert_fresh_process_gives(expected, tmp_path)
+
+
+def test_trainable_parameters_are_counted_as_they_are(saved, capsys):
+    model = peft.get_peft_model(load(saved("llama")), lora(FACTORS))
+    model.print_trainable_parameters()
+    plain = sum(parameter.numel() for parameter in load(saved("llama")).parameters())
+    learned = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
+    assert f"trainable params: {learned:,} || all params: {plain + learned:,} " in capsys.readouterr().out
+
+
+def test_modules_to_save_beside_the_factors(saved, tmp_path):
+    """A norm, the head, and a whole low-rank linear."""
+    settings = lora(["q_proj.first"], modules_to_save=["lm_head", "norm", "o_proj"])
+    model = peft.get_peft_model(load(saved("llama")), settings)
+    descend(model)
+    healed = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(merged), healed, atol=1e-4)
+    expected = [(tmp_path / "adapter", "adapter", healed), (tmp_path / "merged", "model", logits(merged))]
+    assert_fresh_process_gives(expected, tmp_path)
+
+
+@pytest.mark.parametrize("storage", ["plain", *EIGHT_BIT])
+def test_prepare_model_for_kbit_training(storage, tmp_path):
+    """What a user of QLoRA calls first: floats become float32, the 8-bit tensors stay."""
+    in_part(tmp_path / "base", storage, torch.bfloat16)
+    model = peft.prepare_model_for_kbit_training(load(tmp_path / "base"))
+    floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    assert floats == {torch.float32}
+    assert torch.equal(logits(model), logits(load(tmp_path / "base", dtype=torch.float32)))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model = peft.get_peft_model(model, lora("all-linear"))
+    run = trainer(model, tmp_path / "run", gradient_checkpointing=True)
+    run.train()
+    healed = logits(model.eval())
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32).eval()
+    assert torch.equal(logits(again), healed)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(load(tmp_path / "merged")), logits(merged))
+
+
+def test_an_adapter_of_a_model_compressed_in_this_process_knows_its_checkpoint(tmp_path):
+    """It named the dense model as the one that it belongs to."""
+    tiny("llama").save_pretrained(tmp_path / "dense")
+    model = compressed(load(tmp_path / "dense"))
+    assert model.name_or_path == str(tmp_path / "dense")
+    model.save_pretrained(tmp_path / "compressed")
+    model = peft.get_peft_model(model, lora(FACTORS))
+    descend(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert_fresh_process_gives([(tmp_path / "adapter", "adapter", logits(model))], tmp_path)
+
+
+def test_a_loaded_model_keeps_its_name_when_it_is_saved_elsewhere(saved, tmp_path):
+    model = load(saved("llama"))
+    model.save_pretrained(tmp_path / "copy")
+    assert model.name_or_path == str(saved("llama"))
+
+
+def test_add_adapter_saves_the_adapter_alone(tmp_path):
+    """Plan, report and loader belong to the checkpoint; they lay beside the adapter, too."""
+    model = compressed(tiny("llama"))
+    model.save_pretrained(tmp_path / "base")
+    model.add_adapter(lora(FACTORS))
+    descend(model)
+    model.save_pretrained(tmp_path / "adapter")
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "generation_config.json"}
+    again = load(tmp_path / "base")
+    again.load_adapter(tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(load(tmp_path / "adapter")), logits(model))
+    assert_fresh_process_gives([(tmp_path / "adapter", "adapter", logits(model))], tmp_path)
+
+
+def test_layers_of_peft_are_not_saved_as_a_checkpoint(saved, tmp_path):
+    """transformers would save `first.base_layer.weight`, which nothing can load."""
+    wrapped = peft.get_peft_model(load(saved("llama")), lora(FACTORS))
+    deleted = load(saved("llama"))
+    deleted.add_adapter(lora(FACTORS))
+    deleted.delete_adapter("default")
+    head = peft.get_peft_model(load(saved("llama")), lora(["first"], modules_to_save=["lm_head"]))
+    for model in (wrapped.get_base_model(), deleted, head.get_base_model()):
+        with pytest.raises(ValueError, match=r"q_proj.first and \d+ other modules are layers of PEFT.*unload\(\)"):
+            model.save_pretrained(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    plain = wrapped.unload()
+    plain.save_pretrained(tmp_path / "out")
+    assert torch.equal(logits(load(tmp_path / "out")), logits(load(saved("llama"))))
+
+
+def test_dequantize_does_not_lose_adapters(saved, tmp_path):
+    """It formed the dense matrix from the factors under the adapters, and dropped these without a word."""
+    model = peft.get_peft_model(load(saved("llama")), lora(FACTORS))
+    descend(model)
+    healed = logits(model)
+    with pytest.raises(ValueError, match=r"q_proj has adapters \(PEFT\), which would be lost: merge them"):
+        model.dequantize()
+    assert torch.equal(logits(model), healed)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert (tmp_path / "merged" / "modeling_dobisvd.py").exists(), "a refused dequantize leaves our own save in place"
+    dense = merged.dequantize()
+    assert not any(isinstance(module, LowRankLinear) for module in dense.modules())
+    assert torch.allclose(logits(dense), healed, atol=1e-3)
+
+
+def test_adapters_beside_8_bit_linears_survive_dequantize(tmp_path):
+    model = peft.get_peft_model(in_part(tmp_path / "base", "remap"), lora("all-linear"))
+    descend(model)
+    healed = logits(model)
+    model.dequantize()
+    assert not any(isinstance(module, EightBitLinear) for module in model.modules())
+    assert torch.allclose(logits(model), healed, atol=1e-3)
+
+
+def test_trainer_on_bare_factors(saved, tmp_path):
+    expected = []
+    for name in ("llama", "llama_tied", "gpt2"):
+        run = trainer(load(saved(name)), tmp_path / name)
+        run.train()
+        run.save_model(str(tmp_path / f"{name}-trained"))
+        trained = logits(run.model.eval())
+        assert not torch.equal(trained, logits(load(saved(name))))
+        expected.append((tmp_path / f"{name}-trained", "model", trained))
+        expected.append((tmp_path / name / "checkpoint-4", "model", trained))
+
+        resumed = trainer(load(saved(name)), tmp_path / name)
+        resumed.train(resume_from_checkpoint=str(tmp_path / name / "checkpoint-2"))
+        assert torch.equal(logits(resumed.model.eval()), trained), name
+    assert_fresh_process_gives(expected, tmp_path)
+
+
+def test_trainer_goes_back_to_the_best_checkpoint(saved, tmp_path):
+    every_step = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    worst = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    run = trainer(load(saved("llama")), tmp_path, learning_rate=3e-2, save_total_limit=2, **every_step, **worst)
+    run.train()
+    assert run.state.best_model_checkpoint.endswith("checkpoint-1")
+    assert torch.equal(logits(run.model.eval()), logits(load(run.state.best_model_checkpoint)))
+
+
+@pytest.mark.parametrize("storage", EIGHT_BIT)
+def test_trainer_refuses_8_bit_models_without_an_adapter(storage, tmp_path):
+    with pytest.raises(ValueError, match=PURELY_QUANTIZED):
+        trainer(in_part(tmp_path / "base", storage), tmp_path / "run")
+    added = load(tmp_path / "base")
+    added.add_adapter(lora("all-linear"))
+    for model in (peft.get_peft_model(load(tmp_path / "base"), lora("all-linear")), added):
+        before = logits(model)
+        run = trainer(model, tmp_path / "run")
+        run.train()
+        assert not torch.equal(logits(model.eval()), before)
+        assert (tmp_path / "run" / "checkpoint-4" / "adapter_model.safetensors").exists()
+        assert not (tmp_path / "run" / "checkpoint-4" / "model.safetensors").exists()
+
+
+def test_trainer_resumes_adapters(saved, tmp_path):
+    first = peft.get_peft_model(load(saved("qwen2")), lora("all-linear"))
+    trainer(first, tmp_path / "run").train()
+    second = peft.get_peft_model(load(saved("qwen2")), lora("all-linear"))
+    trainer(second, tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert torch.equal(logits(second.eval()), logits(first.eval()))
+    assert_fresh_process_gives([(tmp_path / "run" / "checkpoint-4", "adapter", logits(first))], tmp_path)

@@ -1,0 +1,79 @@
+"""Which modules of a compressed model PEFT can put adapters on."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..nn.compressed_linear import CompressedLinear
+from ..nn.dense_linear import is_dense_linear
+from ..nn.low_rank_linear import LowRankLinear
+
+logger = logging.getLogger(__name__)
+
+
+def adapter_targets(model: nn.Module, names: Sequence[str] | None = None) -> list[str]:
+    """Full names for `target_modules` of a `LoraConfig`: both factors of low-rank linears, dense linears as they are.
+
+    `target_modules=["q_proj"]` would fail at the first `q_proj` that is low-rank, and `["first", "second"]` leave out
+    those that compression kept dense. Linears in 8 bits take no adapter; they are left out with a warning.
+
+    Args:
+        model: a compressed model, no adapters in it yet.
+        names: linears by their names in the dense model, whole or the end of it (`"q_proj"`, `"mlp.up_proj"`); None
+            takes all but the output embedding, as PEFT's `"all-linear"` does.
+
+    Raises:
+        ValueError: a name matches no linear, or only ones in 8 bits; there is nothing to put an adapter on.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"names is a list of names, got the string {names!r}: pass [{names!r}]")
+    linears = _linears(model)
+    if names is None:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        return _targets({name: module for name, module in linears.items() if module is not head}, "the model")
+    found: dict[str, None] = {}
+    for wanted in names:
+        matching = {name: module for name, module in linears.items() if name == wanted or name.endswith(f".{wanted}")}
+        if not matching:
+            near = difflib.get_close_matches(wanted, {name.rpartition(".")[2] for name in linears}, n=1)
+            hint = f" (nearest: {near[0]})" if near else ""
+            raise ValueError(f"{type(model).__name__} has no linear called {wanted}{hint}")
+        found.update(dict.fromkeys(_targets(matching, wanted)))
+    return list(found)
+
+
+def _linears(model: nn.Module) -> dict[str, Any]:
+    """Compressed and dense linears by name; factors are not among them."""
+    factors = {
+        id(child) for module in model.modules() if isinstance(module, LowRankLinear) for child in module.children()
+    }
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, CompressedLinear) or (is_dense_linear(module) and id(module) not in factors)
+    }
+
+
+def _targets(linears: dict[str, Any], what: str) -> list[str]:
+    """Names of the modules of these linears that take an adapter; ValueError if there are none, in `what`."""
+    found, left_out = [], 0
+    for name, module in linears.items():
+        if isinstance(module, LowRankLinear):
+            found += [f"{name}.first", f"{name}.second"]
+        elif isinstance(module, CompressedLinear):
+            left_out += 1
+        else:
+            found.append(name)
+    if not found:
+        raise ValueError(
+            f"{what}: all {left_out} linears are stored in 8 bits, which take no adapter: compress with "
+            "storage='plain', or call model.dequantize() first"
+        )
+    if left_out:
+        logger.warning("%s: %d of %d linears are in 8 bits and get no adapter", what, left_out, len(linears))
+    return found
