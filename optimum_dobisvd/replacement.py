@@ -17,6 +17,7 @@ from .factorization.factors import Factors
 from .nn.dense_linear import weight_matrix
 from .nn.placement import dense_weight, replace_with
 from .storage import pack, pack_dense, unpack
+from .storage.inner_forms import inner_form_named
 
 
 class Replacement:
@@ -49,6 +50,8 @@ class Replacement:
         """Balance the factors, pack them, measure their error, and put them in the place of the linear `name`."""
         storage, weight = self._storages[name], weight_matrix(self._layout.linears[name])
         balanced = factors.balanced()
+        if inner_form_named(storage) is not None:
+            balanced = balanced.mixed()
         tensors = pack(storage, balanced.second, balanced.first, weight.dtype)
         rank = len(factors.first)
         stored = None

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import GPTQConfig
 
@@ -15,6 +14,8 @@ from .allocation.target import Target
 from .calibration.dataset import CalibrationWindows, load_windows
 from .calibration.layout import Layout, find_layout
 from .calibration.runner import BlockRunner
+from .factorization.factors import Factors
+from .in_turn import quantize_in_turn
 from .inner import InnerConfig, inner_storage
 from .nn.compressed_linear import CompressedLinear
 from .nn.low_rank_linear import LowRankLinear
@@ -66,10 +67,10 @@ def require_backend(inner: InnerConfig) -> None:
 def inner_windows(
     inner: InnerConfig, windows: CalibrationWindows | None, dataset: Any, tokenizer: Any, **draw: int
 ) -> CalibrationWindows | None:
-    """What GPTQ is calibrated on: text of its own if its config names some, else the windows of the compression.
+    """What rounding is calibrated on: text of GPTQ's own if its config names some, else that of the compression.
 
     Args:
-        inner: the quantisation; None is returned for one that reads no text.
+        inner: the quantisation; only GPTQ cannot do without.
         windows: those of the compression; None where there was none in this process.
         dataset: what to draw from without them.
         tokenizer: where the GPTQ config gives none.
@@ -79,7 +80,7 @@ def inner_windows(
         ValueError: there is no text.
     """
     if not isinstance(inner, GPTQConfig):
-        return None
+        return windows
     own = inner.dataset
     if own is None and windows is not None:
         return windows
@@ -110,21 +111,29 @@ def quantize_shells(
         model: compressed; its shells hold plain linears still.
         blocks: its blocks, by name.
         inner: how.
-        windows: what GPTQ is calibrated on; not read by bitsandbytes.
+        windows: what the rounding is calibrated on. GPTQ needs some; without them bitsandbytes' 4 bits are each
+            rounded on their own, and 8 bits always are.
         batch_size, device: of that calibration.
     """
-    if isinstance(inner, GPTQConfig):
-        from .integrations.inner_gptq import quantize_gptq
-
-        if windows is None:
-            raise ValueError("GPTQ needs calibration text: pass dataset=")
+    runner = None
+    if windows is not None:
         runner = BlockRunner(model, dict(blocks), windows, batch_size=batch_size, device=device)
-        quantize_gptq(model, runner, inner)
-    else:
-        from .integrations.bnb_linear import mark_loaded, quantize_bnb
+    if isinstance(inner, GPTQConfig):
+        from .integrations.inner_gptq import GPTQRounder, quiet_gptqmodel
 
+        if runner is None:
+            raise ValueError(f"GPTQ needs calibration text: {_HOW_TO_GIVE_TEXT}")
+        with quiet_gptqmodel():
+            quantize_in_turn(model, runner, GPTQRounder(inner), sequential=inner.true_sequential)
+        return
+    from .integrations.bnb_linear import mark_loaded
+    from .integrations.inner_bnb import BnbRounder, quantize_bnb
+
+    if runner is not None and inner.load_in_4bit:
+        quantize_in_turn(model, runner, BnbRounder(inner), sequential=True)
+    else:
         quantize_bnb(model, inner)
-        mark_loaded(model, inner)
+    mark_loaded(model, inner)
 
 
 def mark_for_inner(model: Any, inner: InnerConfig, modules_to_not_convert: list[str]) -> dict[str, dict[str, Any]]:
@@ -148,9 +157,9 @@ def mark_for_inner(model: Any, inner: InnerConfig, modules_to_not_convert: list[
             left += module.out_features * module.in_features
             continue
         rank = -(-module.rank // form.rank_multiple) * form.rank_multiple
-        if rank != module.rank:
-            model.set_submodule(name, _filled_up(module, rank))
-        model.get_submodule(name).storage = storage
+        new = _filled_up(module, rank)
+        new.storage = storage
+        model.set_submodule(name, new)
         modules[name] = {"rank": rank, "storage": storage}
     for target in _dense_targets(model, modules_to_not_convert):
         if form.obstacle(target.out_features, target.in_features) is not None:
@@ -180,8 +189,7 @@ def _dense_targets(model: Any, modules_to_not_convert: list[str]) -> list[Target
 
 
 def _filled_up(module: LowRankLinear, rank: int) -> LowRankLinear:
-    """The same function at a higher rank: zeros in both factors."""
-    first, second = module.first.weight.detach(), module.second.weight.detach()
+    """The same function at a higher rank, with zeros in both factors, and the ranks mixed."""
     new = LowRankLinear(
         module.in_features,
         module.out_features,
@@ -192,9 +200,11 @@ def _filled_up(module: LowRankLinear, rank: int) -> LowRankLinear:
         dtype=module.weight.dtype,
     )
     new.weight = module.weight
+    first, second = module.first.weight.detach().double(), module.second.weight.detach().double()
     missing = rank - module.rank
-    new.first.weight = nn.Parameter(torch.nn.functional.pad(first, (0, 0, 0, missing)))
-    new.second.weight = nn.Parameter(torch.nn.functional.pad(second, (0, missing)))
+    filled = Factors(nn.functional.pad(second, (0, missing)), nn.functional.pad(first, (0, 0, 0, missing))).mixed()
+    new.first.weight = nn.Parameter(filled.first.to(module.weight.dtype))
+    new.second.weight = nn.Parameter(filled.second.to(module.weight.dtype))
     if module.bias is not None:
         new.second.bias = module.second.bias
     return new.train(module.training)

@@ -36,6 +36,19 @@ class Factors:
         inverse = torch.where(alive, (outer / inner.where(alive, 1)).sqrt(), 0)
         return Factors(self.second * scale, self.first * inverse[:, None])
 
+    def mixed(self) -> Factors:
+        """Same product, with the ranks mixed by a rotation: `second Q`, `Q^T first`.
+
+        Ranks differ in size by orders of magnitude, and the 4-bit forms give a scale to a run of neighbours, of which
+        the largest then sets the step. After the rotation all are alike, and the outer factor's inputs are correlated,
+        so that rounding one rank can be made up for by the next ones (GPTQ); in their own basis they are not. The
+        rotation is random, and the same for every matrix of that rank.
+        """
+        generator = torch.Generator().manual_seed(len(self.first))
+        noise = torch.randn(len(self.first), len(self.first), generator=generator, dtype=torch.float64)
+        rotation = torch.linalg.qr(noise)[0].to(self.first)
+        return Factors(self.second @ rotation, rotation.T @ self.first)
+
 
 @dataclass(frozen=True)
 class Decomposition:

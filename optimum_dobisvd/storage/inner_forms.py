@@ -93,8 +93,8 @@ def four_bit_form(kind: str, nested: bool) -> InnerForm:
             scales = blocks + 4 * -(-blocks // _BNB_NESTED_BLOCK) + 4 * 256 + 24 - len("0.0")
         return -(-count // 2) + scales + 4 * 16 + len(json.dumps(state))
 
-    # Blocks that run on into the next row are legal, and bitsandbytes 0.50 unpacks them wrongly on CPUs: errors of half
-    # a matrix wherever inputs are a multiple of 16 and not of 64.
+    # Blocks that run on into the next row are legal, and bitsandbytes 0.50 unpacks them wrongly on CPUs: errors of
+    # half a matrix wherever inputs are a multiple of 16 and not of 64.
     return InnerForm(
         f"{kind}_dq" if nested else kind, size, lost_share=0.008 if kind == "nf4" else 0.02, in_multiple=_BNB_BLOCK
     )

@@ -1,0 +1,62 @@
+"""Rounding a matrix to a given code so that its outputs, not its values, are close: GPTQ's error feedback."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BLOCK = 128
+"""Columns whose errors are passed on to all later ones in one product."""
+
+
+def round_with_feedback(
+    weight: Tensor, gram: Tensor, code: Tensor, scales: Tensor, damping: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """Choose values of a code that keep `||(W - W_q) X||_F` small, one input after the other.
+
+    Each input is rounded to the nearest value, and what that changes in the outputs is made up for by the inputs not
+    rounded yet, as far as they are correlated with it (GPTQ, arXiv 2210.17323). Inputs with the largest second moment
+    go first: scales are fixed beforehand, so the order costs nothing later.
+
+    Args:
+        weight: `W`, m x n.
+        gram: `H = X X^T`, n x n.
+        code: the values a weight may have in units of its scale, ascending.
+        scales: m x (n / g): one for every g neighbouring inputs of an output.
+        damping: added to the diagonal of `H`, as a share of its mean.
+
+    Returns:
+        Which value of the code each weight became (int64, m x n), and the matrix they stand for (float64).
+    """
+    m, n = weight.shape
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    upper = _upper_root_of_inverse(gram[order][:, order].double(), damping)
+    left = weight[:, order].double().clone()
+    steps = scales.double().repeat_interleave(n // scales.shape[1], dim=1)[:, order]
+    steps = torch.where(steps > 0, steps, 1)
+    code = code.double()
+    middles = (code[1:] + code[:-1]) / 2
+    chosen = torch.empty(m, n, dtype=torch.int64, device=weight.device)
+    for begin in range(0, n, _BLOCK):
+        end = min(begin + _BLOCK, n)
+        errors = torch.empty(m, end - begin, dtype=torch.float64, device=weight.device)
+        for column in range(begin, end):
+            index = torch.bucketize(left[:, column] / steps[:, column], middles)
+            chosen[:, column] = index
+            error = (left[:, column] - code[index] * steps[:, column]) / upper[column, column]
+            left[:, column + 1 : end] -= error[:, None] * upper[column, column + 1 : end]
+            errors[:, column - begin] = error
+        left[:, end:] -= errors @ upper[begin:end, end:]
+    back = order.argsort()
+    return chosen[:, back], (code[chosen] * steps)[:, back]
+
+
+def _upper_root_of_inverse(gram: Tensor, damping: float) -> Tensor:
+    """Upper triangular `U` with `U^T U = (H + damping)^-1`; inputs that never vary get a variance of their own."""
+    mean = gram.diagonal().mean()
+    if not float(mean) > 0:
+        return torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    damped = gram.clone()
+    damped.diagonal().add_(damping * mean)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True)
