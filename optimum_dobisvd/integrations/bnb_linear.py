@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 from typing import Any
 
+from torch import nn
 from transformers import BitsAndBytesConfig
 
 from ..nn.compressed_linear import CompressedLinear
