@@ -70,7 +70,7 @@ def keep_as_saved(module: nn.Module) -> None:
     That takes multiples of 32 outputs only, rounds the scales to bfloat16, and the rounded ones would then be saved.
     """
     if hasattr(module, "support_avx512bf16_for_cpu"):
-        module.support_avx512bf16_for_cpu = False
+        setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - a type checker takes it for a tensor
 
 
 def unmark(model: Any) -> None:

@@ -1,0 +1,324 @@
+"""Low rank with GPTQ or bitsandbytes on top: bit for bit in a new process, bytes as planned, refusals in words."""
+
+import importlib.util
+import json
+import math
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig
+
+from integration_tests.integrations.test_round_trip import assert_reloaded_alike, logits
+from integration_tests.processes import run_python
+from integration_tests.tiny_models import tiny, tokens
+from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer, Plan
+from optimum_dobisvd.allocation.plan import PlannedModule
+from optimum_dobisvd.calibration.layout import checkpoint_bytes, find_layout
+from optimum_dobisvd.nn.compressed_linear import CompressedLinear, matrix_of
+from optimum_dobisvd.nn.low_rank_linear import LowRankLinear
+from optimum_dobisvd.planning import make_plan
+
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_key_value_heads": 2}
+needs_gptq = pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is None, reason="gptqmodel is not installed")
+needs_bnb = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+
+INNER = {
+    "gptq": lambda: GPTQConfig(bits=4, group_size=32),
+    "gptq_desc_act": lambda: GPTQConfig(bits=4, group_size=32, desc_act=True, true_sequential=False),
+    "nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "nf4_dq": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+    "fp4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
+    "llm_int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+}
+# What matrices become by turns: in forms of the inner quantiser and in our own.
+FORMS = {
+    "gptq": [("gptq4_g32", 32), ("gptq4_g32", None), ("gptq3_g32", 32), ("gptq2_g32", None), ("int8", 16)],
+    "gptq_desc_act": [("gptq8_g32", 32), ("gptq4_g32", None), ("plain", 7)],
+    "nf4": [("nf4", 64), ("nf4", None), ("plain", 9), ("dense_int8", None)],
+    "nf4_dq": [("nf4_dq", 64), ("nf4_dq", None), ("dense", None)],
+    "fp4": [("fp4", 64), ("fp4", None)],
+    "llm_int8": [("llm_int8", 17), ("llm_int8", None), ("int8", 16)],
+}
+
+
+def wide(name, dtype=torch.float32):
+    return tiny(name, dtype=dtype, **WIDE)
+
+
+def planned(model, forms):
+    modules = {
+        target.name: PlannedModule(None if rank is None else min(rank, target.out_features), storage)
+        for target, (storage, rank) in zip(find_layout(model).targets, forms * 99, strict=False)
+    }
+    return Plan(modules, method="output_pca", ratio=None, allocation="by hand")
+
+
+def stacked(folder, key, dtype):
+    """The dense model in a folder, compressed and quantised in one `from_pretrained`."""
+    plan = planned(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), FORMS[key])
+    config = DobiSVDConfig(method="output_pca", dataset=tokens(6, 24), plan=plan, inner=INNER[key]())
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+
+
+def matrix_bytes(folder):
+    """Bytes in the files of all tensors of the blocks' linears but their biases."""
+    total = 0
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            if "_proj." in key and not key.endswith("bias"):
+                total += file.get_tensor(key).nbytes
+    return total
+
+
+@pytest.mark.parametrize(
+    "key",
+    [pytest.param(key, marks=needs_gptq if key.startswith("gptq") else needs_bnb) for key in INNER],
+)
+def test_every_form_reloads_bit_for_bit_in_a_new_process_and_weighs_what_the_report_says(key, tmp_path):
+    expected = {}
+    for name in ("llama", "qwen2"):
+        wide(name).save_pretrained(tmp_path / name)
+        for dtype in (torch.float32, torch.bfloat16):
+            model = stacked(tmp_path / name, key, dtype)
+            path = tmp_path / f"{name}-{str(dtype)[6:]}"
+            before = logits(model)
+            model.save_pretrained(path)
+            assert torch.equal(logits(model), before)
+            expected[path.name] = before
+            spare = 30 if key == "nf4_dq" else 0  # the offset is written with up to 24 characters
+            counted = len([m for m in model.dobisvd_plan.modules.values() if m.storage == "nf4_dq"]) * 2 * spare
+            assert 0 <= model.dobisvd_report.target_bytes - matrix_bytes(path) <= counted
+            storages = {entry["storage"] for entry in model.config.quantization_config.modules.values()}
+            assert storages == {storage for storage, _ in FORMS[key] if storage != "dense"}
+    assert_reloaded_alike(tmp_path, expected)
+
+
+@needs_gptq
+def test_a_model_reloaded_and_saved_again_is_the_same_files(tmp_path):
+    wide("qwen2").save_pretrained(tmp_path / "dense")
+    stacked(tmp_path / "dense", "gptq", torch.bfloat16).save_pretrained(tmp_path / "one")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    again(input_ids=tokens(2, 9))
+    again.save_pretrained(tmp_path / "two")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "two")]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+@needs_gptq
+def test_checkpoints_in_the_format_of_auto_gptq_are_read(tmp_path):
+    """It stores zero points less one; everything else is the same. Saved again, they are in the present format."""
+    wide("llama").save_pretrained(tmp_path / "dense")
+    plan = planned(wide("llama"), [("gptq4_g32", 32), ("gptq2_g32", None), ("gptq8_g32", None)])
+    config = DobiSVDConfig(method="output_pca", dataset=tokens(6, 24), plan=plan, inner=INNER["gptq"]())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    model.save_pretrained(tmp_path / "old")
+    ones = {"4": 0x11111111, "2": 0x55555555, "8": 0x01010101}
+    path = tmp_path / "old" / "model.safetensors"
+    tensors = load_file(path)
+    for key in tensors:
+        if key.endswith("qzeros"):
+            name = key.rsplit(".", 2)[0]
+            tensors[key] -= ones[plan.modules[name].storage[4]]
+    save_file(tensors, path, metadata={"format": "pt"})
+    edited = json.loads((tmp_path / "old" / "config.json").read_text())
+    edited["quantization_config"]["inner"] |= {"format": "gptq", "checkpoint_format": "gptq"}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(edited))
+    old = AutoModelForCausalLM.from_pretrained(tmp_path / "old")
+    assert torch.equal(logits(old), logits(model))
+    old.save_pretrained(tmp_path / "new")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "new")), logits(model))
+
+
+@pytest.mark.parametrize("key", [pytest.param("gptq", marks=needs_gptq), pytest.param("nf4", marks=needs_bnb)])
+def test_a_saved_low_rank_model_is_quantised_at_load(key, tmp_path):
+    wide("llama", torch.bfloat16).save_pretrained(tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    config = DobiSVDConfig(method="output_pca", ratio=0.8, dataset=tokens(6, 24), nsamples=6, seqlen=24)
+    low_rank = DobiSVDQuantizer(config).quantize_model(dense)
+    low_rank.save_pretrained(tmp_path / "low-rank")
+    again = AutoConfig.from_pretrained(tmp_path / "low-rank")
+    inner = INNER[key]()
+    again.quantization_config["inner"] = inner.to_dict()
+    if key == "gptq":
+        again.quantization_config["dataset"] = tokens(6, 24)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "low-rank", config=again)
+    multiple = 32 if key == "gptq" else 64
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear):
+            plain = low_rank.get_submodule(name)
+            assert module.rank == math.ceil(plain.rank / multiple) * multiple
+            lost = (module.dense_matrix() - plain.dense_matrix()).norm() / plain.dense_matrix().norm()
+            assert lost < 0.25, "the same matrix, rounded to 4 bits"
+    assert all(m.storage != "plain" for m in model.modules() if isinstance(m, CompressedLinear))
+    model.save_pretrained(tmp_path / "stacked")
+    assert_reloaded_alike(tmp_path, {"stacked": logits(model)})
+    stored = json.loads((tmp_path / "stacked" / "config.json").read_text())["quantization_config"]
+    assert "dataset" not in stored["inner"]
+    assert "tokenizer" not in stored["inner"]
+
+
+@needs_bnb
+def test_it_loads_without_the_package(tmp_path):
+    wide("llama", torch.bfloat16).save_pretrained(tmp_path / "dense")
+    model = stacked(tmp_path / "dense", "nf4", torch.bfloat16)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "out")
+    code = """
+import sys, torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+with torch.no_grad():
+    save_file({"logits": model(input_ids=torch.arange(2, 26).view(2, 12)).logits.contiguous()}, sys.argv[2])
+"""
+    done = run_python(code, str(tmp_path / "out"), str(tmp_path / "logits"), without_package_in=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert torch.equal(load_file(tmp_path / "logits")["logits"], expected)
+
+
+@needs_bnb
+def test_error_feedback_keeps_outputs_closer_than_rounding_each_value(tmp_path):
+    from optimum_dobisvd.integrations.inner_bnb import BnbRounder, quantized_alike
+
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(128, 48, bias=False)
+    inputs = torch.randn(1000, 128) @ torch.randn(128, 128)
+    gram = (inputs.T @ inputs).double()
+    for nested in (False, True):
+        inner = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested)
+        rounder = BnbRounder(inner)
+        new, stands_for = rounder.round(linear, gram, "nf4")
+        alone = quantized_alike(linear, inner, rounder._operation)
+        assert torch.allclose(matrix_of(new).double(), stands_for, atol=1e-6)
+        lost = [float(((matrix_of(each) - linear.weight) @ inputs.T).norm()) for each in (new, alone)]
+        assert lost[0] < 0.8 * lost[1]
+
+
+@needs_gptq
+def test_the_budget_counts_the_inner_bits_and_ranks_suit_the_kernels():
+    model = wide("llama", torch.bfloat16)
+    for ratio in (0.18, 0.25):
+        config = DobiSVDConfig(
+            method="output_pca", ratio=ratio, dataset=tokens(6, 24), inner=GPTQConfig(bits=4, group_size=32)
+        )
+        layout, _, _ = DobiSVDQuantizer(config).prepare(model)
+        plan = make_plan(config, layout, None)
+        assert plan.ratio_of(layout.targets) <= ratio
+        assert any(entry.rank is not None for entry in plan.modules.values())
+        assert all(entry.rank is None or entry.rank % 32 == 0 for entry in plan.modules.values())
+
+
+@needs_gptq
+@pytest.mark.parametrize("tied", ["llama", "llama_tied"])
+def test_a_size_asked_for_is_the_size_of_the_checkpoint(tied, tmp_path):
+    model = wide(tied, torch.bfloat16)
+    model.save_pretrained(tmp_path / "dense")
+    whole = checkpoint_bytes(model)
+    asked = int(0.72 * whole)
+    config = DobiSVDConfig(
+        budget=asked, dataset=tokens(8, 24), storage="mixed", inner=GPTQConfig(bits=4, group_size=32)
+    )
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    assert 0.97 * asked < checkpoint_bytes(small) <= asked
+    small.save_pretrained(tmp_path / "small")
+    tensors = load_file(tmp_path / "small" / "model.safetensors")
+    assert sum(tensor.nbytes for tensor in tensors.values()) == checkpoint_bytes(small)
+
+
+def refusal(match, error=ValueError, model=None, **config):
+    with pytest.raises(error, match=match):
+        DobiSVDQuantizer(DobiSVDConfig(method="output_pca", dataset=tokens(6, 24), **config)).quantize_model(
+            model or wide("llama")
+        )
+
+
+def test_two_outer_configs_are_refused(tmp_path):
+    refusal("inner is a DobiSVDConfig.*drop it", inner=DobiSVDConfig())
+    refusal("inner is a dobi_svd configuration", inner={"quant_method": "dobi_svd"})
+    refusal("'awq', which cannot be stacked", inner={"quant_method": "awq"})
+    model = DobiSVDQuantizer(DobiSVDConfig(method="svd")).quantize_model(wide("llama"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="DobiSVDConfig but you are passing a BitsAndBytesConfig"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=INNER["nf4"]())
+
+
+@needs_gptq
+def test_impossible_gptq_options_are_refused_before_anything_is_computed():
+    refusal("rank_multiple is 8, and gptq4_g32 takes ranks in multiples of 32", inner=INNER["gptq"](), rank_multiple=8)
+    refusal("group_size=-1.*act_group_aware=False", inner=GPTQConfig(bits=4, group_size=-1))
+    refusal("group_size=48.*none of gptqmodel's", inner=GPTQConfig(bits=4, group_size=48))
+    refusal("cannot be stored as gptq4_g256.*take another group_size", inner=GPTQConfig(bits=4, group_size=256))
+    refusal("storage 'int8' are none.*mixed", inner=INNER["gptq"](), storage="int8")
+    refusal(
+        "takes ranks in multiples of 32, and it is to have 33",
+        inner=INNER["gptq"](),
+        overrides={"re:.*q_proj": {"rank": 33}},
+    )
+    with pytest.raises(ValueError, match="GPTQ needs calibration text"):
+        DobiSVDQuantizer(DobiSVDConfig(method="svd", inner=INNER["gptq"]())).quantize_model(wide("llama"))
+
+
+def test_impossible_sizes_are_refused():
+    refusal("give one of them", ratio=0.5, budget="1MB")
+    refusal("budget 1000 bytes: what is not compressed .* takes", budget="1KB")
+    refusal("'large' is no size", budget="large")
+    refusal("the size asked for leaves .* raise it to leave", budget=310_000)
+    refusal("only method 'global' knows", storage="mixed")
+
+
+@pytest.mark.parametrize(("library", "key", "extra"), [("gptqmodel", "gptq", "gptq"), ("bitsandbytes", "nf4", "bnb")])
+def test_a_missing_library_is_named_with_its_extra(library, key, extra, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == library else real(name, *a))
+    refusal(rf"optimum-dobisvd\[{extra}\]", ImportError, inner=INNER[key]())
+
+
+@needs_gptq
+@needs_bnb
+def test_disk_offload_is_refused_in_words(tmp_path):
+    wide("llama", torch.bfloat16).save_pretrained(tmp_path / "dense")
+    device_map = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+    device_map |= {"model.rotary_emb": "cpu"}
+    for key, words in (("gptq", "cannot be offloaded to disk"), ("nf4", "dispatched on the CPU or the disk")):
+        stacked(tmp_path / "dense", key, torch.bfloat16).save_pretrained(tmp_path / key)
+        with pytest.raises(ValueError, match=words):
+            AutoModelForCausalLM.from_pretrained(tmp_path / key, device_map=device_map, offload_folder=str(tmp_path))
+
+
+@needs_bnb
+def test_dequantizing_gives_a_dense_model_of_the_same_function(tmp_path):
+    wide("qwen2").save_pretrained(tmp_path / "dense")
+    model = stacked(tmp_path / "dense", "nf4", torch.float32)
+    expected = logits(model)
+    dense = model.dequantize()
+    assert not any(isinstance(module, CompressedLinear) for module in dense.modules())
+    assert torch.allclose(logits(dense), expected, atol=1e-4)
+    dense.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(dense))
+
+
+@needs_bnb
+def test_a_checkpoint_whose_config_was_tampered_with_is_refused(tmp_path):
+    wide("llama", torch.bfloat16).save_pretrained(tmp_path / "dense")
+    stacked(tmp_path / "dense", "nf4", torch.bfloat16).save_pretrained(tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    original = json.loads(path.read_text())
+
+    def refused(match, edit):
+        config = json.loads(json.dumps(original))
+        edit(config["quantization_config"])
+        path.write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=match):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+    name = next(n for n, e in original["quantization_config"]["modules"].items() if e["storage"] == "nf4")
+    refused("does not say how they were quantised", lambda config: config.pop("inner"))
+    refused(name, lambda config: config["modules"][name].update(rank=128))
+    refused("to another compression|lacks", lambda config: config["modules"][name].update(rank=None))
