@@ -179,7 +179,13 @@ class DobiSVDConfig(QuantizationConfigMixin):
     @property
     def inner_is_applied(self) -> bool:
         """Whether some matrix is stored in the form of another library, so that it is not to be quantised again."""
-        return any(inner_form_named(entry["storage"]) is not None for entry in (self.modules or {}).values())
+        return bool(self.inner_forms)
+
+    @property
+    def inner_forms(self) -> str:
+        """The forms of other libraries that matrices are stored in, in words; empty where there is none."""
+        storages = {entry["storage"] for entry in (self.modules or {}).values()}
+        return ", ".join(sorted(name for name in storages if inner_form_named(name) is not None))
 
     @property
     def rank_training(self) -> RankTraining:
@@ -257,7 +263,7 @@ def _checked_budget(budget: Any) -> int:
     if isinstance(budget, bool) or not isinstance(budget, int | str):
         raise TypeError(f"budget must be bytes or a size such as '2.8GB', got {budget!r}")
     try:
-        size = convert_file_size_to_int(budget)
+        size = int(budget) if str(budget).isdecimal() else convert_file_size_to_int(budget)
     except ValueError as error:
         raise ValueError(f"budget {budget!r} is no size: write bytes, or '2.8GB', '500MB', '1GiB'") from error
     if size <= 0:

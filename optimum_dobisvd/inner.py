@@ -6,7 +6,9 @@ Nothing here needs the libraries that do it; see `integrations.inner_gptq` and `
 from __future__ import annotations
 
 import copy
-from typing import Any
+import json
+import re
+from typing import Any, cast
 
 from transformers import BitsAndBytesConfig, GPTQConfig
 
@@ -54,6 +56,33 @@ def inner_storage(inner: InnerConfig) -> str:
     if inner.load_in_8bit:
         return "llm_int8"
     return f"{inner.bnb_4bit_quant_type}_dq" if inner.bnb_4bit_use_double_quant else inner.bnb_4bit_quant_type
+
+
+def inner_from_name(name: str) -> InnerConfig:
+    """What a command line calls it: `gptq4`, `gptq3_g64`, `nf4`, `nf4_dq`, `fp4`, `llm_int8`, or a config as JSON.
+
+    ValueError for an unknown name or bad JSON.
+    """
+    if name.lstrip().startswith("{"):
+        try:
+            values = json.loads(name)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"inner is no JSON ({error}): {name}") from error
+        return cast(InnerConfig, inner_config(values))
+    gptq = re.fullmatch(r"gptq([2348])(?:_g(\d+))?", name)
+    if gptq is not None:
+        return cast(InnerConfig, inner_config(GPTQConfig(bits=int(gptq[1]), group_size=int(gptq[2] or 128))))
+    four_bit = re.fullmatch(r"(nf4|fp4)(_dq)?", name)
+    if four_bit is not None:
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=four_bit[1], bnb_4bit_use_double_quant=four_bit[2] is not None
+        )
+    if name == "llm_int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    raise ValueError(
+        f"unknown inner quantisation {name!r}: gptq2, gptq3, gptq4 or gptq8 (gptq4_g32 for groups of 32), nf4, fp4 "
+        "(nf4_dq for double quantisation), llm_int8, or a GPTQConfig or BitsAndBytesConfig as JSON"
+    )
 
 
 def other_storages(inner: InnerConfig | None) -> list[str]:

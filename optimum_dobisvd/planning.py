@@ -100,14 +100,14 @@ def make_plan(
         )
     budget = budget_of(config, layout)
     if allocation.function is global_prices and method.metric == "kfac" and store is not None:
-        modules = global_prices(budget, spectra, _roundings(budget, layout, store, device))
+        modules = global_prices(budget, spectra, _roundings(config, budget, layout, store, device))
     else:
         modules = allocation.function(budget, spectra)
     return Plan(modules=modules, method=config.method, ratio=config.ratio, allocation=method.allocation)
 
 
 def _roundings(
-    budget: Budget, layout: Layout, store: StatisticsStore, device: torch.device | None
+    config: DobiSVDConfig, budget: Budget, layout: Layout, store: StatisticsStore, device: torch.device | None
 ) -> Roundings | None:
     """What rounding costs in every form that may be chosen, where that is more than our own 8 bits and ranks."""
     ladders = [
@@ -117,7 +117,8 @@ def _roundings(
     whole = {form.name for ladder in ladders for form in ladder.dense_forms if form.name != DENSE}
     if all(inner_form_named(name) is None for name in factored | whole):
         return None
-    return price_roundings(layout, store, sorted(factored - {"plain"}), sorted(whole), device)
+    damping = getattr(config.inner, "damp_percent", 0.1)
+    return price_roundings(layout, store, sorted(factored - {"plain"}), sorted(whole), device, damping)
 
 
 def predicted_increase(plan: Plan, store: StatisticsStore | None, factorization: str) -> float | None:

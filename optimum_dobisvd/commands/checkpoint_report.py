@@ -16,6 +16,7 @@ from ..config import QUANT_METHOD, DobiSVDConfig
 from ..nn.dense_linear import empty_compressed
 from ..report.report import CompressionReport, ModuleReport, module_report
 from ..storage import DENSE
+from ..storage.inner_forms import inner_form_named
 from .load_dense import load_skeleton
 from .outline_report import outline_report
 from .sources import ModelSource
@@ -88,6 +89,8 @@ def _compressed(
 ) -> ModuleReport:
     """The row of one compressed matrix, its tensors checked against what config.json says of it."""
     expected = empty_compressed(dense, entry["storage"], entry["rank"], device="meta")
+    if inner_form_named(entry["storage"]) is not None:
+        return _quantised(name, entry, expected, dense, shapes)
     for key, parameter in expected.named_parameters():
         header = shapes.get(f"{name}.{key}")
         if header is None:
@@ -101,3 +104,23 @@ def _compressed(
     size = shapes[f"{name}.weight"][1] if f"{name}.weight" in shapes else dense.weight.element_size()
     target = Target(name, expected.out_features, expected.in_features, size)
     return module_report(target, PlannedModule(entry["rank"], entry["storage"]), None)
+
+
+def _quantised(
+    name: str, entry: dict[str, Any], shell: Any, dense: Any, shapes: dict[str, tuple[list[int], int]]
+) -> ModuleReport:
+    """The row of a matrix in another library's form; its tensors must be as large as that form says."""
+    size = shapes[f"{name}.weight"][1] if f"{name}.weight" in shapes else dense.weight.element_size()
+    target = Target(name, shell.out_features, shell.in_features, size)
+    row = module_report(target, PlannedModule(entry["rank"], entry["storage"]), None)
+    found = sum(
+        math.prod(shape) * element
+        for key, (shape, element) in shapes.items()
+        if key.startswith(f"{name}.") and not key.endswith(".bias")
+    )
+    if not 0.9 * row.bytes <= found <= row.bytes:
+        raise ValueError(
+            f"{name} takes {found} bytes in the checkpoint and {row.bytes} as {entry['storage']} by config.json; "
+            "files of two compressions were mixed"
+        )
+    return row

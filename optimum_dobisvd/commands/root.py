@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from . import compress, eval, inspect, plan, run
+from . import compress, eval, inspect, plan, quantize, run
 from .options import CommandSpec, add_options, from_command_line
 from .running import run_command
 
@@ -33,7 +33,9 @@ class DobiSVDCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(
         name="dobisvd", help="Compress language models by low-rank factorisation (SVD-LLM, Dobi-SVD)."
     )
-    SUBCOMMANDS = tuple(_subcommand(spec) for spec in (compress.SPEC, plan.SPEC, eval.SPEC, inspect.SPEC, run.SPEC))
+    SUBCOMMANDS = tuple(
+        _subcommand(spec) for spec in (compress.SPEC, quantize.SPEC, plan.SPEC, eval.SPEC, inspect.SPEC, run.SPEC)
+    )
 
     def run(self) -> None:
         self.parser.print_help(sys.stderr)

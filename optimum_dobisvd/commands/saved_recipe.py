@@ -14,8 +14,12 @@ RECIPE_NAME = "dobisvd_recipe.yaml"
 _HEAD = "# How this checkpoint was made. To make it again: optimum-cli dobisvd run {name}\n"
 
 
-def save_recipe(folder: Path, spec: CommandSpec, options: dict[str, Any]) -> None:
+def save_recipe(
+    folder: Path, spec: CommandSpec, options: dict[str, Any], compressed_with: dict[str, Any] | None = None
+) -> None:
     """Write `dobisvd_recipe.yaml` into a folder that holds everything else already.
+
+    `compressed_with` are the options of the compress step before it, where there was one.
 
     Beside the step, it records the versions that took part and the names of all files in the folder, by which a later
     run tells an earlier output from anything else.
@@ -32,7 +36,10 @@ def save_recipe(folder: Path, spec: CommandSpec, options: dict[str, Any]) -> Non
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
         },
-        "steps": [{spec.name: {key: value for key, value in options.items() if key not in transient}}],
+        "steps": [
+            *([{"compress": compressed_with}] if compressed_with else []),
+            {spec.name: {key: value for key, value in options.items() if key not in transient}},
+        ],
         "files": sorted({path.name for path in folder.iterdir()} | {RECIPE_NAME}),
     }
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=119)

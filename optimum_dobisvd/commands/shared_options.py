@@ -26,13 +26,25 @@ MODEL = (
     TRUST_REMOTE_CODE,
 )
 
+INNER = Option(
+    "inner",
+    "quantisation on top: gptq4 (2, 3, 4, 8 bits; gptq4_g32 for groups of 32), nf4, fp4 (nf4_dq: double "
+    "quantisation), llm_int8, or a GPTQConfig or BitsAndBytesConfig as JSON",
+    metavar="FORM",
+)
+
 METHOD = (
     Option(
         "method",
         "global, dobi, dobi_no_remap, svd, asvd, svd_llm, svd_llm_v2, output_pca or dobi_ipca",
         default="global",
     ),
-    Option("ratio", "fraction of the bytes of the compressed matrices to KEEP", kind=float, default=0.8),
+    Option(
+        "ratio",
+        "fraction of the bytes of the compressed matrices to KEEP (default: 0.8, or what --budget leaves)",
+        kind=float,
+    ),
+    Option("budget", "size of the whole checkpoint instead of a ratio, such as 2.8GB", metavar="SIZE"),
     Option(
         "allocation",
         "who shares out the ranks: uniform, svd_llm_v2, global, dobi_fixed_basis or dobi_activation (default: the "
@@ -41,9 +53,10 @@ METHOD = (
     Option("factorization", "another method's factors (default: the method's own)"),
     Option(
         "storage",
-        "form of the factors on disk and in memory: plain, remap (Dobi-SVD's 8+16 bit) or int8 (default: the "
-        "method's own)",
+        "form of the factors on disk and in memory: plain, remap (Dobi-SVD's 8+16 bit), int8, or mixed, whichever "
+        "form costs the loss least for every matrix (default: the method's own)",
     ),
+    INNER,
     Option("dense_storage", "form of matrices that are not factorised: dense or dense_int8 (default: the storage's)"),
     Option(
         "training",
@@ -110,8 +123,12 @@ _CONFIG_KEYS = [option.key for option in METHOD + CALIBRATION if option.key not 
 def compression_config(options: dict[str, Any], dataset: Any) -> DobiSVDConfig:
     """The configuration these options ask for. Raises ValueError for an impossible value."""
     from ..config import DobiSVDConfig
+    from ..inner import inner_from_name
 
-    return DobiSVDConfig(dataset=dataset, **{key: options[key] for key in _CONFIG_KEYS})
+    fields = {key: options[key] for key in _CONFIG_KEYS}
+    if fields["inner"] is not None:
+        fields["inner"] = inner_from_name(fields["inner"])
+    return DobiSVDConfig(dataset=dataset, **fields)
 
 
 def with_method_resolved(options: dict[str, Any]) -> dict[str, Any]:
@@ -119,11 +136,16 @@ def with_method_resolved(options: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError for an unknown name.
     """
+    from ..config import MIXED
     from ..methods import method_named
 
     chosen = {column: options[column] for column in ("allocation", "factorization", "storage")}
+    if chosen["storage"] == MIXED:
+        chosen["storage"] = None
     method = method_named(options["method"], **chosen)
-    resolved = {**options, "allocation": method.allocation, "storage": method.storage}
+    resolved = {**options, "allocation": method.allocation}
+    if options["inner"] is None and options["storage"] != MIXED:
+        resolved["storage"] = method.storage
     if method.metric == method.factorization:  # naming a factorization changes the metric too
         resolved["factorization"] = method.factorization
     return resolved

@@ -9,9 +9,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..storage.costs import DENSE
+from ..storage.costs import DENSE, DENSE_INT8
 from .grid import grid_of
 from .report import CompressionReport, ModuleReport
+
+_WHOLE = {DENSE: "", DENSE_INT8: "int8"}
 
 
 def print_report(report: CompressionReport, console: Console, *, modules: bool = False) -> None:
@@ -94,7 +96,9 @@ def kind_table(report: CompressionReport) -> Table:
         table.add_row(
             kind,
             str(len(found)),
-            ", ".join(f"{count}" if name == DENSE else f"{count} int8" for name, count in whole.items()),
+            ", ".join(
+                f"{count}" if name == DENSE else f"{count} {_WHOLE.get(name, name)}" for name, count in whole.items()
+            ),
             _joined(f"{module.out_features}×{module.in_features}" for module in found),
             _range_text(ranks),
             bytes_text(sum(module.bytes for module in found)),

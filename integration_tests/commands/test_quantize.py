@@ -1,0 +1,73 @@
+"""`quantize`, and `compress` with `--inner` and `--budget`."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from integration_tests.commands.in_process import dobisvd
+from integration_tests.tiny_models import tiny, tokens
+from optimum_dobisvd.calibration.layout import checkpoint_bytes
+
+COMPRESS = ("compress", "--model", "wide", "--dataset", "text.txt", "--nsamples", "4", "--seqlen", "32")
+DRAW = ("--nsamples", "4", "--seqlen", "32")
+needs_gptq = pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is None, reason="gptqmodel is not installed")
+needs_bnb = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+
+
+@pytest.fixture
+def wide(work: Path, tiny_tokenizer: Any) -> Path:
+    model = tiny("llama", dtype=torch.bfloat16, hidden_size=128, intermediate_size=256, num_hidden_layers=2)
+    model.save_pretrained("wide")
+    tiny_tokenizer.save_pretrained("wide")
+    return work
+
+
+@needs_gptq
+@needs_bnb
+def test_a_saved_checkpoint_is_quantised_offline(wide: Path, capfd: Any) -> None:
+    assert dobisvd(*COMPRESS, "--method", "output_pca", "--ratio", "0.8", "low") == 0
+    for form, options in (("gptq4_g32", DRAW), ("nf4", ()), ("llm_int8", ())):
+        capfd.readouterr()
+        assert dobisvd("quantize", "low", "--inner", form, *options, "--json", "-") == 0
+        result = json.loads(capfd.readouterr().out)
+        out = Path(f"low-{form}")
+        model = AutoModelForCausalLM.from_pretrained(out)
+        assert result["bytes_after"] == checkpoint_bytes(model) < 0.8 * result["bytes_before"]
+        storages = {entry["storage"] for entry in model.config.quantization_config.modules.values()}
+        assert storages == {form}
+        steps = yaml.safe_load((out / "dobisvd_recipe.yaml").read_text())["steps"]
+        assert [next(iter(step)) for step in steps] == ["compress", "quantize"]
+        assert dobisvd("inspect", str(out), "--json", "-") == 0
+        assert {module["storage"] for module in json.loads(capfd.readouterr().out)["modules"]} == {form}
+        assert dobisvd("eval", str(out), "--dataset", "held-out.txt", "--seqlen", "32", "--windows", "2") == 0
+    capfd.readouterr()
+    assert dobisvd("quantize", "low-nf4", "--inner", "nf4") == 1
+    assert "is quantised already (nf4)" in capfd.readouterr().err
+
+
+@needs_gptq
+def test_compress_counts_inner_bits_against_a_size(wide: Path) -> None:
+    asked = int(0.65 * checkpoint_bytes(AutoModelForCausalLM.from_pretrained("wide")))
+    assert dobisvd(*COMPRESS, "--budget", str(asked), "--storage", "mixed", "--inner", "gptq4_g32", "out") == 0
+    model = AutoModelForCausalLM.from_pretrained("out")
+    assert 0.97 * asked < checkpoint_bytes(model) <= asked
+    assert torch.isfinite(model(input_ids=tokens(1, 9)).logits).all()
+    assert dobisvd("run", "out/dobisvd_recipe.yaml", "--set", "out=again") == 0
+    again = AutoModelForCausalLM.from_pretrained("again").config.quantization_config
+    assert again.modules == model.config.quantization_config.modules
+
+
+def test_bad_forms_are_named(wide: Path, capfd: Any) -> None:
+    assert dobisvd(*COMPRESS, "--inner", "gptq5", "out") == 1
+    assert "unknown inner quantisation 'gptq5'" in capfd.readouterr().err
+    assert dobisvd(*COMPRESS, "--inner", '{"quant_method": "gptq", "bits": 4', "out") == 1
+    assert "is no JSON" in capfd.readouterr().err
+    assert dobisvd(*COMPRESS, "--budget", "1KB", "out") == 1
+    assert "what is not compressed" in capfd.readouterr().err
+    assert not Path("out").exists()
