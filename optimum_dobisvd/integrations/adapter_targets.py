@@ -12,6 +12,7 @@ from torch import nn
 from ..nn.compressed_linear import CompressedLinear
 from ..nn.dense_linear import is_dense_linear
 from ..nn.low_rank_linear import LowRankLinear
+from ..nn.whole_linear import WholeLinear
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +21,8 @@ def adapter_targets(model: nn.Module, names: Sequence[str] | None = None) -> lis
     """Full names for `target_modules` of a `LoraConfig`: both factors of low-rank linears, dense linears as they are.
 
     `target_modules=["q_proj"]` would fail at the first `q_proj` that is low-rank, and `["first", "second"]` leave out
-    those that compression kept dense. Linears in 8 bits take no adapter; they are left out with a warning.
+    those that compression kept dense; `"all-linear"` does not find those that GPTQ quantised. Linears in our own
+    8 bits take no adapter; they are left out with a warning.
 
     Args:
         model: a compressed model, no adapters in it yet.
@@ -49,9 +51,8 @@ def adapter_targets(model: nn.Module, names: Sequence[str] | None = None) -> lis
 
 def _linears(model: nn.Module) -> dict[str, Any]:
     """Compressed and dense linears by name; factors are not among them."""
-    factors = {
-        id(child) for module in model.modules() if isinstance(module, LowRankLinear) for child in module.children()
-    }
+    shells = (module for module in model.modules() if isinstance(module, LowRankLinear | WholeLinear))
+    factors = {id(child) for shell in shells for child in shell.children()}
     return {
         name: module
         for name, module in model.named_modules()
@@ -65,6 +66,8 @@ def _targets(linears: dict[str, Any], what: str) -> list[str]:
     for name, module in linears.items():
         if isinstance(module, LowRankLinear):
             found += [f"{name}.first", f"{name}.second"]
+        elif isinstance(module, WholeLinear):
+            found.append(f"{name}.whole")
         elif isinstance(module, CompressedLinear):
             left_out += 1
         else:

@@ -130,6 +130,14 @@ class LowRankLoader(HfQuantizer):
                     setattr(module, child, self._kernel(tensors))
         if self._bnb is not None:
             mark_loaded(model, self.inner)
+            # Private, and needed to save the model again: transformers would undo the conversions of loading, and
+            # those of bitsandbytes have no inverse (their linears write their tensors by themselves).
+            conversions = getattr(model, "_weight_conversions", None) or []
+            model._weight_conversions = [
+                each
+                for each in conversions
+                if not any(hasattr(operation, "hf_quantizer") for operation in getattr(each, "operations", ()))
+            ]
         if self._has_gptq:
             self.quantization_config.inner = as_applied(self.inner)  # type: ignore[attr-defined]
         return model

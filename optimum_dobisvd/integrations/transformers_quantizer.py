@@ -110,7 +110,8 @@ def stack_inner(model: Any, inner: InnerConfig, windows: CalibrationWindows | No
 def attach(model: Any, config: DobiSVDConfig) -> None:
     """Make a compressed model one that transformers treats as such: its config, its quantizer, its safe save."""
     model.hf_quantizer = DobiSVDHfQuantizer(config, pre_quantized=True)
-    model.quantization_method = config.quant_method
+    # transformers and PEFT look here for what a quantised model allows: no cast of its linears, no merging into GPTQ.
+    model.quantization_method = config.inner.quant_method if config.inner_is_applied else config.quant_method
     model.is_quantized = True
     model.config.quantization_config = config
     model.config._is_quantized = True

@@ -17,6 +17,7 @@ class WholeLinear(CompressedLinear):
 
     storage = "dense"  # an instance's own once its child is quantised
     bias_key = "whole.bias"
+    adapters = "left whole: name its child, as in target_modules=['q_proj.whole']"
     rank: None
 
     def __init__(
