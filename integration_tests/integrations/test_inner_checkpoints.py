@@ -97,10 +97,16 @@ def test_every_form_reloads_bit_for_bit_in_a_new_process_and_weighs_what_the_rep
     assert_reloaded_alike(tmp_path, expected)
 
 
-@needs_gptq
-def test_a_model_reloaded_and_saved_again_is_the_same_files(tmp_path):
+@pytest.mark.parametrize(
+    "key",
+    [
+        pytest.param("gptq", marks=needs_gptq),
+        *(pytest.param(k, marks=needs_bnb) for k in ("nf4", "nf4_dq", "llm_int8")),
+    ],
+)
+def test_a_model_reloaded_and_saved_again_is_the_same_files(key, tmp_path):
     wide("qwen2").save_pretrained(tmp_path / "dense")
-    stacked(tmp_path / "dense", "gptq", torch.bfloat16).save_pretrained(tmp_path / "one")
+    stacked(tmp_path / "dense", key, torch.bfloat16).save_pretrained(tmp_path / "one")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
     again(input_ids=tokens(2, 9))
     again.save_pretrained(tmp_path / "two")
