@@ -20,7 +20,7 @@ from .learning.settings import DIRECTIONS_OF
 from .statistics.roundings import price_roundings
 from .statistics.spectra import compute_spectra
 from .statistics.store import StatisticsStore
-from .storage import DENSE, dense_storage_named, storage_named
+from .storage import DENSE, dense_storage_named
 from .storage.inner_forms import inner_form_named
 
 logger = logging.getLogger(__name__)
@@ -83,9 +83,16 @@ def check_basis(plan: Plan | None, basis: str) -> None:
 
 
 def make_plan(
-    config: DobiSVDConfig, layout: Layout, store: StatisticsStore | None, device: torch.device | None = None
+    config: DobiSVDConfig,
+    layout: Layout,
+    store: StatisticsStore | None,
+    device: torch.device | None = None,
+    roundings: Roundings | None = None,
 ) -> Plan:
-    """Ranks for every target within the byte budget, by the method's allocation."""
+    """Ranks for every target within the byte budget, by the method's allocation.
+
+    `roundings` is what `rounding_prices` gave.
+    """
     method = config.resolved_method()
     allocation = allocation_named(method.allocation)
     spectra: Mapping[str, Tensor] | None = None
@@ -99,20 +106,27 @@ def make_plan(
             method.metric,
         )
     budget = budget_of(config, layout)
-    if allocation.function is global_prices and method.metric == "kfac" and store is not None:
-        modules = global_prices(budget, spectra, _roundings(config, budget, layout, store, device))
+    if allocation.function is global_prices:
+        modules = global_prices(budget, spectra, roundings)
     else:
         modules = allocation.function(budget, spectra)
     return Plan(modules=modules, method=config.method, ratio=config.ratio, allocation=method.allocation)
 
 
-def _roundings(
-    config: DobiSVDConfig, budget: Budget, layout: Layout, store: StatisticsStore, device: torch.device | None
+def rounding_prices(
+    config: DobiSVDConfig, layout: Layout, store: StatisticsStore | None, device: torch.device | None = None
 ) -> Roundings | None:
-    """What rounding costs in every form that may be chosen, where that is more than our own 8 bits and ranks."""
-    ladders = [
-        each for name, ladder in budget.ladders.items() for each in (ladder, *budget.alternatives.get(name, ()))
-    ]
+    """What rounding costs in every form that the allocation may choose, in the units of the price list of `kfac`.
+
+    None where nothing is rounded but by our own 8 bits, for which a fixed share of the energy will do, and where ranks
+    are not priced so.
+    """
+    method = config.resolved_method()
+    if allocation_named(method.allocation).function is not global_prices or method.metric != "kfac" or store is None:
+        return None
+    budget = budget_of(config, layout)
+    every = [(ladder, *budget.alternatives.get(name, ())) for name, ladder in budget.ladders.items()]
+    ladders = [ladder for several in every for ladder in several]
     factored = {ladder.storage.name for ladder in ladders if ladder.dense_level}
     whole = {form.name for ladder in ladders for form in ladder.dense_forms if form.name != DENSE}
     if all(inner_form_named(name) is None for name in factored | whole):
@@ -121,17 +135,27 @@ def _roundings(
     return price_roundings(layout, store, sorted(factored - {"plain"}), sorted(whole), device, damping)
 
 
-def predicted_increase(plan: Plan, store: StatisticsStore | None, factorization: str) -> float | None:
-    """What the prices say the loss gains, in nats per token; None for factors whose prices are no such thing."""
+def predicted_increase(
+    plan: Plan, store: StatisticsStore | None, factorization: str, roundings: Roundings | None = None
+) -> float | None:
+    """What the prices say the loss gains, in nats per token; None for factors whose prices are no such thing.
+
+    And None where forms of other libraries are planned and `roundings` does not say what they cost.
+    """
     spectra = store.spectra("kfac") if store is not None and factorization == "kfac" else None
     if spectra is None or not plan.modules.keys() <= spectra.keys():
         return None
     increase = 0.0
     for name, module in plan.modules.items():
+        price = (roundings or {}).get(name, {}).get(module.storage)
+        if price is None and inner_form_named(module.storage) is not None:
+            return None
         prices = spectra[name].double().square()
         if module.rank is None:
-            increase += dense_storage_named(module.storage).lost_share * float(prices.sum())
+            share = dense_storage_named(module.storage).lost_share * float(prices.sum())
+            increase += share if price is None or price.whole is None else price.whole
         else:
-            kept = float(prices[list(module.kept)].sum())
-            increase += float(prices.sum()) - kept + storage_named(module.storage).lost_share * kept
+            increase += float(prices.sum() - prices[list(module.kept)].sum())
+            if price is not None and price.ranks is not None:
+                increase += float(price.ranks[: module.rank].sum())
     return increase

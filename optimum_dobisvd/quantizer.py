@@ -24,7 +24,7 @@ from .factorization.registry import factorization_named
 from .learning.curve import TrainingCurve
 from .learning.learn import check_learnable, learn_ranks
 from .nn.dense_linear import weight_matrix
-from .planning import budget_of, check_basis, given_plan, make_plan, predicted_increase
+from .planning import budget_of, check_basis, given_plan, make_plan, predicted_increase, rounding_prices
 from .replacement import Replacement
 from .report.measure import Stages
 from .report.report import CompressionReport, macs_per_token, module_report, resident_bytes
@@ -110,7 +110,9 @@ class DobiSVDQuantizer:
                 check_basis(given, basis)
                 store = collect_statistics(model, layout, self.config, windows, identity)
         with stages.stage("allocation"):
-            plan = given or make_plan(self.config, layout, store, self._device(layout))
+            device = self._device(layout)
+            roundings = rounding_prices(self.config, layout, store, device) if given is None else None
+            plan = given or make_plan(self.config, layout, store, device, roundings)
         if given is None and windows is not None and held_out is not None:
             with stages.stage("rank training"):
                 modules = self._learn(model, layout, plan, store, windows, held_out)
@@ -135,7 +137,7 @@ class DobiSVDQuantizer:
             compressed_memory_bytes=resident_bytes(model),
             seconds=stages.seconds,
             peak_bytes=stages.peak_bytes,
-            predicted_increase=predicted_increase(plan, store, self.config.resolved_method().factorization),
+            predicted_increase=predicted_increase(plan, store, self.config.resolved_method().factorization, roundings),
         )
         model.dobisvd_plan, model.dobisvd_report, model.dobisvd_training = plan, self.report, self.training_curve
         from .integrations.transformers_quantizer import attach

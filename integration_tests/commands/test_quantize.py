@@ -63,6 +63,16 @@ def test_compress_counts_inner_bits_against_a_size(wide: Path) -> None:
     assert again.modules == model.config.quantization_config.modules
 
 
+@needs_gptq
+def test_plan_tells_what_a_size_will_give(wide: Path, capfd: Any) -> None:
+    asked = int(0.65 * checkpoint_bytes(AutoModelForCausalLM.from_pretrained("wide")))
+    options = ("--budget", str(asked), "--storage", "mixed", "--inner", "gptq4_g32")
+    capfd.readouterr()
+    assert dobisvd("plan", *COMPRESS[1:], *options, "--json", "-") == 0
+    planned = json.loads(capfd.readouterr().out)
+    assert 0.9 * asked < planned["compressed_model_bytes"] <= asked
+
+
 def test_bad_forms_are_named(wide: Path, capfd: Any) -> None:
     assert dobisvd(*COMPRESS, "--inner", "gptq5", "out") == 1
     assert "unknown inner quantisation 'gptq5'" in capfd.readouterr().err

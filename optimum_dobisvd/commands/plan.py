@@ -123,6 +123,7 @@ def _plan(config: DobiSVDConfig, layout: Layout, store: StatisticsStore | None) 
     from dataclasses import replace
 
     from ..allocation import allocation_named
+    from ..config import MIXED
     from ..planning import given_plan, make_plan
 
     given = given_plan(config, layout)
@@ -137,7 +138,8 @@ def _plan(config: DobiSVDConfig, layout: Layout, store: StatisticsStore | None) 
         return make_plan(config, layout, store), (
             f"ranks: {method.allocation}{learned}, from the spectra in {config.statistics}"
         )
-    return make_plan(replace(config, allocation="uniform", training={}), layout, None), (
+    storage = None if config.storage == MIXED else config.storage
+    return make_plan(replace(config, allocation="uniform", training={}, storage=storage), layout, None), (
         f"ranks: uniform, to give an idea; {method.allocation} needs spectra, which there are none of yet (the bytes "
         "come out the same; compress with --statistics once, then plan with the same folder)"
     )
