@@ -1,0 +1,82 @@
+"""Rounding with error feedback, and the rotation of ranks before it."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optimum_dobisvd.factorization.factors import Factors
+from optimum_dobisvd.factorization.feedback import round_with_feedback
+
+CODE = torch.linspace(-1, 1, 15, dtype=torch.float64)
+
+
+def problem(m: int, n: int, seed: int, correlated: bool = True):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    inputs = torch.randn(4 * n, n, generator=generator, dtype=torch.float64)
+    if correlated:
+        inputs = inputs @ torch.randn(n, n, generator=generator, dtype=torch.float64)
+    return weight, inputs.T @ inputs
+
+
+def nearest(weight, scales):
+    steps = scales.repeat_interleave(weight.shape[1] // scales.shape[1], dim=1)
+    return CODE[torch.bucketize(weight / steps, (CODE[1:] + CODE[:-1]) / 2)] * steps
+
+
+def lost(error, gram):
+    return float(((error @ gram) * error).sum())
+
+
+@given(m=st.integers(1, 9), groups=st.integers(1, 40), size=st.sampled_from([1, 4, 8]), seed=st.integers(0, 99))
+def test_every_value_is_of_the_code_in_units_of_its_scale(m: int, groups: int, size: int, seed: int) -> None:
+    weight, gram = problem(m, groups * size, seed)
+    scales = weight.view(m, groups, size).abs().amax(-1)
+    chosen, rounded = round_with_feedback(weight, gram, CODE, scales)
+    assert torch.allclose(rounded, CODE[chosen] * scales.repeat_interleave(size, dim=1))
+
+
+@given(seed=st.integers(0, 99))
+def test_outputs_are_closer_than_with_the_nearest_values_where_inputs_are_correlated(seed: int) -> None:
+    weight, gram = problem(24, 160, seed)  # more columns than one block of the algorithm
+    scales = weight.view(24, 10, 16).abs().amax(-1)
+    _, rounded = round_with_feedback(weight, gram, CODE, scales)
+    assert lost(rounded - weight, gram) < 0.7 * lost(nearest(weight, scales) - weight, gram)
+
+
+def test_uncorrelated_inputs_get_the_nearest_values() -> None:
+    weight, _ = problem(8, 32, 0)
+    scales = weight.view(8, 2, 16).abs().amax(-1)
+    gram = torch.diag(torch.rand(32, dtype=torch.float64) + 0.1)
+    assert torch.allclose(round_with_feedback(weight, gram, CODE, scales)[1], nearest(weight, scales))
+
+
+def test_dead_inputs_and_zero_rows_do_no_harm() -> None:
+    weight, gram = problem(8, 32, 1)
+    gram[:, 5] = gram[5, :] = 0
+    weight[3] = 0
+    scales = weight.view(8, 2, 16).abs().amax(-1)
+    for each in (gram, torch.zeros_like(gram)):
+        rounded = round_with_feedback(weight, each, CODE, scales)[1]
+        assert bool(torch.isfinite(rounded).all())
+        assert float(rounded[3].abs().max()) < 1e-12
+
+
+@given(m=st.integers(1, 40), n=st.integers(1, 40), k=st.integers(1, 30))
+def test_mixing_the_ranks_changes_no_product_and_is_the_same_every_time(m: int, n: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(m * n)
+    spread = 10 ** (4 * torch.rand(k, generator=generator, dtype=torch.float64))
+    second = torch.randn(m, k, generator=generator, dtype=torch.float64) * spread
+    factors = Factors(second, torch.randn(k, n, generator=generator, dtype=torch.float64))
+    mixed = factors.mixed()
+    assert torch.allclose(mixed.product(), factors.product(), atol=1e-10 * float(spread.max()) * k)
+    assert torch.equal(mixed.second, factors.mixed().second)
+
+
+def test_mixed_ranks_are_alike() -> None:
+    spread = torch.logspace(0, 4, 64, dtype=torch.float64)
+    factors = Factors(torch.randn(100, 64, dtype=torch.float64) * spread, torch.randn(64, 80, dtype=torch.float64))
+    sizes = factors.mixed().second.norm(dim=0)
+    assert float(sizes.max() / sizes.min()) < 5
+    assert float(spread.max() / spread.min()) == pytest.approx(1e4)
