@@ -19,6 +19,7 @@ from optimum_dobisvd.calibration.layout import checkpoint_bytes, find_layout
 from optimum_dobisvd.nn.compressed_linear import CompressedLinear, matrix_of
 from optimum_dobisvd.nn.low_rank_linear import LowRankLinear
 from optimum_dobisvd.planning import make_plan
+from optimum_dobisvd.storage.rounding import rounded
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_key_value_heads": 2}
 needs_gptq = pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is None, reason="gptqmodel is not installed")
@@ -205,6 +206,25 @@ def test_error_feedback_keeps_outputs_closer_than_rounding_each_value(tmp_path):
         assert torch.allclose(matrix_of(new).double(), stands_for, atol=1e-6)
         lost = [float(((matrix_of(each) - linear.weight) @ inputs.T).norm()) for each in (new, alone)]
         assert lost[0] < 0.8 * lost[1]
+
+
+@needs_gptq
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq_rounds_to_what_its_kernel_computes_and_beats_the_nearest_values(bits):
+    from optimum_dobisvd.integrations.inner_gptq import GPTQRounder
+
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(128, 64)
+    inputs = torch.randn(1000, 128) @ torch.randn(128, 128)
+    gram = (inputs.T @ inputs).double()
+    form = f"gptq{bits}_g32"
+    for options in ({}, {"desc_act": True}, {"sym": False}):
+        kernel, stands_for = GPTQRounder(GPTQConfig(bits=bits, group_size=32, **options)).round(linear, gram, form)
+        assert torch.allclose(matrix_of(kernel), stands_for, atol=2e-3)
+        assert torch.equal(kernel.bias.float(), linear.bias.half().float())
+        errors = [each - linear.weight.detach() for each in (stands_for, rounded(linear.weight.detach(), form))]
+        lost = [float((error @ inputs.T).norm()) for error in errors]
+        assert lost[0] < lost[1]
 
 
 @needs_gptq
