@@ -119,6 +119,25 @@ def test_a_model_reloaded_and_saved_again_is_the_same_files(key, tmp_path):
 
 
 @needs_gptq
+def test_tensors_that_a_kernel_has_repacked_are_not_saved(tmp_path):
+    wide("llama", torch.bfloat16).save_pretrained(tmp_path / "dense")
+    plan = planned(wide("llama"), [("gptq4_g32", 32), ("gptq4_g32", None)])
+    config = DobiSVDConfig(method="output_pca", dataset=tokens(6, 24), plan=plan, inner=INNER["gptq"]())
+    AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=config, dtype=torch.bfloat16
+    ).save_pretrained(tmp_path / "out")
+    again = AutoConfig.from_pretrained(tmp_path / "out")
+    again.quantization_config["inner"]["backend"] = "gptq_torch_aten"  # the fused kernel for CPUs
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", config=again, dtype=torch.bfloat16)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert torch.allclose(logits(model).float(), logits(ours).float(), atol=0.5, rtol=0.1)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match="has repacked its tensors; load the model without backend"):
+        model.save_pretrained(tmp_path / "again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@needs_gptq
 def test_checkpoints_in_the_format_of_auto_gptq_are_read(tmp_path):
     """It stores zero points less one; everything else is the same. Saved again, they are in the present format."""
     wide("llama").save_pretrained(tmp_path / "dense")

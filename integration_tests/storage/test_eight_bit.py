@@ -89,8 +89,8 @@ def test_packing_what_was_unpacked_gives_the_same_product(
     second, first = (each.double() for each in unpack(storage, tensors, m, n))
     again_second, again_first = (each.double() for each in unpack(storage, pack(storage, second, first, dtype), m, n))
     product = second @ first
-    # A value that was rounded to ±127 of its scale may have been slightly less: one more rounding of the scale. Measured
-    # against the sizes of the terms, since their sum may be almost nothing.
+    # A value that was rounded to ±127 of its scale may have been slightly less: one more rounding of the scale.
+    # Measured against the sizes of the terms, since their sum may be almost nothing.
     terms = second.abs() @ first.abs()
     assert float((again_second @ again_first - product).norm()) <= 3e-2 * float(terms.norm())
 

@@ -74,6 +74,6 @@ def keep_as_saved(module: nn.Module) -> None:
 
 
 def unmark(model: Any) -> None:
-    """A dense model again."""
-    for name in ("is_loaded_in_8bit", "is_loaded_in_4bit"):
+    """A dense model again, which may be cast."""
+    for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "quantization_method"):
         model.__dict__.pop(name, None)

@@ -141,3 +141,18 @@ def _kernel_class(
             f"gptqmodel has no kernel for {bits} bits in groups of {group_size} on {device}: {error}; leave backend "
             "out of the GPTQConfig, or choose another one"
         ) from error
+
+
+def require_unpacked(name: str, kernel: nn.Module, bits: int, group_size: int) -> None:
+    """ValueError if the kernel has put its tensors into another layout than that of checkpoints, as fast ones do."""
+    held = dict(kernel.named_buffers())
+    inputs: Any = kernel.in_features
+    outputs: Any = kernel.out_features
+    expected = GPTQTensors(inputs, outputs, "bias" in held, bits, group_size, "meta").tensors()
+    for key, tensor in expected.items():
+        found = held.get(key)
+        if found is None or found.shape != tensor.shape or (found.dtype != tensor.dtype and key != "scales"):
+            raise ValueError(
+                f"{name} cannot be saved: its kernel, {type(kernel).__name__}, has repacked its tensors; load the "
+                "model without backend in its GPTQConfig to save it again, or copy the checkpoint"
+            )

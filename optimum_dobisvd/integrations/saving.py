@@ -12,8 +12,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..nn.compressed_linear import CompressedLinear
 from ..report.write import write_beside
 from ..storage.folder import link_or_copy, staging_folder
+from ..storage.inner_forms import gptq_bits_of
+from .gptq_linear import require_unpacked
 from .loading import BUNDLED_ENTRY, adapted_modules, forget_bundled_loader
 
 MODELING_FILE = "modeling_dobisvd.py"
@@ -83,7 +86,7 @@ def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: A
     a model with an adapter (`add_adapter`) transformers saves the adapter alone, and nothing is added.
 
     Raises:
-        ValueError: `save_directory` is a file, or the weights lie inside layers of PEFT.
+        ValueError: `save_directory` is a file, the weights lie inside layers of PEFT, or a kernel has repacked them.
     """
     target = Path(os.path.realpath(save_directory))
     if target.is_file():
@@ -91,6 +94,7 @@ def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: A
     adapter_only = getattr(model, "_hf_peft_config_loaded", False)
     if not adapter_only:
         _refuse_layers_of_peft(model)
+        _refuse_repacked(model)
     original = type(model).save_pretrained
     arguments = _by_name(original, model, target, args, kwargs)
     if not arguments.get("is_main_process", True):
@@ -119,6 +123,14 @@ def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: A
         model.name_or_path = os.fspath(save_directory)
     if push:
         _upload(target, written, {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
+
+
+def _refuse_repacked(model: Any) -> None:
+    for name, shell in model.named_modules():
+        gptq = gptq_bits_of(shell.storage) if isinstance(shell, CompressedLinear) else None
+        if gptq is not None:
+            for child, kernel in shell.named_children():
+                require_unpacked(f"{name}.{child}", kernel, *gptq)
 
 
 def _refuse_layers_of_peft(model: Any) -> None:
