@@ -74,6 +74,7 @@ class _Metric:
 
     def __init__(self, gram: Tensor, root: Tensor, gptq_damping: float) -> None:
         self.gram, self.root, self._gptq_damping = gram, root, gptq_damping
+        self._conditional: dict[tuple[int, float], Tensor] = {}
 
     def of_whole(self, weight: Tensor, storage: str) -> float:
         """What rounding the whole matrix costs."""
@@ -82,6 +83,8 @@ class _Metric:
     def of_factors(self, factors: Factors, storages: Sequence[str]) -> dict[str, float]:
         """What rounding both factors costs, by storage."""
         inner_gram = factors.first @ self.gram @ factors.first.T
+        # Those of an earlier rank may have lain at the same address.
+        self._conditional = {key: value for key, value in self._conditional.items() if key[0] == id(self.gram)}
         felt = self.root.T @ factors.second
         found = {}
         for storage in storages:
@@ -96,8 +99,10 @@ class _Metric:
         """Of the error that rounding each value makes, what is left when the inputs after it make up for it."""
         if storage in _EACH_VALUE_ALONE:
             return float((felt * ((error @ gram) * error).sum(1)).sum())
-        damping = self._gptq_damping if gptq_bits_of(storage) is not None else 0.01
-        return float((felt * (error.square() @ conditional_variances(gram, damping))).sum())
+        key = (id(gram), self._gptq_damping if gptq_bits_of(storage) is not None else 0.01)
+        if key not in self._conditional:
+            self._conditional[key] = conditional_variances(gram, key[1])
+        return float((felt * (error.square() @ self._conditional[key])).sum())
 
 
 _EACH_VALUE_ALONE = (DENSE_INT8, "llm_int8")
