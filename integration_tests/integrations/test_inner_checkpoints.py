@@ -246,6 +246,35 @@ def test_gptq_rounds_to_what_its_kernel_computes_and_beats_the_nearest_values(bi
         assert lost[0] < lost[1]
 
 
+@needs_bnb
+def test_ranks_are_alike_before_they_are_rounded(tmp_path):
+    """Without the rotation everything else works as well, and perplexity is far worse."""
+    dense = wide("llama")
+    for name, parameter in dense.named_parameters():
+        if "_proj" in name:
+            left, values, right = torch.linalg.svd(parameter.data, full_matrices=False)
+            parameter.data = left * torch.logspace(0, -3, len(values)) @ right
+    dense.save_pretrained(tmp_path / "dense")
+
+    def spreads(model):
+        sizes = [matrix_of(m.first).norm(dim=1) for m in model.modules() if isinstance(m, LowRankLinear)]
+        assert sizes
+        return [float(each.max() / each.min()) for each in sizes]
+
+    def compressed(form, inner):
+        plan = planned(dense, [(form, 64 if inner else 40)])
+        config = DobiSVDConfig(method="output_pca", dataset=tokens(6, 24), plan=plan, inner=inner)
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+
+    plain = compressed("plain", None)
+    assert max(spreads(plain)) > 6
+    assert max(spreads(compressed("nf4", INNER["nf4"]()))) < 3
+    plain.save_pretrained(tmp_path / "plain")
+    again = AutoConfig.from_pretrained(tmp_path / "plain")
+    again.quantization_config["inner"] = INNER["nf4"]().to_dict()
+    assert max(spreads(AutoModelForCausalLM.from_pretrained(tmp_path / "plain", config=again))) < 3
+
+
 @needs_gptq
 def test_the_budget_counts_the_inner_bits_and_ranks_suit_the_kernels():
     model = wide("llama", torch.bfloat16)

@@ -136,7 +136,7 @@ def _kernel_class(
             backend="torch" if backend in (None, "auto", "auto_trainable") else backend,
             pack=False,
         )
-    except (ValueError, NotImplementedError, ImportError) as error:
+    except (ValueError, RuntimeError, ImportError) as error:  # of the second kind are options it has no code for
         raise ValueError(
             f"gptqmodel has no kernel for {bits} bits in groups of {group_size} on {device}: {error}; leave backend "
             "out of the GPTQConfig, or choose another one"
