@@ -21,6 +21,7 @@ _NAMES = {
     "Plan": "allocation.plan",
     "adapter_targets": "integrations.adapter_targets",
     "stable_svd": "factorization.stable_svd",
+    "store_as": "integrations.transformers_quantizer",
 }
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "adapter_targets",
     "load_quantized_model",
     "stable_svd",
+    "store_as",
 ]
 
 

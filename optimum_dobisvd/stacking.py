@@ -12,7 +12,7 @@ from transformers import GPTQConfig
 from .allocation.patterns import select
 from .allocation.target import Target
 from .calibration.dataset import CalibrationWindows, load_windows
-from .calibration.layout import Layout, find_layout
+from .calibration.layout import Layout, find_blocks, find_layout
 from .calibration.runner import BlockRunner
 from .factorization.factors import Factors
 from .in_turn import quantize_in_turn
@@ -161,7 +161,7 @@ def mark_for_inner(model: Any, inner: InnerConfig, modules_to_not_convert: list[
         new.storage = storage
         model.set_submodule(name, new)
         modules[name] = {"rank": rank, "storage": storage}
-    for target in _dense_targets(model, modules_to_not_convert):
+    for target in dense_targets(model, modules_to_not_convert):
         if form.obstacle(target.out_features, target.in_features) is not None:
             left += target.out_features * target.in_features
             continue
@@ -180,8 +180,10 @@ def _form_of(inner: InnerConfig) -> InnerForm:
     return form
 
 
-def _dense_targets(model: Any, modules_to_not_convert: list[str]) -> list[Target]:
+def dense_targets(model: Any, modules_to_not_convert: list[str]) -> list[Target]:
     """The linears of the blocks that a compression left as they were and nobody excluded."""
+    if not find_blocks(model):
+        return []  # nothing but linears in 8 bits
     shells = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, CompressedLinear))
     targets = [target for target in find_layout(model).targets if not target.name.startswith(shells)]
     excluded = select(modules_to_not_convert, [target.name for target in targets])

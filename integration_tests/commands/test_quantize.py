@@ -51,6 +51,17 @@ def test_a_saved_checkpoint_is_quantised_offline(wide: Path, capfd: Any) -> None
     assert "is quantised already (nf4)" in capfd.readouterr().err
 
 
+def test_our_own_8_bits_need_no_text_and_no_library(wide: Path) -> None:
+    assert dobisvd(*COMPRESS, "--method", "output_pca", "--ratio", "0.8", "low") == 0
+    for form, whole in (("int8", {"dense_int8"}), ("remap", set())):
+        assert dobisvd("quantize", "low", "--inner", form) == 0
+        model = AutoModelForCausalLM.from_pretrained(f"low-{form}")
+        storages = {entry["storage"] for entry in model.config.quantization_config.modules.values()}
+        assert {form} <= storages <= {form, *whole}
+        assert checkpoint_bytes(model) < checkpoint_bytes(AutoModelForCausalLM.from_pretrained("low"))
+        assert dobisvd("inspect", f"low-{form}") == 0
+
+
 @needs_gptq
 def test_compress_counts_inner_bits_against_a_size(wide: Path) -> None:
     asked = int(0.65 * checkpoint_bytes(AutoModelForCausalLM.from_pretrained("wide")))

@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, StaticCache
 from integration_tests.processes import run_python
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer, LowRankLinear, load_quantized_model
+from optimum_dobisvd.report.report import resident_bytes
 
 ARCHITECTURES = ("llama", "llama_tied", "qwen2", "mistral", "opt", "gemma", "gemma2", "phi", "gpt_neox", "gpt2")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -87,6 +88,12 @@ def test_config_json_keeps_nothing_of_the_run(checkpoint):
     assert saved["dataset"] == "tokens"
     assert not {"tokenizer", "statistics", "plan", "device", "batch_size"} & set(saved)
     assert saved["modules"]["model.layers.0.self_attn.q_proj"] == {"rank": 10, "storage": "plain"}
+
+
+def test_memory_counts_every_weight_once(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint[0])
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()}
+    assert resident_bytes(model) == sum(held.values())
 
 
 def test_saving_again_changes_nothing(checkpoint, tmp_path):

@@ -1,4 +1,4 @@
-"""`optimum-cli dobisvd quantize`: GPTQ or bitsandbytes on a low-rank checkpoint that was saved without."""
+"""`optimum-cli dobisvd quantize`: GPTQ, bitsandbytes or our own 8 bits for a checkpoint that was saved without."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _GROUPS = {
     "checkpoint": (
         Option("model", "folder of a low-rank checkpoint", positional=True, required=True, metavar="OUT"),
-        Option("inner", INNER.help, required=True, metavar="FORM"),
+        Option("inner", f"{INNER.help}; or int8, remap: our own 8 bits, without text", required=True, metavar="FORM"),
         Option("out", "folder of the quantised checkpoint (default: OUT-FORM)", metavar="DIR"),
         Option(
             "overwrite", "replace that folder even if it holds other files", kind=bool, default=False, transient=True
@@ -39,7 +39,10 @@ _GROUPS = {
 
 _EXAMPLES = """\
   optimum-cli dobisvd quantize llama-0.8 --inner gptq4
-  optimum-cli dobisvd quantize llama-0.8 --inner nf4 --dataset wikitext2 --nsamples 32 --seqlen 1024"""
+  optimum-cli dobisvd quantize llama-0.8 --inner nf4 --dataset wikitext2 --nsamples 32 --seqlen 1024
+  optimum-cli dobisvd quantize llama-0.8-healed-merged --inner int8"""
+
+_OWN = ("int8", "remap")
 
 
 def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
@@ -59,12 +62,13 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     from .saved_recipe import compress_options, save_recipe
     from .sources import calibration_dataset, model_source
 
-    inner = inner_from_name(options["inner"])
+    inner = None if options["inner"] in _OWN else inner_from_name(options["inner"])
     target = check_target(options["out"] or _default_folder(options), options["overwrite"])
     config = read_config(Path(options["model"]))
     if config.inner_is_applied:
         raise ValueError(f"{options['model']} is quantised already ({config.inner_forms}): give the checkpoint before")
-    require_backend(inner)
+    if inner is not None:
+        require_backend(inner)
     made_with = compress_options(Path(options["model"])) or {}
     named = options["dataset"] or made_with.get("dataset")
     tokenizer = load_tokenizer(model_source(options["model"]), trust_remote_code=options["trust_remote_code"])
@@ -74,7 +78,7 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
             options[key] = made_with.get(key, otherwise)
     draw = {key: options[key] for key in ("nsamples", "seqlen", "seed")}
     windows = None
-    if named is not None and not getattr(inner, "load_in_8bit", False):
+    if named is not None and inner is not None and not getattr(inner, "load_in_8bit", False):
         windows = load_windows(calibration_dataset(named), tokenizer, **draw)
     elif isinstance(inner, GPTQConfig):
         windows = inner_windows(inner, None, None, tokenizer, **draw)
@@ -87,7 +91,7 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
 
 SPEC = CommandSpec(
     name="quantize",
-    summary="Quantise a low-rank checkpoint with GPTQ or bitsandbytes.",
+    summary="Quantise a low-rank checkpoint with GPTQ, bitsandbytes, or to our own 8 bits.",
     groups=_GROUPS,
     examples=_EXAMPLES,
     execute=execute,
@@ -102,7 +106,7 @@ def _default_folder(options: dict[str, Any]) -> str:
 
 def _quantize_into(folder: Path, inner: Any, windows: Any, tokenizer: Any, options: dict[str, Any]) -> tuple[int, int]:
     from ..calibration.layout import checkpoint_bytes
-    from ..integrations.transformers_quantizer import stack_inner
+    from ..integrations.transformers_quantizer import stack_inner, store_as
     from .load_dense import load_dense
     from .sources import model_source
 
@@ -113,7 +117,10 @@ def _quantize_into(folder: Path, inner: Any, windows: Any, tokenizer: Any, optio
         trust_remote_code=options["trust_remote_code"],
     )
     before = checkpoint_bytes(model)
-    stack_inner(model, inner, windows)
+    if inner is None:
+        store_as(model, options["inner"])
+    else:
+        stack_inner(model, inner, windows)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return before, checkpoint_bytes(model)

@@ -74,8 +74,8 @@ def _targets(linears: dict[str, Any], what: str) -> list[str]:
             found.append(name)
     if not found:
         raise ValueError(
-            f"{what}: all {left_out} linears are stored in 8 bits, which take no adapter: compress with "
-            "storage='plain', or call model.dequantize() first"
+            f"{what}: all {left_out} linears are stored in 8 bits, which take no adapter: call "
+            "optimum_dobisvd.store_as(model, 'plain') first, and store_as(model, 'int8') on the merged model"
         )
     if left_out:
         logger.warning("%s: %d of %d linears are in 8 bits and get no adapter", what, left_out, len(linears))

@@ -107,6 +107,22 @@ def stack_inner(model: Any, inner: InnerConfig, windows: CalibrationWindows | No
     return model
 
 
+def store_as(model: Any, storage: str) -> Any:
+    """Store the factors of a loaded model as `plain`, `remap` or `int8`; its config says so afterwards.
+
+    Linears in 8 bits are neither trained nor take an adapter: `plain` first, train, and back. With `int8` whole
+    matrices are in 8 bits, too; otherwise they are dense.
+    """
+    from ..change_storage import change_storage
+
+    config = model.config.quantization_config
+    with torch.inference_mode(False), torch.no_grad():
+        modules = change_storage(model, storage, config.modules_to_not_convert)
+    dense_storage = "dense_int8" if storage == "int8" else None
+    attach(model, replace(config, modules=modules, storage=storage, dense_storage=dense_storage))
+    return model
+
+
 def attach(model: Any, config: DobiSVDConfig) -> None:
     """Make a compressed model one that transformers treats as such: its config, its quantizer, its safe save."""
     model.hf_quantizer = DobiSVDHfQuantizer(config, pre_quantized=True)

@@ -49,15 +49,18 @@ def compressed_class(storage: str, rank: int | None = None) -> type[CompressedLi
 def empty_compressed(
     module: Any, storage: str, rank: int | None, device: torch.device | str | None = None
 ) -> CompressedLinear:
-    """A compressed linear of the same shape, bias and dtype as a dense one, its tensors not set."""
-    out_features, in_features = weight_matrix(module).shape
+    """A compressed linear of the same shape, bias and dtype as a dense or compressed one, its tensors not set."""
+    if isinstance(module, CompressedLinear):
+        out_features, in_features, conv1d = module.out_features, module.in_features, module.conv1d
+    else:
+        (out_features, in_features), conv1d = weight_matrix(module).shape, type(module) is Conv1D
     make: Any = compressed_class(storage, rank)
     new = make(
         in_features,
         out_features,
         rank,
         bias=module.bias is not None,
-        conv1d=type(module) is Conv1D,
+        conv1d=conv1d,
         device=device if device is not None else module.weight.device,
         dtype=module.weight.dtype,
     )

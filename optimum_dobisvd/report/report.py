@@ -159,7 +159,8 @@ def resident_bytes(model: nn.Module) -> int:
     """Bytes of memory that the model's parameters and buffers hold, shared memory once; offloaded ones hold none."""
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type != "meta"]
     storages = [tensor.untyped_storage() for tensor in tensors]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    # An empty tensor may begin where another one does: tripwires do, as safetensors loads them.
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}.values())
 
 
 def is_compressed(model: nn.Module) -> bool:

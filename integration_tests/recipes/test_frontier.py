@@ -1,0 +1,93 @@
+"""The frontier on a tiny model: resumed, told when a row fails, shown when unfinished."""
+
+import json
+import random
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from integration_tests.commands.conftest import WORDS
+from integration_tests.tiny_models import tiny
+from recipes.frontier import __main__ as command
+from recipes.frontier.rows import ROWS, row_named
+
+NUMBERS = {"nsamples": 4, "seqlen": 32, "eval-windows": 2, "rounding-windows": 2, "heal-steps": 3, "train-seqlen": 32}
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_tokenizer: Any) -> Path:
+    tiny("llama", dtype=torch.bfloat16, hidden_size=128, intermediate_size=256).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer.save_pretrained(tmp_path / "dense")
+    draw = random.Random(0)
+    for name in ("train.txt", "test.txt"):
+        (tmp_path / name).write_text(" ".join(draw.choices(WORDS.split(), k=1500)), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def frontier(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The command, its processes being calls of this one."""
+
+    def call(argv: list[str]) -> int:
+        try:
+            return command.main(argv)
+        except Exception:
+            traceback.print_exc()
+            return 1
+
+    monkeypatch.setattr(command, "in_new_process", call)
+    files = {"model": "dense", "dataset": "train.txt", "eval-dataset": "test.txt", "data-dir": ".", "work": "work"}
+    options = [f"--{key}={place / value}" for key, value in {**files, "results": "results.jsonl"}.items()]
+    numbers = [f"--{key}={value}" for key, value in NUMBERS.items()]
+    return lambda *argv: command.main([*options, *numbers, *argv])
+
+
+def test_rows_have_names_and_folders_of_their_own() -> None:
+    assert len({row.name for row in ROWS}) == len({row.slug for row in ROWS}) == len(ROWS) > 12
+    for row in ROWS:
+        if "on" in row.options:
+            assert row_named(row.options["on"]).make == "compress"
+
+
+def test_a_run_goes_on_where_it_was_and_heals_what_is_in_8_bits(place: Path, frontier: Callable[..., int]) -> None:
+    rows = ("--rows", "dense bf16", "SVD 0.6 remap", "--steps", "sizes", "perplexity")
+    assert frontier(*rows, "--states", "plain") == 0
+    lines = (place / "results.jsonl").read_text().splitlines()
+    assert frontier(*rows) == 0
+    after = (place / "results.jsonl").read_text().splitlines()
+    assert after[: len(lines)] == lines
+    found = {(line["row"], line["healed"], line["step"]): line["found"] for line in map(json.loads, after)}
+    assert len(found) == len(after), "nothing is measured twice"
+    for name in ("dense bf16", "SVD 0.6 remap"):
+        assert found[name, True, "sizes"]["disk"] == found[name, False, "sizes"]["disk"], "merged: not a byte more"
+        assert found[name, True, "perplexity"] != found[name, False, "perplexity"]
+    assert found["SVD 0.6 remap", False, "sizes"]["disk"] < found["dense bf16", False, "sizes"]["disk"]
+    table = (place / "frontier.md").read_text()
+    assert table.count("healed") == 2
+    assert "–" in table, "what was not measured is a dash"
+    assert (place / "frontier.png").stat().st_size > 10_000
+
+
+def test_a_row_that_fails_is_told_and_the_others_go_on(frontier: Callable[..., int], capfd: Any) -> None:
+    options = ("--states", "plain", "--steps", "accuracy", "sizes")
+    assert frontier("--rows", "dense bf16", "SVD 0.3 int8", *options) == 1
+    told = capfd.readouterr()
+    assert "FAILED dense bf16" in told.out
+    assert "piqa_valid.jsonl, which is not there" in told.err
+    assert "FAILED SVD 0.3 int8" in told.out, "and the next one was tried"
+
+
+def test_other_numbers_are_other_figures(place: Path, frontier: Callable[..., int]) -> None:
+    rows = ("--rows", "dense bf16", "--states", "plain", "--steps", "perplexity")
+    assert frontier(*rows) == frontier(*rows, "--eval-windows=1") == 0
+    found = [json.loads(line)["found"] for line in (place / "results.jsonl").read_text().splitlines()]
+    assert sum("test.txt" in each for each in found) == 2
+
+
+def test_an_unknown_row_is_named(frontier: Callable[..., int]) -> None:
+    with pytest.raises(ValueError, match="there is no row 'SVD 0.85'; there are: dense bf16; BnB int8"):
+        frontier("--rows", "SVD 0.85")

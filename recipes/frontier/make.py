@@ -1,0 +1,213 @@
+"""Making a row's checkpoint, the dense model off its grid, and healing either."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainingArguments,
+)
+
+from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer, adapter_targets
+from optimum_dobisvd.allocation.plan import Plan, PlannedModule
+from optimum_dobisvd.calibration.dataset import CalibrationWindows, load_windows, read_text
+from optimum_dobisvd.checking import check_model
+from optimum_dobisvd.inner import inner_config, inner_storage
+from optimum_dobisvd.integrations.transformers_quantizer import stack_inner, store_as
+from optimum_dobisvd.report.perplexity import window_ids
+
+from .rows import SHIPPED, Row, row_named
+from .settings import Settings
+
+ADAPTER = "adapter_config.json"
+_OWN_EIGHT_BITS = ("remap", "int8")
+
+
+def checkpoint_of(row: Row, work: Path, healed: bool = False) -> Path:
+    """Where a row's checkpoint lies."""
+    return work / row.slug / ("healed" if healed else "checkpoint")
+
+
+def make(row: Row, work: Path, settings: Settings) -> None:
+    """Make the checkpoint of a row, in bfloat16."""
+    with _whole_folder(checkpoint_of(row, work)) as folder:
+        base = base_model(row.base, work, settings)
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        model = _MAKERS[row.make](row, base, work, settings)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def heal(row: Row, work: Path, settings: Settings) -> None:
+    """Train LoRA on a row's checkpoint and put the result beside it.
+
+    Where weights are 16-bit it is merged, and costs no byte. Our own 8 bits take no adapter: they
+    become 16 for the training and 8 again after it. On GPTQ and bitsandbytes the adapter stays, and its bytes count.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    made = checkpoint_of(row, work)
+    with _whole_folder(checkpoint_of(row, work, healed=True)) as folder:
+        storage = row.options.get("storage", "plain")
+        tokenizer = AutoTokenizer.from_pretrained(made)
+        model: Any = AutoModelForCausalLM.from_pretrained(made, dtype=torch.bfloat16)
+        if storage in _OWN_EIGHT_BITS:
+            model = store_as(model, "plain")
+        lora = LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=settings.lora_rank,
+            target_modules=_targets(model),
+            task_type="CAUSAL_LM",
+        )
+        adapted: Any = get_peft_model(model, lora)
+        train(adapted, tokenizer, settings, settings.heal_steps, settings.lora_rate)
+        adapted.config.use_cache = True  # Trainer turned it off
+        if _can_merge(row):
+            model = adapted.merge_and_unload()
+            model = store_as(model, storage) if storage in _OWN_EIGHT_BITS else model
+            model.save_pretrained(folder)
+        else:
+            adapted.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def base_model(base: str, work: Path, settings: Settings) -> str:
+    """The folder of a dense model; the one off the grid is trained when it is first asked for."""
+    if base == SHIPPED:
+        return settings.model
+    folder = work / "off-the-grid"
+    if not folder.exists():
+        with _whole_folder(folder) as new:
+            model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(settings.model)
+            train(model, tokenizer, settings, settings.off_grid_steps, settings.off_grid_rate)
+            model.config.use_cache = True
+            model.to(torch.bfloat16).save_pretrained(new)
+            tokenizer.save_pretrained(new)
+    return str(folder)
+
+
+def train(model: Any, tokenizer: Any, settings: Settings, steps: int, rate: float) -> None:
+    """Brief training on the calibration text, in place."""
+    windows = window_ids(tokenizer, read_text(settings.dataset, "train"), seqlen=settings.train_seqlen)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(settings.seed))
+    arguments = TrainingArguments(
+        output_dir=str(Path(settings.work) / "trainer"),
+        max_steps=steps,
+        per_device_train_batch_size=settings.train_batch,
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 10,
+        logging_steps=max(1, steps // 10),
+        save_strategy="no",
+        report_to=[],
+        seed=settings.seed,
+    )
+    taken = windows[order[: steps * settings.train_batch]]
+    Trainer(model=model, args=arguments, train_dataset=[{"input_ids": ids, "labels": ids} for ids in taken]).train()
+    model.eval()
+
+
+def _dense(row: Row, base: str, work: Path, settings: Settings) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+
+
+def _bnb(row: Row, base: str, work: Path, settings: Settings) -> Any:
+    """transformers' own, without us."""
+    config = BitsAndBytesConfig(**row.options)
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=config)
+
+
+def _compress(row: Row, base: str, work: Path, settings: Settings, plan: Plan | None = None) -> Any:
+    """The package's own method `global` with a row's options; with all matrices as a plan says, if there is one."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    windows = calibration_windows(tokenizer, settings)
+    options = dict(row.options)
+    if "inner" in options:
+        # Rounding by GPTQ is content with fewer windows than prices of ranks.
+        options["inner"] = {**options["inner"], "dataset": list(windows.input_ids[: settings.rounding_windows])}
+    store = settings.statistics if settings.statistics and row.base == SHIPPED else work / f"statistics-{row.base}"
+    config = DobiSVDConfig(
+        **options,
+        method="global",
+        plan=plan,
+        nsamples=settings.nsamples,
+        seqlen=settings.seqlen,
+        seed=settings.seed,
+        statistics=str(store).replace(" ", "-"),
+    )
+    quantizer = DobiSVDQuantizer(config)
+    return quantizer.quantize_model(model, tokenizer, windows=windows)
+
+
+def _whole(row: Row, base: str, work: Path, settings: Settings) -> Any:
+    """Every matrix whole, in the form of the inner quantisation."""
+    inner: Any = inner_config(row.options["inner"])
+    form = inner_storage(inner)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    targets = check_model(model, DobiSVDConfig(method="global")).targets
+    modules = {target.name: PlannedModule(None, form) for target in targets}
+    plan = Plan(modules, method="global", ratio=None, allocation="global")
+    return _compress(row, base, work, settings, plan)
+
+
+def _stack(row: Row, base: str, work: Path, settings: Settings) -> Any:
+    """A quantisation on another row's checkpoint."""
+    below = checkpoint_of(row_named(row.options["on"]), work)
+    model = AutoModelForCausalLM.from_pretrained(below, dtype=torch.bfloat16)
+    windows = calibration_windows(AutoTokenizer.from_pretrained(below), settings)
+    inner: Any = inner_config(row.options["inner"])
+    return stack_inner(model, inner, windows.first(settings.rounding_windows))
+
+
+_MAKERS = {"dense": _dense, "bnb": _bnb, "compress": _compress, "whole": _whole, "stack": _stack}
+
+
+def _can_merge(row: Row) -> bool:
+    """Whether the weights under the adapter are 16-bit."""
+    return row.make == "dense" or (row.make == "compress" and "inner" not in row.options)
+
+
+def _targets(model: Any) -> list[str] | str:
+    """Every linear of the blocks; factors where there are some."""
+    found = getattr(model.config, "quantization_config", None)
+    return adapter_targets(model) if isinstance(found, DobiSVDConfig) else "all-linear"
+
+
+def calibration_windows(tokenizer: Any, settings: Settings) -> CalibrationWindows:
+    """The same for every row."""
+    return load_windows(
+        settings.dataset, tokenizer, nsamples=settings.nsamples, seqlen=settings.seqlen, seed=settings.seed
+    )
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """Write beside the folder and move it there when it is whole."""
+    scratch = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    yield scratch
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
+    if (folder / ADAPTER).exists():
+        _point_at_base(folder)
+
+
+def _point_at_base(folder: Path) -> None:
+    """An adapter names the folder of the model below; relative ones would be looked for from anywhere."""
+    path = folder / ADAPTER
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = str((folder.parent / "checkpoint").resolve())
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

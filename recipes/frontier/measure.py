@@ -1,0 +1,112 @@
+"""Measuring a checkpoint, through `from_pretrained` alone."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_dobisvd.calibration.dataset import read_text
+from optimum_dobisvd.evaluation.harness import judge
+from optimum_dobisvd.evaluation.mean_accuracy import compare_means
+from optimum_dobisvd.evaluation.tasks import load_tasks
+from optimum_dobisvd.report.perplexity import perplexity
+from optimum_dobisvd.report.report import resident_bytes
+
+from .make import ADAPTER
+from .settings import TASKS, Settings
+
+_BATCH = 64  # linears of GPTQ and bitsandbytes unpack their weights in every pass
+_PROMPT, _NEW = 512, 24
+_ROUNDS = 5
+
+
+def load(folder: Path, dtype: torch.dtype) -> Any:
+    """A checkpoint, or an adapter with the checkpoint below it."""
+    if not (folder / ADAPTER).exists():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    from peft import AutoPeftModelForCausalLM
+
+    return AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def sizes(folder: Path, settings: Settings) -> dict[str, Any]:
+    """Bytes of the weights on disk, the model below an adapter included, and in memory."""
+    files = list(folder.glob("*.safetensors"))
+    if (folder / ADAPTER).exists():
+        files += (folder.parent / "checkpoint").glob("*.safetensors")
+    return {
+        "disk": sum(file.stat().st_size for file in files),
+        "memory": resident_bytes(load(folder, torch.bfloat16)),
+    }
+
+
+def perplexities(folder: Path, settings: Settings) -> dict[str, Any]:
+    """By text, computed in float32."""
+    model, tokenizer = load(folder, torch.float32), AutoTokenizer.from_pretrained(folder)
+    return {
+        Path(name).name: perplexity(
+            model, tokenizer, read_text(name, "test"), seqlen=settings.seqlen, windows=settings.eval_windows
+        )
+        for name in settings.eval_dataset
+    }
+
+
+def accuracies(folder: Path, settings: Settings) -> dict[str, Any]:
+    """lm-eval's figures by task and their mean, computed in bfloat16."""
+    model, tokenizer = load(folder, torch.bfloat16), AutoTokenizer.from_pretrained(folder)
+    tasks = load_tasks(TASKS, settings.data_dir)
+    found = judge(model, tokenizer, tasks, limit=settings.limit, num_fewshot=0, batch_size=_BATCH)
+    means = compare_means({task: {"compressed": figures} for task, figures in found.items()})
+    return {"tasks": found, "mean": means["compressed"] if means else None}
+
+
+@torch.inference_mode()
+def speeds(folder: Path, dense: Path, settings: Settings) -> dict[str, Any]:
+    """Milliseconds per token of a prompt of 512 and of decoding with the cache, in bfloat16, and over dense.
+
+    Both models take their turns round by round in this process; medians.
+    """
+    models = {"compressed": load(folder, torch.bfloat16), "dense": load(dense, torch.bfloat16)}
+    generator = torch.Generator().manual_seed(settings.seed)
+    prompt = torch.randint(0, models["dense"].config.vocab_size, (1, _PROMPT), generator=generator)
+    taken: dict[tuple[str, str], list[float]] = {}
+    for turn in range(_ROUNDS + 1):
+        for name, model in models.items():
+            prefill, decode = _one_round(model, prompt)
+            if turn:  # the first one warms up
+                taken.setdefault((name, "prefill"), []).append(prefill)
+                taken.setdefault((name, "decode"), []).append(decode)
+    found = {key: statistics.median(values) for key, values in taken.items()}
+    return {
+        phase: {
+            "ms_per_token": found["compressed", phase],
+            "dense_ms_per_token": found["dense", phase],
+            "speedup": found["dense", phase] / found["compressed", phase],
+        }
+        for phase in ("prefill", "decode")
+    }
+
+
+def _one_round(model: Any, prompt: torch.Tensor) -> tuple[float, float]:
+    """Milliseconds per token of the prompt, and of the tokens after it."""
+    started = time.perf_counter()
+    out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    middle = time.perf_counter()
+    for _ in range(_NEW):
+        token = out.logits[:, -1:].argmax(-1)
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+    ended = time.perf_counter()
+    return 1000 * (middle - started) / _PROMPT, 1000 * (ended - middle) / _NEW
+
+
+MEASURES: dict[str, Callable[[Path, Settings], dict[str, Any]]] = {
+    "sizes": sizes,
+    "perplexity": perplexities,
+    "accuracy": accuracies,
+}

@@ -1,0 +1,40 @@
+"""Figures on disk, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .settings import Settings
+
+
+class Results:
+    """The figures of one setting.
+
+    Args:
+        path: the file; lines of other settings in it are left alone and not seen.
+        settings: what decides the figures.
+    """
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self._path = path
+        self._settings = settings.deciding()
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        lines = [json.loads(line) for line in text.splitlines()]
+        self.lines = [line for line in lines if line["settings"] == self._settings]
+
+    def found(self, row: str, healed: bool, step: str) -> dict[str, Any] | None:
+        """The last figures of a step, None if it was not done."""
+        for line in reversed(self.lines):
+            if (line["row"], line["healed"], line["step"]) == (row, healed, step):
+                return dict(line["found"])
+        return None
+
+    def add(self, row: str, healed: bool, step: str, found: dict[str, Any]) -> None:
+        """Append figures, to the file as well."""
+        line = {"row": row, "healed": healed, "step": step, "found": found, "settings": self._settings}
+        self.lines.append(line)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")

@@ -1,0 +1,130 @@
+"""The frontier as a table and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from optimum_dobisvd.storage.atomic import write_text_atomically
+
+from .results import Results
+from .rows import OFF_GRID, ROWS, Row
+from .settings import Settings
+
+_COLOURS = {
+    "dense": "black",
+    "bitsandbytes": "tab:orange",
+    "GPTQ": "tab:red",
+    "SVD": "tab:cyan",
+    "SVD, 8 bits": "tab:blue",
+    "SVD + 4 bits and fewer": "tab:purple",
+    "mixture": "tab:green",
+}
+_NOT_DONE = "–"
+
+
+def write_table(results: Results, settings: Settings, path: Path) -> None:
+    """Markdown: a line for every row and state; what was not measured is a dash."""
+    texts = [Path(name).name for name in settings.eval_dataset]
+    heads = ["", "", "disk, MB", "memory, MB", *texts, "mean accuracy", "prefill, ms/token", "decode, ms/token"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in ROWS:
+        for healed in (False, True):
+            cells = _cells(results, row, healed, texts)
+            if any(cell != _NOT_DONE for cell in cells):
+                name = f"{row.name} ({row.mark})" if row.mark else row.name
+                lines.append("| " + " | ".join([name, "healed" if healed else "", *cells]) + " |")
+    write_text_atomically(path, "\n".join(lines) + "\n")
+
+
+def draw(results: Results, settings: Settings, path: Path) -> None:
+    """Bytes on disk against perplexity of every text and against decoding time; healed rows are filled."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    texts = [Path(name).name for name in settings.eval_dataset]
+    panels = [*((f"perplexity, {text}", ("perplexity", text)) for text in texts), ("decode, ms/token", _DECODE)]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(7 * len(panels), 7), constrained_layout=True)
+    for axis, (title, value) in zip(axes, panels, strict=True):
+        _panel(axis, results, title, value)
+    families = dict.fromkeys(row.family for row in ROWS)
+    handles = [pyplot.Line2D([], [], marker="o", linestyle="", color=_COLOURS[family]) for family in families]
+    figure.legend(handles, list(families), loc="outside lower center", ncols=len(handles))
+    figure.suptitle("hollow: as compressed; filled: healed; squares: made from the model off its 4-bit grid")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+_DECODE = ("speed", "decode", "ms_per_token")
+
+
+def _panel(axis: Any, results: Results, title: str, value: Sequence[str]) -> None:
+    """One measure against bytes, both logarithmic, with the border of what no other row beats."""
+    points: list[tuple[float, float]] = []
+    for row in ROWS:
+        pair = []
+        for healed in (False, True):
+            size, figure = (_figure(results, row, healed, key) for key in (("sizes", "disk"), value))
+            if size is None or figure is None:
+                continue
+            pair.append((size / 1e6, figure))
+            axis.plot(
+                *pair[-1],
+                marker="s" if row.base == OFF_GRID else "o",
+                color=_COLOURS[row.family],
+                fillstyle="full" if healed else "none",
+                linestyle="",
+            )
+        if pair:
+            axis.annotate(_short(row), pair[0], fontsize=7, xytext=(4, 3), textcoords="offset points")
+            axis.plot(*zip(*pair, strict=True), color=_COLOURS[row.family], linewidth=0.6)
+        if row.base != OFF_GRID:
+            points += pair
+    border = _border(points)
+    if border:
+        axis.plot(*zip(*border, strict=True), color="grey", linewidth=0.8, linestyle="--", drawstyle="steps-post")
+    axis.set(xscale="log", yscale="log", xlabel="weights on disk, MB", title=title)
+    axis.grid(which="both", linewidth=0.2)
+
+
+def _border(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points that no smaller one equals, by size."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
+
+
+def _short(row: Row) -> str:
+    return row.name.replace(f", {OFF_GRID}", "").replace("mixture, bytes of ", "mix ~")
+
+
+def _figure(results: Results, row: Row, healed: bool, key: Sequence[str]) -> float | None:
+    found: Any = results.found(row.name, healed, key[0])
+    for part in key[1:]:
+        found = None if found is None else found[part]
+    return found
+
+
+def _cells(results: Results, row: Row, healed: bool, texts: list[str]) -> list[str]:
+    cells = []
+    for key in ("disk", "memory"):
+        size = _figure(results, row, healed, ("sizes", key))
+        cells.append(_NOT_DONE if size is None else f"{size / 1e6:.1f}")
+    for text in texts:
+        figure = _figure(results, row, healed, ("perplexity", text))
+        cells.append(_NOT_DONE if figure is None else f"{figure:.4g}")
+    mean: Any = (results.found(row.name, healed, "accuracy") or {}).get("mean")
+    cells.append(_NOT_DONE if mean is None else f"{mean['value']:.3f} ± {mean['stderr']:.3f}")
+    speed = results.found(row.name, healed, "speed")
+    for phase in ("prefill", "decode"):
+        cells.append(
+            _NOT_DONE
+            if speed is None
+            else f"{speed[phase]['ms_per_token']:.3g} ({speed[phase]['speedup']:.2f} × dense)"
+        )
+    return cells
