@@ -306,66 +306,6 @@ def test_a_size_asked_for_is_the_size_of_the_checkpoint(tied, tmp_path):
     assert sum(tensor.nbytes for tensor in tensors.values()) == checkpoint_bytes(small)
 
 
-def refusal(match, error=ValueError, model=None, **config):
-    with pytest.raises(error, match=match):
-        DobiSVDQuantizer(DobiSVDConfig(method="output_pca", dataset=tokens(6, 24), **config)).quantize_model(
-            model or wide("llama")
-        )
-
-
-def test_two_outer_configs_are_refused(tmp_path):
-    refusal("inner is a DobiSVDConfig.*drop it", inner=DobiSVDConfig())
-    refusal("inner is a dobi_svd configuration", inner={"quant_method": "dobi_svd"})
-    refusal("'awq', which cannot be stacked", inner={"quant_method": "awq"})
-    model = DobiSVDQuantizer(DobiSVDConfig(method="svd")).quantize_model(wide("llama"))
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="DobiSVDConfig but you are passing a BitsAndBytesConfig"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=INNER["nf4"]())
-
-
-@needs_gptq
-def test_impossible_gptq_options_are_refused_before_anything_is_computed():
-    refusal("rank_multiple is 8, and gptq4_g32 takes ranks in multiples of 32", inner=INNER["gptq"](), rank_multiple=8)
-    refusal("group_size=-1.*act_group_aware=False", inner=GPTQConfig(bits=4, group_size=-1))
-    refusal("group_size=48.*none of gptqmodel's", inner=GPTQConfig(bits=4, group_size=48))
-    refusal("cannot be stored as gptq4_g256.*take another group_size", inner=GPTQConfig(bits=4, group_size=256))
-    refusal("storage 'int8' are none.*mixed", inner=INNER["gptq"](), storage="int8")
-    refusal(
-        "takes ranks in multiples of 32, and it is to have 33",
-        inner=INNER["gptq"](),
-        overrides={"re:.*q_proj": {"rank": 33}},
-    )
-    with pytest.raises(ValueError, match="GPTQ needs calibration text"):
-        DobiSVDQuantizer(DobiSVDConfig(method="svd", inner=INNER["gptq"]())).quantize_model(wide("llama"))
-
-
-def test_impossible_sizes_are_refused():
-    refusal("give one of them", ratio=0.5, budget="1MB")
-    refusal("budget 1000 bytes: what is not compressed .* takes", budget="1KB")
-    refusal("'large' is no size", budget="large")
-    refusal("the size asked for leaves .* raise it to leave", budget=310_000)
-    refusal("only method 'global' knows", storage="mixed")
-
-
-@pytest.mark.parametrize(("library", "key", "extra"), [("gptqmodel", "gptq", "gptq"), ("bitsandbytes", "nf4", "bnb")])
-def test_a_missing_library_is_named_with_its_extra(library, key, extra, monkeypatch):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == library else real(name, *a))
-    refusal(rf"optimum-dobisvd\[{extra}\]", ImportError, inner=INNER[key]())
-
-
-@needs_gptq
-@needs_bnb
-def test_disk_offload_is_refused_in_words(tmp_path):
-    wide("llama", torch.bfloat16).save_pretrained(tmp_path / "dense")
-    device_map = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
-    device_map |= {"model.rotary_emb": "cpu"}
-    for key, words in (("gptq", "cannot be offloaded to disk"), ("nf4", "dispatched on the CPU or the disk")):
-        stacked(tmp_path / "dense", key, torch.bfloat16).save_pretrained(tmp_path / key)
-        with pytest.raises(ValueError, match=words):
-            AutoModelForCausalLM.from_pretrained(tmp_path / key, device_map=device_map, offload_folder=str(tmp_path))
-
-
 @needs_bnb
 def test_dequantizing_gives_a_dense_model_of_the_same_function(tmp_path):
     wide("qwen2").save_pretrained(tmp_path / "dense")
@@ -376,23 +316,3 @@ def test_dequantizing_gives_a_dense_model_of_the_same_function(tmp_path):
     assert torch.allclose(logits(dense), expected, atol=1e-4)
     dense.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(dense))
-
-
-@needs_bnb
-def test_a_checkpoint_whose_config_was_tampered_with_is_refused(tmp_path):
-    wide("llama", torch.bfloat16).save_pretrained(tmp_path / "dense")
-    stacked(tmp_path / "dense", "nf4", torch.bfloat16).save_pretrained(tmp_path / "out")
-    path = tmp_path / "out" / "config.json"
-    original = json.loads(path.read_text())
-
-    def refused(match, edit):
-        config = json.loads(json.dumps(original))
-        edit(config["quantization_config"])
-        path.write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=match):
-            AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-
-    name = next(n for n, e in original["quantization_config"]["modules"].items() if e["storage"] == "nf4")
-    refused("does not say how they were quantised", lambda config: config.pop("inner"))
-    refused(name, lambda config: config["modules"][name].update(rank=128))
-    refused("to another compression|lacks", lambda config: config["modules"][name].update(rank=None))
