@@ -27,7 +27,10 @@ class EightBitLinear(CompressedLinear):
     Parameters and not buffers, because Accelerate offloads only these.
     """
 
-    adapters = "stored in 8 bits, which take no adapter: name linears that are dense, or compress with storage='plain'"
+    adapters = (
+        "stored in 8 bits, which take no adapter: name linears that are dense, or call "
+        "optimum_dobisvd.store_as(model, 'plain') first"
+    )
     bias: Tensor | None
 
     def __init__(
