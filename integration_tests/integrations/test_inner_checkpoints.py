@@ -19,6 +19,7 @@ from optimum_dobisvd.calibration.layout import checkpoint_bytes, find_layout
 from optimum_dobisvd.nn.compressed_linear import CompressedLinear, matrix_of
 from optimum_dobisvd.nn.low_rank_linear import LowRankLinear
 from optimum_dobisvd.planning import make_plan
+from optimum_dobisvd.report.report import resident_bytes
 from optimum_dobisvd.storage.rounding import rounded
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_key_value_heads": 2}
@@ -116,6 +117,17 @@ def test_a_model_reloaded_and_saved_again_is_the_same_files(key, tmp_path):
     assert all(torch.equal(one[key], two[key]) for key in one)
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "two")]
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+@needs_bnb
+@pytest.mark.parametrize("key", ["nf4", "nf4_dq", "llm_int8"])
+def test_memory_counts_the_scales_that_hang_on_parameters(key, tmp_path):
+    wide("llama", torch.bfloat16).save_pretrained(tmp_path / "dense")
+    stacked(tmp_path / "dense", key, torch.bfloat16).save_pretrained(tmp_path / "out")
+    described = ("bitsandbytes__nf4", "quant_map", "weight_format")  # not held, or one table for all
+    files = load_file(tmp_path / "out" / "model.safetensors")
+    held = sum(tensor.nbytes for name, tensor in files.items() if not name.endswith(described))
+    assert held <= resident_bytes(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) < 1.1 * held
 
 
 @needs_gptq

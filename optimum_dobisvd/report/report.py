@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..allocation.plan import PlannedModule, planned_bytes
@@ -156,11 +157,23 @@ def model_bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes of memory that the model's parameters and buffers hold, shared memory once; offloaded ones hold none."""
-    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type != "meta"]
-    storages = [tensor.untyped_storage() for tensor in tensors]
+    """Bytes of memory that the model's parameters and buffers hold, shared memory once; offloaded ones hold none.
+
+    bitsandbytes' scales, which hang on its parameters, are counted with them.
+    """
+    tensors = [found for tensor in (*model.parameters(), *model.buffers()) for found in (tensor, *_hung_on(tensor))]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type != "meta"]
     # An empty tensor may begin where another one does: tripwires do, as safetensors loads them.
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}.values())
+
+
+def _hung_on(holder: Any) -> Iterator[torch.Tensor]:
+    """Tensors among the attributes of a parameter, of its `quant_state`, and of the state of a nested one."""
+    for key, value in vars(holder).items():
+        if isinstance(value, torch.Tensor) and not key.startswith("_"):
+            yield value
+        elif key in ("quant_state", "state2") and value is not None:
+            yield from _hung_on(value)
 
 
 def is_compressed(model: nn.Module) -> bool:
