@@ -7,13 +7,10 @@ from torch import Tensor
 
 _BLOCK = 128
 """Columns whose errors are passed on to all later ones in one product."""
-_ROWS = 512
-"""Outputs whose scales are fitted at once: each has a system of equations of its own."""
-_DAMPING = 0.01
 
 
 def round_with_feedback(
-    weight: Tensor, gram: Tensor, code: Tensor, scales: Tensor, damping: float = _DAMPING
+    weight: Tensor, gram: Tensor, code: Tensor, scales: Tensor, damping: float = 0.01
 ) -> tuple[Tensor, Tensor]:
     """Choose values of a code that keep `||(W - W_q) X||_F` small, one input after the other.
 
@@ -52,49 +49,6 @@ def round_with_feedback(
         left[:, end:] -= errors @ upper[begin:end, end:]
     back = order.argsort()
     return chosen[:, back], (code[chosen] * steps)[:, back]
-
-
-def fit_scales(weight: Tensor, gram: Tensor, units: Tensor, scales: Tensor, groups: Tensor | None = None) -> Tensor:
-    """The scales for which the outputs are closest, every value's code being kept.
-
-    Least squares: of `||(W - S U) X||_F` over the scales of an output's groups, all at once. Rounding sets scales by
-    the largest value of each group, before anything is known of the errors that are made with them.
-
-    Args:
-        weight: `W`, m x n.
-        gram: `H = X X^T`, n x n.
-        units: `U`, m x n: what each weight became, in units of its scale.
-        scales: m x G, as they are.
-        groups: the group of each input, n, all of one size; None: neighbours.
-
-    Returns:
-        m x G, float64. An output whose scales would change by more than half keeps its own.
-    """
-    m, n = weight.shape
-    count = scales.shape[1]
-    order = torch.arange(n, device=gram.device) if groups is None else groups.argsort(stable=True)
-    damped = gram[order][:, order].double()
-    damped.diagonal().add_(_DAMPING * damped.diagonal().mean())
-    fitted = scales.double().clone()
-    for begin in range(0, m, _ROWS):
-        rows = slice(begin, begin + _ROWS)
-        values = units[rows][:, order].double()
-        wanted = (values * (weight[rows][:, order].double() @ damped)).view(len(values), count, -1).sum(-1)
-        between = torch.stack(
-            [
-                ((values[:, part] @ damped[part]) * values).view(len(values), count, -1).sum(-1)
-                for part in torch.arange(n, device=gram.device).view(count, -1)
-            ],
-            dim=1,
-        )
-        # A group of zeros has no scale of its own, and a dead one none at all.
-        between.diagonal(dim1=1, dim2=2).add_(1e-9 * between.diagonal(dim1=1, dim2=2).amax(1, keepdim=True) + 1e-300)
-        found = torch.linalg.solve(between, wanted)
-        empty = (values.view(len(values), count, -1) == 0).all(-1)
-        found = torch.where(empty, fitted[rows], found)
-        near = ((found / fitted[rows] - 1).abs() < 0.5) | empty
-        fitted[rows] = torch.where(near.all(1, keepdim=True), found, fitted[rows])
-    return fitted
 
 
 def _upper_root_of_inverse(gram: Tensor, damping: float) -> Tensor:

@@ -10,20 +10,16 @@ from transformers import BitsAndBytesConfig
 from transformers.integrations import replace_with_bnb_linear
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from ..factorization.feedback import fit_scales, round_with_feedback
+from ..factorization.feedback import round_with_feedback
 from ..nn.compressed_linear import CompressedLinear
 from .bnb_linear import is_bnb_form, keep_as_saved, require_bitsandbytes
-
-_FITS = 2
-"""How often scales are fitted to the codes and codes chosen anew; more gains little."""
 
 
 class BnbRounder:
     """Puts bitsandbytes' 4-bit linears in the place of plain ones, their values rounded with error feedback.
 
-    bitsandbytes rounds every value on its own, in units of the largest of its block. Here `round_with_feedback`
-    chooses which value of the code a weight becomes, and `fit_scales` the units. The tensors are bitsandbytes' own in
-    every respect.
+    bitsandbytes rounds every value on its own. Its scales are kept here, and its code; which value of the code a
+    weight becomes is chosen by `round_with_feedback`. The tensors are bitsandbytes' own in every respect.
 
     Args:
         inner: a `BitsAndBytesConfig` of 4 bits.
@@ -40,39 +36,20 @@ class BnbRounder:
 
     def round(self, linear: Any, gram: Tensor, storage: str) -> tuple[nn.Module, Tensor]:
         """The quantised linear, and the matrix it stands for, `m x n`."""
+        from bitsandbytes.functional import dequantize_blockwise
+
         new = quantized_alike(linear, self._inner, self._operation)
         state = new.weight.quant_state
+        scales = state.absmax
+        if state.nested:
+            scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
         matrix = linear.weight.detach()
-        ascending_code, order = state.code.double().to(matrix.device).sort()
-        scales = _scales(state).view(len(matrix), -1).to(matrix.device)
-        for _ in range(_FITS):
-            chosen = round_with_feedback(matrix, gram, ascending_code, scales)[0]
-            scales = fit_scales(matrix, gram, ascending_code[chosen], scales)
-        _set_scales(state, scales.view(-1).float())
-        blocks = ascending_code[chosen].view(-1, state.blocksize)
-        rounded = (blocks * _scales(state).view(-1, 1).to(blocks)).view(matrix.shape)
-        values = order[chosen].to(torch.uint8).view(-1, 2)
+        code, ascending = state.code.double().sort()
+        chosen, rounded = round_with_feedback(matrix, gram, code, scales.view(len(matrix), -1).to(matrix.device))
+        values = ascending[chosen].to(torch.uint8).view(-1, 2)
         # Two to a byte, the first one in the upper half.
         new.weight.data = (values[:, 0] << 4 | values[:, 1]).view_as(new.weight.data)
         return new, rounded
-
-
-def _scales(state: Any) -> Tensor:
-    """The scale of every block, as the kernels will see it."""
-    from bitsandbytes.functional import dequantize_blockwise
-
-    return dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-
-
-def _set_scales(state: Any, scales: Tensor) -> None:
-    """Other scales, rounded themselves where quantisation is nested."""
-    from bitsandbytes.functional import quantize_blockwise
-
-    if not state.nested:
-        state.absmax = scales.to(state.absmax)
-        return
-    state.offset = scales.mean().to(state.offset)
-    state.absmax, state.state2 = quantize_blockwise(scales - state.offset, blocksize=state.state2.blocksize)
 
 
 def quantize_bnb(model: nn.Module, inner: BitsAndBytesConfig) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..factorization.feedback import fit_scales
 from ..storage.inner_forms import gptq_bits_of
 from .gptq_linear import IN_MEMORY_FORMAT, gptq_kernel, quiet_gptqmodel, require_gptqmodel
 
@@ -38,8 +37,6 @@ class GPTQRounder:
 def quantized_linear(linear: Any, gram: Tensor, bits: int, group_size: int, inner: Any) -> tuple[Any, Tensor]:
     """One linear rounded by GPTQ: gptqmodel's linear in its place, and the matrix it stands for.
 
-    gptqmodel chooses the codes; scales are fitted to them afterwards.
-
     Args:
         linear: an `nn.Linear`, m x n.
         gram: `H` of its inputs, n x n.
@@ -66,10 +63,7 @@ def quantized_linear(linear: Any, gram: Tensor, bits: int, group_size: int, inne
     scale, zero, group_of_input = solver.fasterquant(
         percdamp=inner.damp_percent, group_size=group_size, actorder=inner.desc_act
     )[:3]
-    scale, rounded = _with_fitted_scales(
-        linear.weight.detach(), gram, solver.module.weight.detach(), scale.to(gram.device), group_of_input
-    )
-    solver.module.weight.data = rounded
+    rounded = solver.module.weight.detach()
     make = hf_select_quant_linear_v2(
         bits=bits,
         group_size=group_size,
@@ -105,17 +99,6 @@ def quantized_linear(linear: Any, gram: Tensor, bits: int, group_size: int, inne
         options={"desc_act": inner.desc_act, "sym": inner.sym, "backend": None},
     )
     return kernel, rounded
-
-
-def _with_fitted_scales(
-    weight: Tensor, gram: Tensor, rounded: Tensor, scale: Tensor, group_of_input: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The scales that suit the codes GPTQ has chosen, as they are stored, and the matrix with them."""
-    groups = group_of_input.to(rounded.device).long()
-    units = (rounded.double() / scale.double()[:, groups]).round()
-    fitted = fit_scales(weight, gram, units, scale, groups).to(torch.float16)
-    fitted = torch.where(torch.isfinite(fitted) & (fitted > 0), fitted, scale.to(torch.float16)).to(scale.dtype)
-    return fitted, (units * fitted.double()[:, groups]).to(rounded.dtype)
 
 
 def _rows_with_gram(gram: Tensor) -> Tensor:
