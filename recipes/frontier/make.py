@@ -77,6 +77,9 @@ def heal(row: Row, work: Path, settings: Settings) -> None:
             model = store_as(model, storage) if storage in _OWN_EIGHT_BITS else model
             model.save_pretrained(folder)
         else:
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16)  # as the weights beside it
             adapted.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

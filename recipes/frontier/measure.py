@@ -32,7 +32,7 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     from peft import AutoPeftModelForCausalLM
 
-    return AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype, autocast_adapter_dtype=False).eval()
 
 
 def sizes(folder: Path, settings: Settings) -> dict[str, Any]:

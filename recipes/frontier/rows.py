@@ -67,10 +67,10 @@ def _mixture(bits: int, base: str = SHIPPED) -> Row:
     return Row(f"mixture, bytes of GPTQ-{bits}{suffix}", "mixture", "compress", options, base)
 
 
-def _svd(ratio: float, storage: str = "plain") -> Row:
+def _svd(ratio: float, storage: str = "plain", mark: str = "") -> Row:
     family = "SVD" if storage == "plain" else "SVD, 8 bits"
     name = f"SVD {ratio:g}" if storage == "plain" else f"SVD {ratio:g} {storage}"
-    return Row(name, family, "compress", {"storage": storage, "ratio": ratio})
+    return Row(name, family, "compress", {"storage": storage, "ratio": ratio}, mark=mark)
 
 
 def _stacked(ratio: float, name: str, inner: dict[str, Any]) -> Row:
@@ -90,6 +90,7 @@ ROWS: tuple[Row, ...] = (
     _svd(0.6),
     _svd(0.6, "remap"),
     _svd(0.4, "remap"),
+    _svd(0.505, "int8", mark="every matrix whole"),
     _svd(0.4, "int8"),
     _svd(0.3, "int8"),
     _stacked(0.8, "GPTQ-4", gptq(4)),
