@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from integration_tests.commands.conftest import WORDS
+from integration_tests.integrations.test_inner_checkpoints import needs_bnb
 from integration_tests.tiny_models import tiny
 from recipes.frontier import __main__ as command
 from recipes.frontier.rows import ROWS, row_named
@@ -46,6 +48,10 @@ def frontier(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
     return lambda *argv: command.main([*options, *numbers, *argv])
 
 
+def figures(place: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (place / "results.jsonl").read_text().splitlines()]
+
+
 def test_rows_have_names_and_folders_of_their_own() -> None:
     assert len({row.name for row in ROWS}) == len({row.slug for row in ROWS}) == len(ROWS) > 12
     for row in ROWS:
@@ -60,7 +66,7 @@ def test_a_run_goes_on_where_it_was_and_heals_what_is_in_8_bits(place: Path, fro
     assert frontier(*rows) == 0
     after = (place / "results.jsonl").read_text().splitlines()
     assert after[: len(lines)] == lines
-    found = {(line["row"], line["healed"], line["step"]): line["found"] for line in map(json.loads, after)}
+    found = {(line["row"], line["healed"], line["step"]): line["found"] for line in figures(place)}
     assert len(found) == len(after), "nothing is measured twice"
     for name in ("dense bf16", "SVD 0.6 remap"):
         assert found[name, True, "sizes"]["disk"] == found[name, False, "sizes"]["disk"], "merged: not a byte more"
@@ -70,6 +76,19 @@ def test_a_run_goes_on_where_it_was_and_heals_what_is_in_8_bits(place: Path, fro
     assert table.count("healed") == 2
     assert "–" in table, "what was not measured is a dash"
     assert (place / "frontier.png").stat().st_size > 10_000
+
+
+@needs_bnb
+def test_an_adapter_that_cannot_be_merged_stays_and_its_bytes_count(place: Path, frontier: Callable[..., int]) -> None:
+    assert frontier("--rows", "BnB nf4", "--steps", "sizes", "perplexity", "speed") == 0
+    found = {(line["healed"], line["step"]): line["found"] for line in figures(place)}
+    adapter = load_file(place / "work" / "bnb-nf4" / "healed" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.bfloat16}
+    added = sum(tensor.nbytes for tensor in adapter.values())
+    assert found[True, "sizes"]["memory"] == found[False, "sizes"]["memory"] + added
+    assert added < found[True, "sizes"]["disk"] - found[False, "sizes"]["disk"] < 1.2 * added
+    assert found[True, "perplexity"] != found[False, "perplexity"]
+    assert all(found[True, "speed"][phase]["speedup"] > 0 for phase in ("prefill", "decode"))
 
 
 def test_a_row_that_fails_is_told_and_the_others_go_on(frontier: Callable[..., int], capfd: Any) -> None:
@@ -84,8 +103,7 @@ def test_a_row_that_fails_is_told_and_the_others_go_on(frontier: Callable[..., i
 def test_other_numbers_are_other_figures(place: Path, frontier: Callable[..., int]) -> None:
     rows = ("--rows", "dense bf16", "--states", "plain", "--steps", "perplexity")
     assert frontier(*rows) == frontier(*rows, "--eval-windows=1") == 0
-    found = [json.loads(line)["found"] for line in (place / "results.jsonl").read_text().splitlines()]
-    assert sum("test.txt" in each for each in found) == 2
+    assert sum("test.txt" in line["found"] for line in figures(place)) == 2
 
 
 def test_an_unknown_row_is_named(frontier: Callable[..., int]) -> None:

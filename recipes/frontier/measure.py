@@ -30,9 +30,14 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
     """A checkpoint, or an adapter with the checkpoint below it."""
     if not (folder / ADAPTER).exists():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    from peft import AutoPeftModelForCausalLM
+    from peft import PeftConfig, PeftModel
 
-    return AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype, autocast_adapter_dtype=False).eval()
+    below = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(below, dtype=dtype), str(folder))
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(torch.bfloat16)  # as it is stored; PEFT holds it in 32 bits
+    return model.eval()
 
 
 def sizes(folder: Path, settings: Settings) -> dict[str, Any]:
