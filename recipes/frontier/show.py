@@ -46,9 +46,11 @@ def draw(results: Results, settings: Settings, path: Path) -> None:
     from matplotlib import pyplot
 
     texts = [Path(name).name for name in settings.eval_dataset]
-    panels = [*((f"perplexity, {text}", ("perplexity", text)) for text in texts), ("decode, ms/token", _DECODE)]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(7 * len(panels), 7), constrained_layout=True)
-    for axis, (title, value) in zip(axes, panels, strict=True):
+    wanted = [*((f"perplexity, {text}", ("perplexity", text)) for text in texts), ("decode, ms/token", _DECODE)]
+    panels = [panel for panel in wanted if any(line["step"] == panel[1][0] for line in results.lines)]
+    size = (7 * max(len(panels), 1), 7)
+    figure, axes = pyplot.subplots(1, max(len(panels), 1), figsize=size, constrained_layout=True, squeeze=False)
+    for axis, (title, value) in zip(axes[0], panels, strict=False):
         _panel(axis, results, title, value)
     families = dict.fromkeys(row.family for row in ROWS)
     handles = [pyplot.Line2D([], [], marker="o", linestyle="", color=_COLOURS[family]) for family in families]
@@ -63,8 +65,10 @@ _DECODE = ("speed", "decode", "ms_per_token")
 
 def _panel(axis: Any, results: Results, title: str, value: Sequence[str]) -> None:
     """One measure against bytes, both logarithmic, with the border of what no other row beats."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     points: list[tuple[float, float]] = []
-    for row in ROWS:
+    for number, row in enumerate(ROWS):
         pair = []
         for healed in (False, True):
             size, figure = (_figure(results, row, healed, key) for key in (("sizes", "disk"), value))
@@ -79,7 +83,8 @@ def _panel(axis: Any, results: Results, title: str, value: Sequence[str]) -> Non
                 linestyle="",
             )
         if pair:
-            axis.annotate(_short(row), pair[0], fontsize=7, xytext=(4, 3), textcoords="offset points")
+            below = -9 if number % 2 else 4  # neighbours in the list are often neighbours in the picture
+            axis.annotate(_short(row), pair[0], fontsize=7, xytext=(4, below), textcoords="offset points")
             axis.plot(*zip(*pair, strict=True), color=_COLOURS[row.family], linewidth=0.6)
         if row.base != OFF_GRID:
             points += pair
@@ -87,7 +92,12 @@ def _panel(axis: Any, results: Results, title: str, value: Sequence[str]) -> Non
     if border:
         axis.plot(*zip(*border, strict=True), color="grey", linewidth=0.8, linestyle="--", drawstyle="steps-post")
     axis.set(xscale="log", yscale="log", xlabel="weights on disk, MB", title=title)
-    axis.grid(which="both", linewidth=0.2)
+    for each in (axis.xaxis, axis.yaxis):
+        each.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+        each.set_major_formatter(StrMethodFormatter("{x:g}"))
+        each.set_minor_formatter(NullFormatter())
+    axis.margins(x=0.12)
+    axis.grid(which="major", linewidth=0.2)
 
 
 def _border(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -100,7 +110,7 @@ def _border(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _short(row: Row) -> str:
-    return row.name.replace(f", {OFF_GRID}", "").replace("mixture, bytes of ", "mix ~")
+    return row.name.replace(f", {OFF_GRID}", " (off grid)").replace("mixture, bytes of ", "mix ~")
 
 
 def _figure(results: Results, row: Row, healed: bool, key: Sequence[str]) -> float | None:
