@@ -157,7 +157,7 @@ def test_adapter_targets_refuses_what_is_not_there(saved, tmp_path):
         adapter_targets(model, "q_proj")
     for storage in EIGHT_BIT:
         eight = in_forms(tiny("llama"), lambda name, storage=storage: "dense_int8" if "mlp" in name else storage)
-        with pytest.raises(ValueError, match="the model: all 21 linears are stored in 8 bits.*storage='plain'"):
+        with pytest.raises(ValueError, match="the model: all 21 linears are stored in 8 bits.*store_as"):
             adapter_targets(eight)
         with pytest.raises(ValueError, match="o_proj: all 3 linears are stored in 8 bits"):
             adapter_targets(eight, ["o_proj"])

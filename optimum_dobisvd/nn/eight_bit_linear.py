@@ -28,8 +28,7 @@ class EightBitLinear(CompressedLinear):
     """
 
     adapters = (
-        "stored in 8 bits, which take no adapter: name linears that are dense, or call "
-        "optimum_dobisvd.store_as(model, 'plain') first"
+        "stored in 8 bits, which take no adapter: name linears that are dense, or call store_as(model, 'plain') first"
     )
     bias: Tensor | None
 
