@@ -106,6 +106,16 @@ def test_other_numbers_are_other_figures(place: Path, frontier: Callable[..., in
     assert sum("test.txt" in line["found"] for line in figures(place)) == 2
 
 
+def test_a_figure_broken_off_by_a_kill_is_taken_again(place: Path, frontier: Callable[..., int]) -> None:
+    rows = ("--rows", "dense bf16", "--states", "plain", "--steps", "sizes", "perplexity")
+    assert frontier(*rows) == 0
+    path = place / "results.jsonl"
+    whole = path.read_text()
+    path.write_text(whole[:-40])
+    assert frontier(*rows) == 0
+    assert path.read_text() == whole
+
+
 def test_an_unknown_row_is_named(frontier: Callable[..., int]) -> None:
     with pytest.raises(ValueError, match="there is no row 'SVD 0.85'; there are: dense bf16; BnB int8"):
         frontier("--rows", "SVD 0.85")

@@ -70,7 +70,7 @@ def _measure(row: Row, healed: bool, steps: list[str], settings: Settings, resul
     from .make import base_model, checkpoint_of, heal, make
     from .measure import MEASURES, speeds
 
-    work = Path(settings.work)
+    work = Path(settings.work).resolve()  # an adapter names the folder of the checkpoint below it
     for needed in _needed(row):
         if not checkpoint_of(needed, work).exists():
             results.add(needed.name, False, "make", _timed(partial(make, needed, work, settings)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -140,7 +139,7 @@ def _compress(row: Row, base: str, work: Path, settings: Settings, plan: Plan | 
     if "inner" in options:
         # Rounding by GPTQ is content with fewer windows than prices of ranks.
         options["inner"] = {**options["inner"], "dataset": list(windows.input_ids[: settings.rounding_windows])}
-    store = settings.statistics if settings.statistics and row.base == SHIPPED else work / f"statistics-{row.base}"
+    given = settings.statistics if row.base == SHIPPED else None
     config = DobiSVDConfig(
         **options,
         method="global",
@@ -148,7 +147,7 @@ def _compress(row: Row, base: str, work: Path, settings: Settings, plan: Plan | 
         nsamples=settings.nsamples,
         seqlen=settings.seqlen,
         seed=settings.seed,
-        statistics=str(store).replace(" ", "-"),
+        statistics=given or str(work / f"statistics-{row.base.replace(' ', '-')}"),
     )
     quantizer = DobiSVDQuantizer(config)
     return quantizer.quantize_model(model, tokenizer, windows=windows)
@@ -204,13 +203,3 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
     yield scratch
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
-    if (folder / ADAPTER).exists():
-        _point_at_base(folder)
-
-
-def _point_at_base(folder: Path) -> None:
-    """An adapter names the folder of the model below; relative ones would be looked for from anywhere."""
-    path = folder / ADAPTER
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = str((folder.parent / "checkpoint").resolve())
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from optimum_dobisvd.storage.atomic import write_text_atomically
+
 from .settings import Settings
 
 
@@ -21,7 +23,10 @@ class Results:
         self._path = path
         self._settings = settings.deciding()
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines = [json.loads(line) for line in text.splitlines()]
+        whole, _, broken_off = text.rpartition("\n")
+        if broken_off:  # by a kill in the middle of a line, to which the next one would be glued
+            write_text_atomically(path, f"{whole}\n" if whole else "")
+        lines = [json.loads(line) for line in whole.splitlines()]
         self.lines = [line for line in lines if line["settings"] == self._settings]
 
     def found(self, row: str, healed: bool, step: str) -> dict[str, Any] | None:
