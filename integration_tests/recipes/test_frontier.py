@@ -4,6 +4,7 @@ import json
 import random
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from integration_tests.commands.conftest import WORDS
 from integration_tests.integrations.test_inner_checkpoints import needs_bnb
 from integration_tests.tiny_models import tiny
 from recipes.frontier import __main__ as command
+from recipes.frontier import rows as rows_module
 from recipes.frontier.rows import ROWS, row_named
 
 NUMBERS = {"nsamples": 4, "seqlen": 32, "eval-windows": 2, "rounding-windows": 2, "heal-steps": 3, "train-seqlen": 32}
@@ -104,6 +106,24 @@ def test_other_numbers_are_other_figures(place: Path, frontier: Callable[..., in
     rows = ("--rows", "dense bf16", "--states", "plain", "--steps", "perplexity")
     assert frontier(*rows) == frontier(*rows, "--eval-windows=1") == 0
     assert sum("test.txt" in line["found"] for line in figures(place)) == 2
+
+
+def test_a_checkpoint_made_otherwise_is_not_taken_for_this_one(
+    place: Path, frontier: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither with other numbers, nor when the row itself has changed since."""
+    rows = ("--rows", "SVD 0.6", "--steps", "sizes", "perplexity")
+    assert frontier(*rows) == frontier(*rows, "--heal-steps=1") == 0
+    made = [(line["row"], line["healed"]) for line in figures(place) if line["step"] == "make"]
+    assert made == [("SVD 0.6", False), ("SVD 0.6", True), ("SVD 0.6", True)], "healing alone is done again"
+    healed = [line["found"] for line in figures(place) if line["healed"] and line["step"] == "perplexity"]
+    assert healed[0] != healed[1]
+    changed = replace(row_named("SVD 0.6"), options={"storage": "plain", "ratio": 0.5})
+    for module in (rows_module, command):
+        monkeypatch.setattr(module, "row_named", lambda name: changed)
+    assert frontier(*rows, "--states", "plain") == 0
+    sizes = [line["found"]["disk"] for line in figures(place) if not line["healed"] and line["step"] == "sizes"]
+    assert sizes[-1] < sizes[0]
 
 
 def test_a_figure_broken_off_by_a_kill_is_taken_again(place: Path, frontier: Callable[..., int]) -> None:

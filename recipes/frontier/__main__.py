@@ -60,29 +60,29 @@ def _missing(arguments: argparse.Namespace, results: Results) -> Iterator[tuple[
     states = [state == "healed" for state in arguments.states]
     for healed in states:
         for row in rows:
-            steps = [step for step in arguments.steps if results.found(row.name, healed, step) is None]
+            steps = [step for step in arguments.steps if results.found(row, healed, step) is None]
             if steps:
                 yield row, healed, steps
 
 
 def _measure(row: Row, healed: bool, steps: list[str], settings: Settings, results: Results) -> None:
     """Make what is measured, if it is not there, and measure it."""
-    from .make import base_model, checkpoint_of, heal, make
+    from .make import base_model, checkpoint_of, heal, is_made, make
     from .measure import MEASURES, speeds
 
     work = Path(settings.work).resolve()  # an adapter names the folder of the checkpoint below it
     for needed in _needed(row):
-        if not checkpoint_of(needed, work).exists():
-            results.add(needed.name, False, "make", _timed(partial(make, needed, work, settings)))
+        if not is_made(needed, work, settings):
+            results.add(needed, False, "make", _timed(partial(make, needed, work, settings)))
     folder = checkpoint_of(row, work, healed)
-    if healed and not folder.exists():
-        results.add(row.name, True, "make", _timed(partial(heal, row, work, settings)))
+    if healed and not is_made(row, work, settings, healed=True):
+        results.add(row, True, "make", _timed(partial(heal, row, work, settings)))
     for step in steps:
         if step == "speed":
             found = speeds(folder, Path(base_model(row.base, work, settings)), settings)
         else:
             found = MEASURES[step](folder, settings)
-        results.add(row.name, healed, step, found)
+        results.add(row, healed, step, found)
         print(f"{row.name}{' healed' if healed else ''}: {step} {json.dumps(found)[:300]}", flush=True)
 
 

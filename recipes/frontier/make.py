@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,9 +38,14 @@ def checkpoint_of(row: Row, work: Path, healed: bool = False) -> Path:
     return work / row.slug / ("healed" if healed else "checkpoint")
 
 
+def is_made(row: Row, work: Path, settings: Settings, healed: bool = False) -> bool:
+    """Whether it lies there, made as the row and the settings say now."""
+    return _has_record(checkpoint_of(row, work, healed), _record(row, settings, healed))
+
+
 def make(row: Row, work: Path, settings: Settings) -> None:
     """Make the checkpoint of a row, in bfloat16."""
-    with _whole_folder(checkpoint_of(row, work)) as folder:
+    with _whole_folder(checkpoint_of(row, work), _record(row, settings)) as folder:
         base = base_model(row.base, work, settings)
         tokenizer = AutoTokenizer.from_pretrained(base)
         model = _MAKERS[row.make](row, base, work, settings)
@@ -56,7 +62,7 @@ def heal(row: Row, work: Path, settings: Settings) -> None:
     from peft import LoraConfig, get_peft_model
 
     made = checkpoint_of(row, work)
-    with _whole_folder(checkpoint_of(row, work, healed=True)) as folder:
+    with _whole_folder(checkpoint_of(row, work, healed=True), _record(row, settings, healed=True)) as folder:
         storage = row.options.get("storage", "plain")
         tokenizer = AutoTokenizer.from_pretrained(made)
         model: Any = AutoModelForCausalLM.from_pretrained(made, dtype=torch.bfloat16)
@@ -88,8 +94,9 @@ def base_model(base: str, work: Path, settings: Settings) -> str:
     if base == SHIPPED:
         return settings.model
     folder = work / "off-the-grid"
-    if not folder.exists():
-        with _whole_folder(folder) as new:
+    record = _record(row_named(f"dense bf16, {base}"), settings)
+    if not _has_record(folder, record):
+        with _whole_folder(folder, record) as new:
             model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(settings.model)
             train(model, tokenizer, settings, settings.off_grid_steps, settings.off_grid_rate)
@@ -139,7 +146,10 @@ def _compress(row: Row, base: str, work: Path, settings: Settings, plan: Plan | 
     if "inner" in options:
         # Rounding by GPTQ is content with fewer windows than prices of ranks.
         options["inner"] = {**options["inner"], "dataset": list(windows.input_ids[: settings.rounding_windows])}
-    given = settings.statistics if row.base == SHIPPED else None
+    if row.base == SHIPPED:
+        statistics = settings.statistics or str(work / "statistics")
+    else:
+        statistics = str(Path(base) / "statistics")
     config = DobiSVDConfig(
         **options,
         method="global",
@@ -147,7 +157,7 @@ def _compress(row: Row, base: str, work: Path, settings: Settings, plan: Plan | 
         nsamples=settings.nsamples,
         seqlen=settings.seqlen,
         seed=settings.seed,
-        statistics=given or str(work / f"statistics-{row.base.replace(' ', '-')}"),
+        statistics=statistics,
     )
     quantizer = DobiSVDQuantizer(config)
     return quantizer.quantize_model(model, tokenizer, windows=windows)
@@ -194,12 +204,25 @@ def calibration_windows(tokenizer: Any, settings: Settings) -> CalibrationWindow
     )
 
 
+_RECORD = "frontier.json"
+
+
+def _record(row: Row, settings: Settings, healed: bool = False) -> dict[str, Any]:
+    return {"recipe": row.recipe, "settings": settings.making(healed)}
+
+
+def _has_record(folder: Path, record: dict[str, Any]) -> bool:
+    path = folder / _RECORD
+    return path.exists() and json.loads(path.read_text(encoding="utf-8")) == record
+
+
 @contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """Write beside the folder and move it there when it is whole."""
+def _whole_folder(folder: Path, record: dict[str, Any]) -> Iterator[Path]:
+    """Write beside the folder and move it there when it is whole; what it was made with is written in it."""
     scratch = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     yield scratch
+    (scratch / _RECORD).write_text(json.dumps(record), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)

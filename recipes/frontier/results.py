@@ -8,6 +8,7 @@ from typing import Any
 
 from optimum_dobisvd.storage.atomic import write_text_atomically
 
+from .rows import Row
 from .settings import Settings
 
 
@@ -29,16 +30,24 @@ class Results:
         lines = [json.loads(line) for line in whole.splitlines()]
         self.lines = [line for line in lines if line["settings"] == self._settings]
 
-    def found(self, row: str, healed: bool, step: str) -> dict[str, Any] | None:
-        """The last figures of a step, None if it was not done."""
+    def found(self, row: Row, healed: bool, step: str) -> dict[str, Any] | None:
+        """The last figures of a step, None if it was not done with the row as it is now."""
+        wanted = (row.name, row.recipe, healed, step)
         for line in reversed(self.lines):
-            if (line["row"], line["healed"], line["step"]) == (row, healed, step):
+            if (line["row"], line["recipe"], line["healed"], line["step"]) == wanted:
                 return dict(line["found"])
         return None
 
-    def add(self, row: str, healed: bool, step: str, found: dict[str, Any]) -> None:
+    def add(self, row: Row, healed: bool, step: str, found: dict[str, Any]) -> None:
         """Append figures, to the file as well."""
-        line = {"row": row, "healed": healed, "step": step, "found": found, "settings": self._settings}
+        line = {
+            "row": row.name,
+            "healed": healed,
+            "step": step,
+            "found": found,
+            "recipe": row.recipe,
+            "settings": self._settings,
+        }
         self.lines.append(line)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._path, "a", encoding="utf-8") as file:

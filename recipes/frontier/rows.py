@@ -36,6 +36,13 @@ class Row:
         """Its folder."""
         return "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in self.name.lower())
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """How it is made, as JSON values: figures and checkpoints of another recipe are not its own."""
+        below = self.options.get("on")
+        own = {"make": self.make, "options": self.options, "base": self.base}
+        return own if below is None else {**own, "below": row_named(below).recipe}
+
 
 def gptq(bits: int) -> dict[str, Any]:
     """The options of GPTQ, the same in every row."""
@@ -44,6 +51,8 @@ def gptq(bits: int) -> dict[str, Any]:
         "bits": bits,
         "group_size": 32,
         "sym": False,
+        "desc_act": True,
+        "act_group_aware": False,
         "damp_percent": 0.01,
         "true_sequential": False,
     }

@@ -9,6 +9,8 @@ from typing import Any
 TASKS = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "mathqa", "boolq")
 
 _WHERE = ("work", "data_dir", "statistics")  # places, which change no figure
+_JUDGING = ("eval_dataset", "eval_windows", "limit")
+_HEALING = ("heal_steps", "lora_rank", "lora_rate")
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,8 @@ class Settings:
         values = {key: value for key, value in asdict(self).items() if key not in _WHERE}
         named = {key: Path(values[key]).name for key in ("model", "dataset")}
         return {**values, **named, "eval_dataset": [Path(name).name for name in self.eval_dataset]}
+
+    def making(self, healed: bool) -> dict[str, Any]:
+        """Of these, what decides a checkpoint."""
+        others = _JUDGING if healed else (*_JUDGING, *_HEALING)
+        return {key: value for key, value in self.deciding().items() if key not in others}

@@ -117,7 +117,7 @@ def _short(row: Row) -> str:
 
 
 def _figure(results: Results, row: Row, healed: bool, key: Sequence[str]) -> float | None:
-    found: Any = results.found(row.name, healed, key[0])
+    found: Any = results.found(row, healed, key[0])
     for part in key[1:]:
         found = None if found is None else found[part]
     # Times of different rows were taken at different hours; each is comparable with the dense one beside it.
@@ -132,9 +132,9 @@ def _cells(results: Results, row: Row, healed: bool, texts: list[str]) -> list[s
     for text in texts:
         figure = _figure(results, row, healed, ("perplexity", text))
         cells.append(_NOT_DONE if figure is None else f"{figure:.4g}")
-    mean: Any = (results.found(row.name, healed, "accuracy") or {}).get("mean")
+    mean: Any = (results.found(row, healed, "accuracy") or {}).get("mean")
     cells.append(_NOT_DONE if mean is None else f"{mean['value']:.3f} ± {mean['stderr']:.3f}")
-    speed = results.found(row.name, healed, "speed")
+    speed = results.found(row, healed, "speed")
     for phase in ("prefill", "decode"):
         cells.append(
             _NOT_DONE
