@@ -53,41 +53,48 @@ def draw(results: Results, settings: Settings, path: Path) -> None:
     panels = [panel for panel in wanted if any(line["step"] == panel[1][0] for line in results.lines)]
     size = (7 * max(len(panels), 1), 7)
     figure, axes = pyplot.subplots(1, max(len(panels), 1), figsize=size, constrained_layout=True, squeeze=False)
-    for axis, (title, value) in zip(axes[0], panels, strict=False):
-        _panel(axis, results, title, value)
+    labels = [_panel(axis, results, title, value) for axis, (title, value) in zip(axes[0], panels, strict=False)]
     families = dict.fromkeys(row.family for row in ROWS)
     handles = [pyplot.Line2D([], [], marker="o", linestyle="", color=_COLOURS[family]) for family in families]
     figure.legend(handles, list(families), loc="outside lower center", ncols=len(handles))
     figure.suptitle("hollow: as compressed; filled: healed; squares: made from the model off its 4-bit grid")
+    figure.draw_without_rendering()  # only now do points have places on the page
+    for axis, named in zip(axes[0], labels, strict=False):
+        _label(axis, named)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
 _DECODE = ("speed", "decode", "speedup")
+_HIGHEST = 6
+"""Times the lowest of a measure: what is worse is drawn there as an arrow, so that the others keep apart."""
 
 
-def _panel(axis: Any, results: Results, title: str, value: Sequence[str]) -> None:
-    """One measure against bytes, both logarithmic, with the border of what no other row beats."""
+def _panel(axis: Any, results: Results, title: str, value: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
+    """One measure against bytes, both logarithmic, with the border of what no other row beats.
+
+    Returns the points of every row, the one to be labelled first.
+    """
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+    found = [(row, _points(results, row, value)) for row in ROWS]
+    highest = _HIGHEST * min((figure for _, pair in found for _, figure, _ in pair), default=1)
     points: list[tuple[float, float]] = []
-    for number, row in enumerate(ROWS):
+    named: dict[str, list[tuple[float, float]]] = {}
+    for row, measured in found:
         pair = []
-        for healed in (False, True):
-            size, figure = (_figure(results, row, healed, key) for key in (("sizes", "disk"), value))
-            if size is None or figure is None:
-                continue
-            pair.append((size / 1e6, figure))
+        for size, figure, healed in measured:
+            pair.append((size, min(figure, highest)))
             axis.plot(
                 *pair[-1],
-                marker="s" if row.base == OFF_GRID else "o",
+                marker="^" if figure > highest else "s" if row.base == OFF_GRID else "o",
                 color=_COLOURS[row.family],
                 fillstyle="full" if healed else "none",
                 linestyle="",
             )
         if pair:
-            below = -9 if number % 2 else 4  # neighbours in the list are often neighbours in the picture
-            axis.annotate(_short(row), pair[0], fontsize=7, xytext=(4, below), textcoords="offset points")
+            beyond = [f"{figure:.4g}" for _, figure, _ in measured if figure > highest]
+            named[f"{_short(row)} ({', '.join(beyond)})" if beyond else _short(row)] = pair
             axis.plot(*zip(*pair, strict=True), color=_COLOURS[row.family], linewidth=0.6)
         if row.base != OFF_GRID:
             points += pair
@@ -101,6 +108,47 @@ def _panel(axis: Any, results: Results, title: str, value: Sequence[str]) -> Non
         each.set_minor_formatter(NullFormatter())
     axis.margins(x=0.15)
     axis.grid(which="major", linewidth=0.2)
+    return named
+
+
+def _points(results: Results, row: Row, value: Sequence[str]) -> list[tuple[float, float, bool]]:
+    """MB on disk, the measure, and whether healed; as far as they were taken."""
+    found = []
+    for healed in (False, True):
+        size, figure = (_figure(results, row, healed, key) for key in (("sizes", "disk"), value))
+        if size is not None and figure is not None:
+            found.append((size / 1e6, figure, healed))
+    return found
+
+
+def _label(axis: Any, named: dict[str, list[tuple[float, float]]]) -> None:
+    """Write every name beside its point, where it covers other names and points least."""
+    # In points of the page: a letter of size 7 is about 3.9 wide, a mark 7.
+    scale = 72 / axis.figure.dpi
+    places = {name: axis.transData.transform(points) * scale for name, points in named.items()}
+    frame: _Box = tuple(value * scale for value in axis.bbox.extents)
+    taken = [(x - 3.5, y - 3.5, x + 3.5, y + 3.5) for points in places.values() for x, y in points]
+    for name, points in places.items():
+        width, (x, y) = 3.9 * len(name), points[0]
+        offsets = [(right, up) for up in (-2, 5, -10, 12, -17, 19, -24) for right in (6, -6 - width, -width / 2)]
+        boxes = [(x + right, y + up, x + right + width, y + up + 7) for right, up in offsets]
+        crowding = [
+            sum(_shared(box, other) for other in taken) + width * 7 - _shared(box, frame) + 0.2 * number
+            for number, box in enumerate(boxes)
+        ]
+        best = crowding.index(min(crowding))
+        taken.append(boxes[best])
+        axis.annotate(name, named[name][0], fontsize=7, xytext=offsets[best], textcoords="offset points")
+
+
+_Box = tuple[float, float, float, float]
+
+
+def _shared(one: _Box, other: _Box) -> float:
+    """The area that two boxes share."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(width, 0) * max(height, 0)
 
 
 def _border(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
