@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_dobisvd.factorization.factors import Factors
-from optimum_dobisvd.factorization.feedback import round_with_feedback
+from optimum_dobisvd.factorization.feedback import fitted_scales, round_with_feedback
 
 CODE = torch.linspace(-1, 1, 15, dtype=torch.float64)
 
@@ -45,6 +45,28 @@ def test_outputs_are_closer_than_with_the_nearest_values_where_inputs_are_correl
     assert lost(rounded - weight, gram) < 0.7 * lost(nearest(weight, scales) - weight, gram)
 
 
+@given(m=st.integers(1, 9), groups=st.integers(1, 9), size=st.sampled_from([2, 8]), seed=st.integers(0, 99))
+def test_fitted_scales_lose_no_more_than_those_of_the_largest_values(
+    m: int, groups: int, size: int, seed: int
+) -> None:
+    weight, _ = problem(m, groups * size, seed)
+    variances = torch.rand(groups * size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    gram = torch.diag(variances.square())
+    scales = weight.view(m, groups, size).abs().amax(-1)
+    fitted = fitted_scales(weight, gram, CODE, scales, damping=0.0)
+    before = lost(nearest(weight, scales) - weight, gram)
+    assert lost(round_with_feedback(weight, gram, CODE, fitted, damping=0.0)[1] - weight, gram) <= before * (1 + 1e-9)
+
+
+def test_an_unimportant_large_value_does_not_stretch_the_code_for_its_neighbours() -> None:
+    code = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
+    weight = torch.tensor([[0.61, -0.58, 0.62, 1.0]], dtype=torch.float64)
+    gram = torch.diag(torch.tensor([1.0, 1.0, 1.0, 1e-6], dtype=torch.float64))
+    fitted = fitted_scales(weight, gram, code, torch.ones(1, 1, dtype=torch.float64))
+    assert float(fitted) == pytest.approx(0.6, abs=0.01)
+    assert torch.allclose(round_with_feedback(weight, gram, code, fitted)[1] / fitted, weight.sign())
+
+
 def test_uncorrelated_inputs_get_the_nearest_values() -> None:
     weight, _ = problem(8, 32, 0)
     scales = weight.view(8, 2, 16).abs().amax(-1)
@@ -58,7 +80,7 @@ def test_dead_inputs_and_zero_rows_do_no_harm() -> None:
     weight[3] = 0
     scales = weight.view(8, 2, 16).abs().amax(-1)
     for each in (gram, torch.zeros_like(gram)):
-        rounded = round_with_feedback(weight, each, CODE, scales)[1]
+        rounded = round_with_feedback(weight, each, CODE, fitted_scales(weight, each, CODE, scales))[1]
         assert bool(torch.isfinite(rounded).all())
         assert float(rounded[3].abs().max()) < 1e-12
 

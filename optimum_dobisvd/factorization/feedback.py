@@ -7,6 +7,39 @@ from torch import Tensor
 
 _BLOCK = 128
 """Columns whose errors are passed on to all later ones in one product."""
+_FRACTIONS = tuple(0.6 + 0.025 * step for step in range(21))
+"""Scales that are tried, over those given. Some are larger, since what is passed on makes later values larger."""
+
+
+def fitted_scales(weight: Tensor, gram: Tensor, code: Tensor, scales: Tensor, damping: float = 0.01) -> Tensor:
+    """Scales with which rounding to a code loses less than with those of the largest values.
+
+    Of an input's error only that part counts which no input rounded after it makes up for, so that a large value of an
+    input that others stand in for need not stretch the code for its neighbours.
+
+    Args:
+        weight, gram, code, scales, damping: as for `round_with_feedback`.
+
+    Returns:
+        One for each given (float64): the best of 21 fractions of it.
+    """
+    m, n = weight.shape
+    order, upper = _order_and_root(gram, damping)
+    left_over = torch.empty(n, dtype=torch.float64, device=weight.device)
+    left_over[order] = 1 / upper.diagonal().square()
+    grouped, left_over = weight.double().view(m, scales.shape[1], -1), left_over.view(1, scales.shape[1], -1)
+    code = code.double()
+    middles = (code[1:] + code[:-1]) / 2
+    best = torch.full(scales.shape, torch.inf, dtype=torch.float64, device=weight.device)
+    found = scales.double()
+    for fraction in _FRACTIONS:
+        tried = fraction * scales.double()
+        steps = torch.where(tried > 0, tried, 1)[..., None]
+        error = grouped - code[torch.bucketize((grouped / steps).contiguous(), middles)] * steps
+        lost = (error.square() * left_over).sum(-1)
+        found = torch.where(lost < best, tried, found)
+        best = torch.minimum(lost, best)
+    return found
 
 
 def round_with_feedback(
@@ -29,8 +62,7 @@ def round_with_feedback(
         Which value of the code each weight became (int64, m x n), and the matrix they stand for (float64).
     """
     m, n = weight.shape
-    order = gram.diagonal().argsort(descending=True, stable=True)
-    upper = _upper_root_of_inverse(gram[order][:, order].double(), damping)
+    order, upper = _order_and_root(gram, damping)
     left = weight[:, order].double().clone()
     steps = scales.double().repeat_interleave(n // scales.shape[1], dim=1)[:, order]
     steps = torch.where(steps > 0, steps, 1)
@@ -49,6 +81,12 @@ def round_with_feedback(
         left[:, end:] -= errors @ upper[begin:end, end:]
     back = order.argsort()
     return chosen[:, back], (code[chosen] * steps)[:, back]
+
+
+def _order_and_root(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """In which order inputs are rounded, and the root that says how each makes up for those before it."""
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    return order, _upper_root_of_inverse(gram[order][:, order].double(), damping)
 
 
 def _upper_root_of_inverse(gram: Tensor, damping: float) -> Tensor:

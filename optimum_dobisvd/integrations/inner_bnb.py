@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig
 from transformers.integrations import replace_with_bnb_linear
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from ..factorization.feedback import round_with_feedback
+from ..factorization.feedback import fitted_scales, round_with_feedback
 from ..nn.compressed_linear import CompressedLinear
 from .bnb_linear import is_bnb_form, keep_as_saved, require_bitsandbytes
 
@@ -18,8 +18,9 @@ from .bnb_linear import is_bnb_form, keep_as_saved, require_bitsandbytes
 class BnbRounder:
     """Puts bitsandbytes' 4-bit linears in the place of plain ones, their values rounded with error feedback.
 
-    bitsandbytes rounds every value on its own. Its scales are kept here, and its code; which value of the code a
-    weight becomes is chosen by `round_with_feedback`. The tensors are bitsandbytes' own in every respect.
+    bitsandbytes takes the largest value of a block for its scale and rounds every value on its own. Here scales are
+    those of `fitted_scales`, and which value of its code a weight becomes is chosen by `round_with_feedback`. The
+    tensors are bitsandbytes' own in every respect.
 
     Args:
         inner: a `BitsAndBytesConfig` of 4 bits.
@@ -36,20 +37,37 @@ class BnbRounder:
 
     def round(self, linear: Any, gram: Tensor, storage: str) -> tuple[nn.Module, Tensor]:
         """The quantised linear, and the matrix it stands for, `m x n`."""
-        from bitsandbytes.functional import dequantize_blockwise
-
         new = quantized_alike(linear, self._inner, self._operation)
         state = new.weight.quant_state
-        scales = state.absmax
-        if state.nested:
-            scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
         matrix = linear.weight.detach()
         code, ascending = state.code.double().sort()
-        chosen, rounded = round_with_feedback(matrix, gram, code, scales.view(len(matrix), -1).to(matrix.device))
+        fitted = fitted_scales(matrix, gram, code, _scales(state).view(len(matrix), -1).to(matrix.device))
+        _set_scales(state, fitted.flatten().to(state.code))
+        chosen, rounded = round_with_feedback(matrix, gram, code, _scales(state).view_as(fitted).to(matrix.device))
         values = ascending[chosen].to(torch.uint8).view(-1, 2)
         # Two to a byte, the first one in the upper half.
         new.weight.data = (values[:, 0] << 4 | values[:, 1]).view_as(new.weight.data)
         return new, rounded
+
+
+def _scales(state: Any) -> Tensor:
+    """One for every block, float32."""
+    if not state.nested:
+        return cast(Tensor, state.absmax)
+    from bitsandbytes.functional import dequantize_blockwise
+
+    return cast(Tensor, dequantize_blockwise(state.absmax, state.state2) + state.offset)
+
+
+def _set_scales(state: Any, scales: Tensor) -> None:
+    """As bitsandbytes stores them, which for double quantisation is as near as 8 bits come."""
+    if not state.nested:
+        state.absmax = scales
+        return
+    from bitsandbytes.functional import quantize_blockwise
+
+    state.offset = scales.mean()
+    state.absmax, state.state2 = quantize_blockwise(scales - state.offset, blocksize=state.state2.blocksize)
 
 
 def quantize_bnb(model: nn.Module, inner: BitsAndBytesConfig) -> None:
