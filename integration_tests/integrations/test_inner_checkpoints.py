@@ -328,3 +328,33 @@ def test_dequantizing_gives_a_dense_model_of_the_same_function(tmp_path):
     assert torch.allclose(logits(dense), expected, atol=1e-4)
     dense.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(dense))
+
+
+@needs_bnb
+@pytest.mark.parametrize("key", ["nf4", "nf4_dq", "fp4"])
+def test_scales_that_bitsandbytes_is_given_are_the_fitted_ones(key):
+    """They lose clearly less than its own, and its tensors stand for the matrix that was returned."""
+    from optimum_dobisvd.factorization.feedback import round_with_feedback
+    from optimum_dobisvd.integrations.inner_bnb import BnbRounder, quantized_alike
+
+    rounder = BnbRounder(INNER[key]())
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(128, 96, bias=False)
+    linear.weight.data = torch.randn(96, 128, generator=generator)
+    inputs = (
+        torch.randn(500, 128, generator=generator)
+        * torch.logspace(-1.5, 0.5, 128)[torch.randperm(128, generator=generator)]
+    )
+    gram = (inputs.T @ inputs).double()
+    new, matrix = rounder.round(linear, gram, key)
+    plain = INNER["nf4" if key == "nf4_dq" else key]()
+    state = quantized_alike(linear, plain, BnbRounder(plain)._operation).weight.quant_state
+    own = round_with_feedback(linear.weight.data, gram, state.code.double().sort()[0], state.absmax.view(96, -1))[1]
+
+    def lost(stands_for):
+        error = stands_for.double() - linear.weight.data.double()
+        return float(((error @ gram) * error).sum())
+
+    assert lost(matrix) < 0.95 * lost(own)
+    with torch.no_grad():
+        assert torch.allclose(new(torch.eye(128)).T.double(), matrix, atol=1e-5)
