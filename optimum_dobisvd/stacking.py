@@ -130,7 +130,7 @@ def quantize_shells(
     from .integrations.inner_bnb import BnbRounder, quantize_bnb
 
     if runner is not None and inner.load_in_4bit:
-        quantize_in_turn(model, runner, BnbRounder(inner), sequential=True)
+        quantize_in_turn(model, runner, BnbRounder(inner), sequential=False)
     else:
         quantize_bnb(model, inner)
     mark_loaded(model, inner)

@@ -43,12 +43,12 @@ class _Accumulator:
         self.abs_sum = torch.zeros(size, dtype=torch.float64, device=device)
         self.gram = torch.zeros(size, size, dtype=torch.float64, device=device)
 
-    def add(self, x: Tensor) -> None:
-        """`x` is `tokens x n`."""
+    def add(self, x: Tensor, weights: Tensor | None) -> None:
+        """`x` is `tokens x n`; `weights` says how many tokens each one counts as in the Gram."""
         x = x if x.dtype == torch.float64 else x.float()
         self.tokens += len(x)
         self.abs_sum += x.abs().sum(0)
-        self.gram += x.T @ x
+        self.gram += x.T @ (x if weights is None else weights[:, None].to(x) * x)
 
     def result(self, name: str) -> InputStatistics:
         if self.tokens == 0:
@@ -74,6 +74,8 @@ class InputCollector:
         linears_of: block name -> its linears by full name.
         finished: called with block name and `BlockStatistics`.
         wanted: block name -> whether it is still to be collected.
+        weights_of: a batch's token mask -> how many tokens each one counts as in the Grams (`batch x seqlen`);
+            without it, each as one.
     """
 
     def __init__(
@@ -81,10 +83,12 @@ class InputCollector:
         linears_of: Callable[[str], dict[str, nn.Module]],
         finished: Callable[[str, BlockStatistics], None],
         wanted: Callable[[str], bool],
+        weights_of: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._linears_of = linears_of
         self._finished = finished
         self._wanted = wanted
+        self._weights_of = weights_of
         self._open: dict[str, _OpenBlock] = {}
 
     def wants(self, name: str) -> bool:
@@ -94,8 +98,9 @@ class InputCollector:
         self._open[name] = _OpenBlock(self._linears_of(name))
 
     def start_batch(self, mask: Tensor) -> None:
+        weights = None if self._weights_of is None else self._weights_of(mask)
         for block in self._open.values():
-            block.start_batch(mask)
+            block.start_batch(mask, weights)
 
     def leave(self, name: str, block: nn.Module) -> None:
         opened = self._open.pop(name)
@@ -114,6 +119,7 @@ class _OpenBlock:
     def __init__(self, linears: dict[str, nn.Module]) -> None:
         self._linears = linears
         self._mask: Tensor | None = None
+        self._weights: Tensor | None = None
         self._leader: dict[str, str] = {}
         self._sums: dict[str, _Accumulator] = {}
         self._current: dict[str, Tensor] = {}  # leader -> its input in the forward pass under way
@@ -122,8 +128,10 @@ class _OpenBlock:
             for name, module in linears.items()
         ]
 
-    def start_batch(self, mask: Tensor) -> None:
-        self._mask = mask
+    def start_batch(self, mask: Tensor, weights: Tensor | None) -> None:
+        self._mask, self._weights = mask, None
+        if weights is not None:
+            self._weights = weights[mask]
         self._current = {}
 
     def _observe(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> None:
@@ -138,7 +146,10 @@ class _OpenBlock:
         self._current[name] = x
         if name not in self._sums:
             self._sums[name] = _Accumulator(weight_matrix(module).shape[1], x.device)
-        self._sums[name].add(token_rows(name, x.detach(), self._mask))
+        rows = token_rows(name, x.detach(), self._mask)
+        # Linears that are given some of the tokens only (experts) do not say which.
+        weighted = self._weights is not None and len(self._weights) == len(rows)
+        self._sums[name].add(rows, self._weights if weighted else None)
 
     def detach(self) -> None:
         for handle in self._handles:
