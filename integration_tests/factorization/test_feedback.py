@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_dobisvd.factorization.factors import Factors
-from optimum_dobisvd.factorization.feedback import fitted_scales, round_with_feedback
+from optimum_dobisvd.factorization.feedback import ErrorFeedback
 
 CODE = torch.linspace(-1, 1, 15, dtype=torch.float64)
 
@@ -33,7 +33,7 @@ def lost(error, gram):
 def test_every_value_is_of_the_code_in_units_of_its_scale(m: int, groups: int, size: int, seed: int) -> None:
     weight, gram = problem(m, groups * size, seed)
     scales = weight.view(m, groups, size).abs().amax(-1)
-    chosen, rounded = round_with_feedback(weight, gram, CODE, scales)
+    chosen, rounded = ErrorFeedback(gram).round(weight, CODE, scales)
     assert torch.allclose(rounded, CODE[chosen] * scales.repeat_interleave(size, dim=1))
 
 
@@ -41,7 +41,7 @@ def test_every_value_is_of_the_code_in_units_of_its_scale(m: int, groups: int, s
 def test_outputs_are_closer_than_with_the_nearest_values_where_inputs_are_correlated(seed: int) -> None:
     weight, gram = problem(24, 160, seed)  # more columns than one block of the algorithm
     scales = weight.view(24, 10, 16).abs().amax(-1)
-    _, rounded = round_with_feedback(weight, gram, CODE, scales)
+    _, rounded = ErrorFeedback(gram).round(weight, CODE, scales)
     assert lost(rounded - weight, gram) < 0.7 * lost(nearest(weight, scales) - weight, gram)
 
 
@@ -53,25 +53,27 @@ def test_fitted_scales_lose_no_more_than_those_of_the_largest_values(
     variances = torch.rand(groups * size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     gram = torch.diag(variances.square())
     scales = weight.view(m, groups, size).abs().amax(-1)
-    fitted = fitted_scales(weight, gram, CODE, scales, damping=0.0)
+    feedback = ErrorFeedback(gram, damping=0.0)
+    fitted = feedback.fitted_scales(weight, CODE, scales)
     before = lost(nearest(weight, scales) - weight, gram)
-    assert lost(round_with_feedback(weight, gram, CODE, fitted, damping=0.0)[1] - weight, gram) <= before * (1 + 1e-9)
+    assert lost(feedback.round(weight, CODE, fitted)[1] - weight, gram) <= before * (1 + 1e-9)
 
 
 def test_an_unimportant_large_value_does_not_stretch_the_code_for_its_neighbours() -> None:
     code = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
     weight = torch.tensor([[0.61, -0.58, 0.62, 1.0]], dtype=torch.float64)
     gram = torch.diag(torch.tensor([1.0, 1.0, 1.0, 1e-6], dtype=torch.float64))
-    fitted = fitted_scales(weight, gram, code, torch.ones(1, 1, dtype=torch.float64))
+    feedback = ErrorFeedback(gram)
+    fitted = feedback.fitted_scales(weight, code, torch.ones(1, 1, dtype=torch.float64))
     assert float(fitted) == pytest.approx(0.6, abs=0.01)
-    assert torch.allclose(round_with_feedback(weight, gram, code, fitted)[1] / fitted, weight.sign())
+    assert torch.allclose(feedback.round(weight, code, fitted)[1] / fitted, weight.sign())
 
 
 def test_uncorrelated_inputs_get_the_nearest_values() -> None:
     weight, _ = problem(8, 32, 0)
     scales = weight.view(8, 2, 16).abs().amax(-1)
     gram = torch.diag(torch.rand(32, dtype=torch.float64) + 0.1)
-    assert torch.allclose(round_with_feedback(weight, gram, CODE, scales)[1], nearest(weight, scales))
+    assert torch.allclose(ErrorFeedback(gram).round(weight, CODE, scales)[1], nearest(weight, scales))
 
 
 def test_dead_inputs_and_zero_rows_do_no_harm() -> None:
@@ -80,7 +82,8 @@ def test_dead_inputs_and_zero_rows_do_no_harm() -> None:
     weight[3] = 0
     scales = weight.view(8, 2, 16).abs().amax(-1)
     for each in (gram, torch.zeros_like(gram)):
-        rounded = round_with_feedback(weight, each, CODE, fitted_scales(weight, each, CODE, scales))[1]
+        feedback = ErrorFeedback(each)
+        rounded = feedback.round(weight, CODE, feedback.fitted_scales(weight, CODE, scales))[1]
         assert bool(torch.isfinite(rounded).all())
         assert float(rounded[3].abs().max()) < 1e-12
 

@@ -334,7 +334,7 @@ def test_dequantizing_gives_a_dense_model_of_the_same_function(tmp_path):
 @pytest.mark.parametrize("key", ["nf4", "nf4_dq", "fp4"])
 def test_scales_that_bitsandbytes_is_given_are_the_fitted_ones(key):
     """They lose clearly less than its own, and its tensors stand for the matrix that was returned."""
-    from optimum_dobisvd.factorization.feedback import round_with_feedback
+    from optimum_dobisvd.factorization.feedback import ErrorFeedback
     from optimum_dobisvd.integrations.inner_bnb import BnbRounder, quantized_alike
 
     rounder = BnbRounder(INNER[key]())
@@ -349,7 +349,7 @@ def test_scales_that_bitsandbytes_is_given_are_the_fitted_ones(key):
     new, matrix = rounder.round(linear, gram, key)
     plain = INNER["nf4" if key == "nf4_dq" else key]()
     state = quantized_alike(linear, plain, BnbRounder(plain)._operation).weight.quant_state
-    own = round_with_feedback(linear.weight.data, gram, state.code.double().sort()[0], state.absmax.view(96, -1))[1]
+    own = ErrorFeedback(gram).round(linear.weight.data, state.code.double().sort()[0], state.absmax.view(96, -1))[1]
 
     def lost(stands_for):
         error = stands_for.double() - linear.weight.data.double()

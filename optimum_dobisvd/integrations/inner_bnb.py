@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig
 from transformers.integrations import replace_with_bnb_linear
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from ..factorization.feedback import fitted_scales, round_with_feedback
+from ..factorization.feedback import ErrorFeedback
 from ..nn.compressed_linear import CompressedLinear
 from .bnb_linear import is_bnb_form, keep_as_saved, require_bitsandbytes
 
@@ -19,8 +19,8 @@ class BnbRounder:
     """Puts bitsandbytes' 4-bit linears in the place of plain ones, their values rounded with error feedback.
 
     bitsandbytes takes the largest value of a block for its scale and rounds every value on its own. Here scales are
-    those of `fitted_scales`, and which value of its code a weight becomes is chosen by `round_with_feedback`. The
-    tensors are bitsandbytes' own in every respect.
+    fitted, and `ErrorFeedback` chooses which value of its code a weight becomes. The tensors are bitsandbytes' own in
+    every respect.
 
     Args:
         inner: a `BitsAndBytesConfig` of 4 bits.
@@ -41,9 +41,10 @@ class BnbRounder:
         state = new.weight.quant_state
         matrix = linear.weight.detach()
         code, ascending = state.code.double().sort()
-        fitted = fitted_scales(matrix, gram, code, _scales(state).view(len(matrix), -1).to(matrix.device))
+        feedback = ErrorFeedback(gram)
+        fitted = feedback.fitted_scales(matrix, code, _scales(state).view(len(matrix), -1).to(matrix.device))
         _set_scales(state, fitted.flatten().to(state.code))
-        chosen, rounded = round_with_feedback(matrix, gram, code, _scales(state).view_as(fitted).to(matrix.device))
+        chosen, rounded = feedback.round(matrix, code, _scales(state).view_as(fitted).to(matrix.device))
         values = ascending[chosen].to(torch.uint8).view(-1, 2)
         # Two to a byte, the first one in the upper half.
         new.weight.data = (values[:, 0] << 4 | values[:, 1]).view_as(new.weight.data)
