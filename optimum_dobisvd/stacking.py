@@ -132,6 +132,11 @@ def quantize_shells(
     if runner is not None and inner.load_in_4bit:
         quantize_in_turn(model, runner, BnbRounder(inner), sequential=False)
     else:
+        if inner.load_in_4bit:
+            logger.warning(
+                "there is no calibration text, so each value is rounded to 4 bits on its own, which loses much "
+                "more: name some with dataset= of the DobiSVDConfig (on the command line --dataset)"
+            )
         quantize_bnb(model, inner)
     mark_loaded(model, inner)
 

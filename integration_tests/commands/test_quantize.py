@@ -51,6 +51,22 @@ def test_a_saved_checkpoint_is_quantised_offline(wide: Path, capfd: Any) -> None
     assert "is quantised already (nf4)" in capfd.readouterr().err
 
 
+@needs_gptq
+@needs_bnb
+def test_a_checkpoint_that_names_no_text_is_told_what_is_missing(wide: Path, capfd: Any, caplog: Any) -> None:
+    assert dobisvd(*COMPRESS, "--method", "output_pca", "--ratio", "0.8", "low") == 0
+    (wide / "low" / "dobisvd_recipe.yaml").unlink()
+    capfd.readouterr()
+    assert dobisvd("quantize", "low", "--inner", "gptq4_g32") == 1
+    assert "low does not say what it was calibrated on: name some with --dataset" in capfd.readouterr().err
+    assert not Path("low-gptq4_g32").exists()
+    assert dobisvd("quantize", "low", "--inner", "nf4") == 0
+    assert "each value is rounded to 4 bits on its own" in caplog.text
+    caplog.clear()
+    assert dobisvd("quantize", "low", "--inner", "nf4", "--overwrite", "--dataset", "text.txt", *DRAW) == 0
+    assert "on its own" not in caplog.text
+
+
 def test_our_own_8_bits_need_no_text_and_no_library(wide: Path) -> None:
     assert dobisvd(*COMPRESS, "--method", "output_pca", "--ratio", "0.8", "low") == 0
     for form, whole in (("int8", {"dense_int8"}), ("remap", set())):

@@ -81,6 +81,11 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     if named is not None and inner is not None and not getattr(inner, "load_in_8bit", False):
         windows = load_windows(calibration_dataset(named), tokenizer, **draw)
     elif isinstance(inner, GPTQConfig):
+        if inner.dataset is None:
+            raise ValueError(
+                f"GPTQ needs calibration text, and {options['model']} does not say what it was calibrated on: name "
+                "some with --dataset"
+            )
         windows = inner_windows(inner, None, None, tokenizer, **draw)
     with staged_output(target) as folder:
         before, after = _quantize_into(folder, inner, windows, tokenizer, options)
