@@ -12,6 +12,8 @@ from optimum_dobisvd.calibration.layout import find_layout
 from optimum_dobisvd.calibration.runner import BlockRunner
 from optimum_dobisvd.in_turn import quantize_in_turn
 from optimum_dobisvd.nn.placement import dense_weight, replace_with
+from optimum_dobisvd.statistics.collect import InputCollector
+from optimum_dobisvd.statistics.store import full_gram
 
 
 class _Keeper:
@@ -56,3 +58,20 @@ def test_the_first_token_of_every_window_counts_as_a_part_of_the_window(side: st
     assert len(keeper.grams) == len(names)
     for name, gram in zip(names, keeper.grams, strict=True):
         assert_gram_close(gram, expected[name], 1e-4)
+
+
+def test_linears_that_are_given_some_of_the_tokens_count_each_as_one() -> None:
+    """A router does not say which tokens it hands on, so their weights are not known."""
+    some, every = nn.Linear(8, 8), nn.Linear(8, 8)
+    found: dict[str, Any] = {}
+    linears = {"some": some, "every": every}
+    collector = InputCollector(lambda _: linears, found.__setitem__, lambda _: True, lambda mask: 5.0 * mask)
+    collector.enter("block", nn.Module())
+    collector.start_batch(torch.ones(2, 6, dtype=torch.bool))
+    x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+    half = x[:, ::2]
+    some(half)
+    every(x)
+    collector.leave("block", nn.Module())
+    for name, rows, times in (("some", half.flatten(0, 1), 1), ("every", x.flatten(0, 1), 5)):
+        assert_gram_close(full_gram(found["block"].inputs[name]), times * (rows.T @ rows).double())

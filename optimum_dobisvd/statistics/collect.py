@@ -129,9 +129,7 @@ class _OpenBlock:
         ]
 
     def start_batch(self, mask: Tensor, weights: Tensor | None) -> None:
-        self._mask, self._weights = mask, None
-        if weights is not None:
-            self._weights = weights[mask]
+        self._mask, self._weights = mask, None if weights is None else weights[mask]
         self._current = {}
 
     def _observe(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> None:
