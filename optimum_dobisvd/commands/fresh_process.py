@@ -6,16 +6,17 @@ Reads a JSON request on standard input, writes `{"text": ..., "class": ...}` as 
 
 import json
 import sys
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 request = json.load(sys.stdin)
 tokenizer = AutoTokenizer.from_pretrained(request["tokenizer"])
-model = AutoModelForCausalLM.from_pretrained(request["model"], device_map=request["device"])
+model: Any = AutoModelForCausalLM.from_pretrained(request["model"], device_map=request["device"])
 inputs = tokenizer(request["prompt"], return_tensors="pt").to(model.device)
 with torch.inference_mode():
-    tokens = model.generate(  # type: ignore[misc]
+    tokens = model.generate(
         **inputs, max_new_tokens=request["max_new_tokens"], do_sample=False, pad_token_id=tokenizer.eos_token_id
     )
 new = tokens[0, inputs["input_ids"].shape[1] :]

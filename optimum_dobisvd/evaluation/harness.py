@@ -20,6 +20,7 @@ def judge(
     limit: int | None = None,
     num_fewshot: int = 0,
     batch_size: int = 1,
+    lm_class: type | None = None,
 ) -> dict[str, Figures]:
     """lm-eval's figures of a model, by task; exactly those of its command `lm_eval --model hf` with these settings.
 
@@ -30,6 +31,7 @@ def judge(
         limit: the first so many examples of each task; None takes all.
         num_fewshot: examples with their answers before each question, in tasks that do not fix it themselves.
         batch_size: sequences per forward pass.
+        lm_class: a subclass of lm-eval's `HFLM` to judge through; None takes `HFLM` itself.
 
     Returns:
         For each task or group its metrics as lm-eval calls them (those of a filter other than `none` with its name:
@@ -41,7 +43,7 @@ def judge(
 
     with quiet_lm_eval():
         found = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            model=(lm_class or HFLM)(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=list(tasks.members.values()),
             task_manager=tasks.manager,
             num_fewshot=num_fewshot,

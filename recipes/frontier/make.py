@@ -58,6 +58,7 @@ def heal(row: Row, work: Path, settings: Settings) -> None:
 
     Where weights are 16-bit it is merged, and costs no byte. Our own 8 bits take no adapter: they
     become 16 for the training and 8 again after it. On GPTQ and bitsandbytes the adapter stays, and its bytes count.
+    Computed in float32: many CPUs multiply nothing shorter fast.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -65,7 +66,7 @@ def heal(row: Row, work: Path, settings: Settings) -> None:
     with _whole_folder(checkpoint_of(row, work, healed=True), _record(row, settings, healed=True)) as folder:
         storage = row.options.get("storage", "plain")
         tokenizer = AutoTokenizer.from_pretrained(made)
-        model: Any = AutoModelForCausalLM.from_pretrained(made, dtype=torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
         if storage in _OWN_EIGHT_BITS:
             model = store_as(model, "plain")
         lora = LoraConfig(
@@ -78,7 +79,7 @@ def heal(row: Row, work: Path, settings: Settings) -> None:
         train(adapted, tokenizer, settings, settings.heal_steps, settings.lora_rate)
         adapted.config.use_cache = True  # Trainer turned it off
         if _can_merge(row):
-            model = adapted.merge_and_unload()
+            model = adapted.merge_and_unload().to(torch.bfloat16)
             model = store_as(model, storage) if storage in _OWN_EIGHT_BITS else model
             model.save_pretrained(folder)
         else:

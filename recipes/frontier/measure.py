@@ -63,10 +63,18 @@ def perplexities(folder: Path, settings: Settings) -> dict[str, Any]:
 
 
 def accuracies(folder: Path, settings: Settings) -> dict[str, Any]:
-    """lm-eval's figures by task and their mean, computed in bfloat16."""
-    model, tokenizer = load(folder, torch.bfloat16), AutoTokenizer.from_pretrained(folder)
-    tasks = load_tasks(TASKS, settings.data_dir)
-    found = judge(model, tokenizer, tasks, limit=settings.limit, num_fewshot=0, batch_size=_BATCH)
+    """lm-eval's figures by task and their mean, computed in float32."""
+    from .shared_contexts import SharedContextLM
+
+    model, tokenizer = load(folder, torch.float32), AutoTokenizer.from_pretrained(folder)
+    found = judge(
+        model,
+        tokenizer,
+        load_tasks(TASKS, settings.data_dir),
+        limit=settings.limit,
+        batch_size=_BATCH,
+        lm_class=SharedContextLM,
+    )
     means = compare_means({task: {"compressed": figures} for task, figures in found.items()})
     return {"tasks": found, "mean": means["compressed"] if means else None}
 
