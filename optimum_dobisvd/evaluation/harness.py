@@ -31,7 +31,7 @@ def judge(
         limit: the first so many examples of each task; None takes all.
         num_fewshot: examples with their answers before each question, in tasks that do not fix it themselves.
         batch_size: sequences per forward pass.
-        lm_class: a subclass of lm-eval's `HFLM` to judge through; None takes `HFLM` itself.
+        lm_class: a subclass of lm-eval's `HFLM` to judge through, figures being its own; None takes `HFLM` itself.
 
     Returns:
         For each task or group its metrics as lm-eval calls them (those of a filter other than `none` with its name:

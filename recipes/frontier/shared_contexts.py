@@ -56,7 +56,7 @@ class SharedContextLM(HFLM):
         return [found[index] for index in range(len(requests))]
 
     def _check(self, requests: Any, judged: dict[int, tuple[float, bool]]) -> None:
-        """A few answers of the first batch, judged by lm-eval's own way."""
+        """A few answers of the first batch, which has the longest questions, judged by lm-eval's own way."""
         some = sorted(judged)[:4]
         for index, (alone, _) in zip(
             some, super()._loglikelihood_tokens([requests[index] for index in some], True), strict=True
