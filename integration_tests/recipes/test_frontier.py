@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from integration_tests.commands.conftest import WORDS
+from integration_tests.evaluation.rows import write_rows
 from integration_tests.integrations.test_inner_checkpoints import needs_bnb
 from integration_tests.tiny_models import tiny
 from recipes.frontier import __main__ as command
 from recipes.frontier import rows as rows_module
 from recipes.frontier.rows import ROWS, row_named
+from recipes.frontier.settings import TASKS
 
 NUMBERS = {"nsamples": 4, "seqlen": 32, "eval-windows": 2, "rounding-windows": 2, "heal-steps": 3, "train-seqlen": 32}
 
@@ -91,6 +93,26 @@ def test_an_adapter_that_cannot_be_merged_stays_and_its_bytes_count(place: Path,
     assert added < found[True, "sizes"]["disk"] - found[False, "sizes"]["disk"] < 1.2 * added
     assert found[True, "perplexity"] != found[False, "perplexity"]
     assert all(found[True, "speed"][phase]["speedup"] > 0 for phase in ("prefill", "decode"))
+
+
+@needs_bnb
+def test_accuracies_are_those_of_one_answer_at_a_time(
+    place: Path, frontier: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model with an adapter beside its 4-bit linears, too."""
+    models = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed")
+    from recipes.frontier import shared_contexts
+
+    write_rows(place)
+    rows = ("--rows", "BnB nf4", "--steps", "accuracy")
+    assert frontier(*rows) == 0
+    together = [line["found"] for line in figures(place) if line["step"] == "accuracy"]
+    (place / "results.jsonl").unlink()
+    monkeypatch.setattr(shared_contexts, "SharedContextLM", models.HFLM)
+    assert frontier(*rows) == 0
+    assert together == [line["found"] for line in figures(place) if line["step"] == "accuracy"]
+    assert len(together) == 2
+    assert all(set(found["tasks"]) == set(TASKS) and found["mean"]["stderr"] > 0 for found in together)
 
 
 def test_a_row_that_fails_is_told_and_the_others_go_on(frontier: Callable[..., int], capfd: Any) -> None:

@@ -66,7 +66,7 @@ def heal(row: Row, work: Path, settings: Settings) -> None:
     with _whole_folder(checkpoint_of(row, work, healed=True), _record(row, settings, healed=True)) as folder:
         storage = row.options.get("storage", "plain")
         tokenizer = AutoTokenizer.from_pretrained(made)
-        model: Any = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
+        model = load_in(made, torch.float32)
         if storage in _OWN_EIGHT_BITS:
             model = store_as(model, "plain")
         lora = LoraConfig(
@@ -88,6 +88,16 @@ def heal(row: Row, work: Path, settings: Settings) -> None:
                     parameter.data = parameter.data.to(torch.bfloat16)  # as the weights beside it
             adapted.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def load_in(folder: str | Path, dtype: torch.dtype) -> Any:
+    """A checkpoint with everything that is not quantised in `dtype`; transformers leaves it as saved beside
+    bitsandbytes' linears, whatever it is asked for."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    for parameter in model.parameters():
+        if parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.to(dtype)
+    return model.eval()
 
 
 def base_model(base: str, work: Path, settings: Settings) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from optimum_dobisvd.calibration.dataset import read_text
 from optimum_dobisvd.evaluation.harness import judge
@@ -18,7 +18,7 @@ from optimum_dobisvd.evaluation.tasks import load_tasks
 from optimum_dobisvd.report.perplexity import perplexity
 from optimum_dobisvd.report.report import resident_bytes
 
-from .make import ADAPTER
+from .make import ADAPTER, load_in
 from .settings import TASKS, Settings
 
 _BATCH = 64  # linears of GPTQ and bitsandbytes unpack their weights in every pass
@@ -29,11 +29,11 @@ _ROUNDS = 5
 def load(folder: Path, dtype: torch.dtype) -> Any:
     """A checkpoint, or an adapter with the checkpoint below it."""
     if not (folder / ADAPTER).exists():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        return load_in(folder, dtype)
     from peft import PeftConfig, PeftModel
 
     below = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(below, dtype=dtype), str(folder))
+    model = PeftModel.from_pretrained(load_in(below, dtype), str(folder))
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(torch.bfloat16)  # as it is stored; PEFT holds it in 32 bits
