@@ -6,6 +6,7 @@ from torch import nn
 
 from integration_tests.statistics.collecting import assert_gram_close, collect, grams_of, inputs_by_linear
 from integration_tests.tiny_models import MODEL_TYPES, tiny, tokens
+from optimum_dobisvd.calibration import temporarily
 from optimum_dobisvd.calibration.layout import find_layout
 
 # Inputs per block, each shared by the linears that are given the same tensor: usually q/k/v, o, gate/up and down.
@@ -89,7 +90,8 @@ def test_padding_leaves_no_trace(model_type: str, side: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_sums_are_not_formed_in_the_models_precision(dtype: torch.dtype) -> None:
+def test_sums_are_not_formed_in_the_models_precision(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(temporarily, "has_bf16_products", lambda: True)  # else blocks would not run in it either
     model = tiny("llama", dtype=dtype)
     layout = find_layout(model)
     ids = tokens(4, 32)

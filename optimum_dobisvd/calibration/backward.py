@@ -8,6 +8,7 @@ memory is the boundaries and one block's activations of one batch.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .loss import NextTokenLoss, require_logits
 from .runner import BlockRunner, BlockVisitor, check_finite
-from .temporarily import evaluating, frozen, on_device, replaced_forward, without_cache
+from .temporarily import evaluating, frozen, in_float32, on_device, replaced_forward, without_cache
 
 
 class BackwardRunner(BlockRunner):
@@ -121,9 +122,12 @@ class BackwardRunner(BlockRunner):
 
     def _back_through(self, name: str, index: int, hidden: Tensor, gradient: Tensor) -> Tensor:
         """The gradient at a block's input from the one at its output, both on the CPU."""
+        block = self._blocks[name]
         leaf = hidden.to(self._compute_device(name)).requires_grad_(True)
-        with torch.enable_grad():
-            output = self._through(name, self._blocks[name], index, leaf)
+        # Around both: the way back reads the weights, too.
+        widened = in_float32(block) if self._in_float32(block, leaf) else contextlib.nullcontext()
+        with torch.enable_grad(), widened:
+            output = self._through(name, block, index, leaf)
             output.backward(gradient.to(output))
         return _gradient_of(leaf).cpu()
 

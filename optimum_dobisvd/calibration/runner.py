@@ -20,7 +20,15 @@ from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
 from .dataset import CalibrationWindows
-from .temporarily import evaluating, is_dispatched, on_device, replaced_forward, without_cache
+from .temporarily import (
+    computes_in_float32,
+    evaluating,
+    in_float32,
+    is_dispatched,
+    on_device,
+    replaced_forward,
+    without_cache,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +87,7 @@ class BlockRunner:
         self._hidden: list[Tensor] = []
         self._arguments: list[dict[str, tuple[tuple, dict[str, Any]]]] = []
         self._returns_tuple: set[str] = set()
+        self._may_widen = True
 
     @torch.no_grad()
     def run(self, visitor: BlockVisitor, description: str = "calibrating") -> None:
@@ -180,19 +189,26 @@ class BlockRunner:
             visitor.leave(name, block)
 
     def _through(self, name: str, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        """One batch's hidden states through one block, back on the device they came from."""
+        """One batch's hidden states through one block, back in the dtype and on the device they came in."""
         args, kwargs = self._arguments[index][name]
-        home = hidden.device
+        home, dtype = hidden.device, hidden.dtype
         if self._device is not None and not is_dispatched(block):
-            hidden, args, kwargs = _to((hidden, args, kwargs), self._device)
-        if "hidden_states" in kwargs:
-            output = block(*args, **{**kwargs, "hidden_states": hidden})
-        else:
-            output = block(hidden, *args, **kwargs)
+            hidden, args, kwargs = _mapped((hidden, args, kwargs), lambda tensor: tensor.to(self._device))
+        with contextlib.ExitStack() as stack:
+            if self._in_float32(block, hidden):
+                stack.enter_context(in_float32(block))
+                hidden, args, kwargs = _mapped((hidden, args, kwargs), _widened)
+            if "hidden_states" in kwargs:
+                output = block(*args, **{**kwargs, "hidden_states": hidden})
+            else:
+                output = block(hidden, *args, **kwargs)
         found = hidden_of(output)
         if found is None:
             raise TypeError(f"{name} returned {type(output).__name__}, not hidden states")
-        return found.to(home)
+        return found.to(home, dtype)
+
+    def _in_float32(self, block: nn.Module, hidden: Tensor) -> bool:
+        return self._may_widen and not is_dispatched(block) and computes_in_float32(hidden.device, hidden.dtype)
 
     def _record(self, batches: list[tuple[Tensor, Tensor]]) -> None:
         """Fill `_hidden` and `_arguments` from a forward pass in which no block computes anything."""
@@ -248,6 +264,7 @@ class BlockRunner:
         if any(called != list(self._blocks) or last is None for called, last in passes):
             return False
         try:
+            self._may_widen = False  # the passes it is compared with are in the model's own dtype
             self._record(windows)
             for name, block in self._blocks.items():
                 with on_device(block, self._device):
@@ -259,6 +276,8 @@ class BlockRunner:
         except Exception as error:  # whatever a block of an unknown architecture says when it is called out of turn
             logger.warning("the blocks cannot be run one by one (%s: %s)", type(error).__name__, error)
             return False
+        finally:
+            self._may_widen = True
         return all(_close(found, last) for found, (_, last) in zip(self._hidden, passes, strict=True))
 
     def _whole_pass(self, ids: Tensor, mask: Tensor) -> tuple[list[str], Tensor | None]:
@@ -318,14 +337,19 @@ def _close(found: Tensor, expected: Tensor | None) -> bool:
     return bool((found.float() - expected.float()).norm() <= tolerance * expected.float().norm())
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A structure with the function applied to every tensor in it."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return function(value)
     if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
+        return {key: _mapped(item, function) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_to(item, device) for item in value)
+        return type(value)(_mapped(item, function) for item in value)
     return value
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype is torch.bfloat16 else tensor
 
 
 def _equal(one: Any, other: Any) -> bool:

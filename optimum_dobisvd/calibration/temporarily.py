@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+from ..kernels.int8_matmul import has_bf16_products, using_kernel
 
 
 def is_dispatched(module: nn.Module) -> bool:
@@ -27,6 +30,28 @@ def on_device(block: nn.Module, device: torch.device | None) -> Iterator[None]:
         yield
     finally:
         block.to(home)
+
+
+def computes_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a block is better computed in float32 there: an x86 CPU without instructions for bfloat16, where float32
+    is several times as fast. Not float16, in which overflows are to be seen."""
+    slow = device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and not has_bf16_products()
+    return slow and dtype is torch.bfloat16
+
+
+@contextlib.contextmanager
+def in_float32(block: nn.Module) -> Iterator[None]:
+    """What a block holds in bfloat16 in float32, and afterwards the very same values again."""
+    held = [tensor for tensor in (*block.parameters(), *block.buffers()) if tensor.dtype is torch.bfloat16]
+    values = [tensor.data for tensor in held]
+    try:
+        for tensor in held:
+            tensor.data = tensor.data.float()
+        with using_kernel("dequantize"):  # the one for 8-bit weights and float32
+            yield
+    finally:
+        for tensor, value in zip(held, values, strict=True):
+            tensor.data = value
 
 
 @contextlib.contextmanager

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..calibration.layout import Layout
+from ..calibration.temporarily import computes_in_float32
 from ..config import DobiSVDConfig
 from ..nn.dense_linear import weight_matrix
 from ..report.report import macs_per_token, model_bytes
@@ -96,8 +98,11 @@ def memory_need(model: nn.Module, layout: Layout, config: DobiSVDConfig, *, coll
     if needs_text(config) and not collected:
         hidden = config.nsamples * config.seqlen * _hidden_size(model) * element
         tokens = config.batch_size * config.seqlen
+        widened = computes_in_float32(torch.device(config.device or "cpu"), linears[0].dtype)
         # Every linear's output and its input in float32; attention itself adds little with the fused kernels.
-        activations = tokens * (sum(len(weight) for weight in linears) * element + 4 * max(gram_sizes))
+        activations = tokens * (
+            sum(len(weight) for weight in linears) * (4 if widened else element) + 4 * max(gram_sizes)
+        )
         grams = 8 * sum(size**2 for size in gram_sizes) + 4 * max(gram_sizes) ** 2
         if config.resolved_method().needs_gradients:
             outputs = [len(weight) for weight in linears]
@@ -107,6 +112,8 @@ def memory_need(model: nn.Module, layout: Layout, config: DobiSVDConfig, *, coll
             boundaries = windows * config.seqlen * _hidden_size(model) * element * (len(layout.blocks) + 1)
             hidden = max(hidden, boundaries)
         calibrating = {"one block's activations": activations, "one block's Grams": grams}
+        if widened:
+            calibrating["one block in float32"] = 2 * model_bytes(layout.blocks[widest].parameters())
     work = calibrating if sum(calibrating.values()) > factorising else {"one block's factorisation": factorising}
     store = store_bytes(layout, config) if needs_text(config) else 0
     host = {"Python and libraries": _LIBRARIES, "model": model_bytes(model.parameters())}
@@ -148,11 +155,13 @@ def seconds_need(
         forward = 2 * macs_of_blocks(layout) * tokens + 4 * len(layout.blocks) * tokens * config.seqlen * _hidden_size(
             model
         )
-        seconds["calibration, forward"] = forward / speed.model_products
+        # Blocks are computed in float32 where the model's own dtype is slower.
+        rate = max(speed.model_products, speed.float32_products)
+        seconds["calibration, forward"] = forward / rate
         if config.resolved_method().needs_gradients:
             # Boundaries, each block again, and its gradients by inputs only; then the Grams of the outputs.
             taken_back = min(config.gradient_windows, config.nsamples) * config.seqlen
-            seconds["calibration, gradients"] = 3 * forward / speed.model_products * taken_back / tokens
+            seconds["calibration, gradients"] = 3 * forward / rate * taken_back / tokens
             outputs = [len(weight_matrix(module)) for module in layout.linears.values()]
             squares = sum(size**2 for size in outputs)
             seconds["calibration, gradients"] += 2 * taken_back * squares / speed.float32_products

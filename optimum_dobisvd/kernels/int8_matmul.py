@@ -199,11 +199,12 @@ def _cpu_refuses(x: Tensor, weight: Tensor) -> str | None:
 
 
 def _cpu_is_outrun(x: Tensor, weight: Tensor) -> bool:
-    return not x.numel() or (len(x) > _CPU_FEW_ROWS and x.dtype is torch.bfloat16 and _has_bf16_products())
+    return not x.numel() or (len(x) > _CPU_FEW_ROWS and x.dtype is torch.bfloat16 and has_bf16_products())
 
 
 @functools.cache
-def _has_bf16_products() -> bool:
+def has_bf16_products() -> bool:
+    """Whether PyTorch multiplies bfloat16 by instructions of this x86 CPU."""
     # Private, and absent from older versions of PyTorch; without it the choice is only slower.
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
