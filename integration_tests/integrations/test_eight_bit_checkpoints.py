@@ -113,7 +113,8 @@ def test_compress_on_load_under_disk_offload(checkpoint, tmp_path):
         device_map=OFFLOAD,
         offload_folder=tmp_path / "offload",
     )
-    assert torch.allclose(logits(model), checkpoint[1], atol=0.1)
+    # Offloaded blocks are calibrated in bfloat16, those of the checkpoint in float32 where that is faster.
+    assert float((logits(model) - checkpoint[1]).norm()) < 0.1 * float(checkpoint[1].norm())
     model.save_pretrained(tmp_path / "out")
     saved, wanted = load_file(tmp_path / "out" / "model.safetensors"), load_file(checkpoint[0] / "model.safetensors")
     assert Counter((key, value.dtype, value.shape) for key, value in saved.items()) == Counter(
