@@ -158,7 +158,8 @@ def _headers_by_model_name(model: Any, files: list[str], scales: Collection[str]
     expected = model.state_dict()
     found = {}
     for file in files:
-        with safe_open(file, framework="pt") as handle:
+        # Older releases of transformers call this under torch.device("meta"); scales are read for their values.
+        with torch.device("cpu"), safe_open(file, framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict
                 name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
                 header = handle.get_slice(key)

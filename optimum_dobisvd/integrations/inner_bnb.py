@@ -98,7 +98,7 @@ def quantized_alike(linear: nn.Linear, inner: BitsAndBytesConfig, operation: Any
     holder: Any = _Holder(linear)
     replace_with_bnb_linear(holder, quantization_config=inner, pre_quantized=False)
     new = holder.linear
-    found = operation.convert({"linear.weight": linear.weight.data}, model=holder, full_layer_name="linear.weight")
+    found = operation.convert({"linear.weight": [linear.weight.data]}, model=holder, full_layer_name="linear.weight")
     new.weight = found["linear.weight"]
     if linear.bias is not None:
         new.bias = nn.Parameter(linear.bias.data, requires_grad=False)

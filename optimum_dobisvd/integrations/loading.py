@@ -95,10 +95,14 @@ class LowRankLoader(HfQuantizer):
         # Asked while loading, too: packed weights need not have the shape of their parameters on meta.
         return self._bnb is not None and bool(self._bnb.param_needs_quantization(model, param_name, **kwargs))
 
-    def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
+    def get_weight_conversions(self) -> list:
+        return super().get_weight_conversions() if self._bnb is None else self._bnb.get_weight_conversions()
+
+    def update_weight_conversions(self, weight_conversions: list, *model: Any) -> list:
+        # Without the model before transformers 5.2x; the first releases of 5 ask get_weight_conversions alone.
         if self._bnb is not None:
-            return self._bnb.update_weight_conversions(weight_conversions, model)
-        return super().update_weight_conversions(weight_conversions, model)
+            return self._bnb.update_weight_conversions(weight_conversions, *model)
+        return super().update_weight_conversions(weight_conversions, *model)
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -122,9 +126,10 @@ class LowRankLoader(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for module in list(model.modules()):
+        for name, module in list(model.named_modules()):
             if isinstance(module, EightBitLinear):
                 module.freeze()
+                _offloaded_as_stored(name, module)
             for child, tensors in module.named_children():
                 if isinstance(tensors, GPTQTensors):
                     setattr(module, child, self._kernel(tensors))
@@ -196,6 +201,19 @@ class LowRankLoader(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _offloaded_as_stored(name: str, module: EightBitLinear) -> None:
+    """Have accelerate read tensors that stay on disk in the dtypes of their parameters.
+
+    transformers before 5.14 has it read all of a model in one float dtype, in which integers lose their low bits.
+    """
+    weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    index = getattr(getattr(weights, "dataset", None), "index", {})
+    for key, tensor in module.tensors().items():
+        on_disk = index.get(f"{name}.{key}", {})
+        if "safetensors_file" in on_disk:
+            on_disk["dtype"] = str(tensor.dtype).removeprefix("torch.")
 
 
 def _matrix_shape(dense: Any) -> tuple[int, int]:
