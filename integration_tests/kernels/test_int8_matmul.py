@@ -62,16 +62,16 @@ def test_every_rank_and_batch_through_the_cpu_kernel(capability: str) -> None:
 
 
 TRITON = """
-import torch
+import sys, torch
 from optimum_dobisvd.kernels.int8_matmul import KERNEL_CALLS, int8_matmul, using_kernel
 torch.manual_seed(0)
 count = 0
 for dtype, limit in ((torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 5e-3)):
     for rows, outer, inner in ((1, 1, 1), (1, 40, 300), (3, 33, 129), (17, 70, 16), (40, 130, 600), (128, 32, 128)):
         for scaled in (True, False):
-            x = torch.randn(rows, inner).to(dtype)
-            weight = torch.randint(-127, 128, (outer, inner), dtype=torch.int8)
-            scale = (torch.rand(outer) + 0.1).to(dtype) if scaled else None
+            x = torch.randn(rows, inner, device=sys.argv[1]).to(dtype)
+            weight = torch.randint(-127, 128, (outer, inner), dtype=torch.int8, device=sys.argv[1])
+            scale = (torch.rand(outer, device=sys.argv[1]) + 0.1).to(dtype) if scaled else None
             with using_kernel("triton"):
                 found = int8_matmul(x, weight, scale)
             exact = x.double() @ (weight.double() / 128).T
@@ -87,7 +87,13 @@ assert KERNEL_CALLS == {"triton": count}
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_the_triton_kernel_in_its_interpreter() -> None:
-    done = run_python(TRITON, TRITON_INTERPRET="1")
+    done = run_python(TRITON, "cpu", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_triton_kernel_on_a_gpu() -> None:
+    done = run_python(TRITON, "cuda")
     assert done.returncode == 0, done.stderr[-2000:]
 
 

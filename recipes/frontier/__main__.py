@@ -111,6 +111,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--data-dir", required=True, help="the tasks' files, see recipes/README.md")
     parser.add_argument("--work", default="frontier-work", help="checkpoints")
     parser.add_argument("--statistics", help="of an earlier run on the same text")
+    parser.add_argument("--device", default="cpu", help="where to compute, e.g. cuda (default: cpu)")
     parser.add_argument("--results", type=Path, default=_HERE / "results.jsonl")
     parser.add_argument("--rows", nargs="+", help="by name; default all")
     parser.add_argument("--states", nargs="+", choices=("plain", "healed"), default=("plain", "healed"))

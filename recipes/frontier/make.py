@@ -66,7 +66,7 @@ def heal(row: Row, work: Path, settings: Settings) -> None:
     with _whole_folder(checkpoint_of(row, work, healed=True), _record(row, settings, healed=True)) as folder:
         storage = row.options.get("storage", "plain")
         tokenizer = AutoTokenizer.from_pretrained(made)
-        model = load_in(made, torch.float32)
+        model = load_in(made, torch.float32, settings.device)
         if storage in _OWN_EIGHT_BITS:
             model = store_as(model, "plain")
         lora = LoraConfig(
@@ -90,10 +90,10 @@ def heal(row: Row, work: Path, settings: Settings) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def load_in(folder: str | Path, dtype: torch.dtype) -> Any:
+def load_in(folder: str | Path, dtype: torch.dtype, device: str) -> Any:
     """A checkpoint with everything that is not quantised in `dtype`; transformers leaves it as saved beside
     bitsandbytes' linears, whatever it is asked for."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device)
     for parameter in model.parameters():
         if parameter.dtype == torch.bfloat16:
             parameter.data = parameter.data.to(dtype)
@@ -108,7 +108,7 @@ def base_model(base: str, work: Path, settings: Settings) -> str:
     record = _record(row_named(f"dense bf16, {base}"), settings)
     if not _has_record(folder, record):
         with _whole_folder(folder, record) as new:
-            model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+            model = load_in(settings.model, torch.float32, settings.device)
             tokenizer = AutoTokenizer.from_pretrained(settings.model)
             train(model, tokenizer, settings, settings.off_grid_steps, settings.off_grid_rate)
             model.config.use_cache = True
@@ -131,6 +131,7 @@ def train(model: Any, tokenizer: Any, settings: Settings, steps: int, rate: floa
         logging_steps=max(1, steps // 10),
         save_strategy="no",
         report_to=[],
+        use_cpu=settings.device == "cpu",
         seed=settings.seed,
     )
     taken = windows[order[: steps * settings.train_batch]]
@@ -139,18 +140,20 @@ def train(model: Any, tokenizer: Any, settings: Settings, steps: int, rate: floa
 
 
 def _dense(row: Row, base: str, work: Path, settings: Settings) -> Any:
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    return load_in(base, torch.bfloat16, settings.device)
 
 
 def _bnb(row: Row, base: str, work: Path, settings: Settings) -> Any:
     """transformers' own, without us."""
     config = BitsAndBytesConfig(**row.options)
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=config)
+    return AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16, quantization_config=config, device_map=settings.device
+    )
 
 
 def _compress(row: Row, base: str, work: Path, settings: Settings, plan: Plan | None = None) -> Any:
     """The package's own method `global` with a row's options; with all matrices as a plan says, if there is one."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model = load_in(base, torch.bfloat16, settings.device)
     tokenizer = AutoTokenizer.from_pretrained(base)
     windows = calibration_windows(tokenizer, settings)
     options = dict(row.options)
@@ -188,7 +191,7 @@ def _whole(row: Row, base: str, work: Path, settings: Settings) -> Any:
 def _stack(row: Row, base: str, work: Path, settings: Settings) -> Any:
     """A quantisation on another row's checkpoint."""
     below = checkpoint_of(row_named(row.options["on"]), work)
-    model = AutoModelForCausalLM.from_pretrained(below, dtype=torch.bfloat16)
+    model = load_in(below, torch.bfloat16, settings.device)
     windows = calibration_windows(AutoTokenizer.from_pretrained(below), settings)
     inner: Any = inner_config(row.options["inner"])
     return stack_inner(model, inner, windows.first(settings.rounding_windows))

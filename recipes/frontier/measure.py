@@ -26,14 +26,14 @@ _PROMPT, _NEW = 512, 24
 _ROUNDS = 5
 
 
-def load(folder: Path, dtype: torch.dtype) -> Any:
+def load(folder: Path, dtype: torch.dtype, device: str) -> Any:
     """A checkpoint, or an adapter with the checkpoint below it."""
     if not (folder / ADAPTER).exists():
-        return load_in(folder, dtype)
+        return load_in(folder, dtype, device)
     from peft import PeftConfig, PeftModel
 
     below = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
-    model = PeftModel.from_pretrained(load_in(below, dtype), str(folder))
+    model = PeftModel.from_pretrained(load_in(below, dtype, device), str(folder))
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(torch.bfloat16)  # as it is stored; PEFT holds it in 32 bits
@@ -47,13 +47,13 @@ def sizes(folder: Path, settings: Settings) -> dict[str, Any]:
         files += (folder.parent / "checkpoint").glob("*.safetensors")
     return {
         "disk": sum(file.stat().st_size for file in files),
-        "memory": resident_bytes(load(folder, torch.bfloat16)),
+        "memory": resident_bytes(load(folder, torch.bfloat16, settings.device)),
     }
 
 
 def perplexities(folder: Path, settings: Settings) -> dict[str, Any]:
     """By text, computed in float32."""
-    model, tokenizer = load(folder, torch.float32), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load(folder, torch.float32, settings.device), AutoTokenizer.from_pretrained(folder)
     return {
         Path(name).name: perplexity(
             model, tokenizer, read_text(name, "test"), seqlen=settings.seqlen, windows=settings.eval_windows
@@ -66,7 +66,7 @@ def accuracies(folder: Path, settings: Settings) -> dict[str, Any]:
     """lm-eval's figures by task and their mean, computed in float32."""
     from .shared_contexts import SharedContextLM
 
-    model, tokenizer = load(folder, torch.float32), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load(folder, torch.float32, settings.device), AutoTokenizer.from_pretrained(folder)
     found = judge(
         model,
         tokenizer,
@@ -81,14 +81,17 @@ def accuracies(folder: Path, settings: Settings) -> dict[str, Any]:
 
 @torch.inference_mode()
 def speeds(folder: Path, dense: Path, settings: Settings) -> dict[str, Any]:
-    """Milliseconds per token of a prompt of 512 and of decoding with the cache, in float32, and over dense.
+    """Milliseconds per token of a prompt of 512 and of decoding with the cache, and over dense.
 
-    Both models take their turns round by round in this process; medians. Many CPUs multiply nothing shorter fast:
-    in bfloat16 a form that unpacks to it would be compared with a dense model that nobody runs there.
+    Both models take their turns round by round in this process; medians. In bfloat16, but on CPUs in float32: many
+    multiply nothing shorter fast, and a form that unpacks to it would be compared with a dense model that nobody runs
+    there.
     """
-    models = {"compressed": load(folder, torch.float32), "dense": load(dense, torch.float32)}
+    dtype = torch.float32 if settings.device == "cpu" else torch.bfloat16
+    models = {name: load(each, dtype, settings.device) for name, each in (("compressed", folder), ("dense", dense))}
     generator = torch.Generator().manual_seed(settings.seed)
     prompt = torch.randint(0, models["dense"].config.vocab_size, (1, _PROMPT), generator=generator)
+    prompt = prompt.to(settings.device)
     taken: dict[tuple[str, str], list[float]] = {}
     for turn in range(_ROUNDS + 1):
         for name, model in models.items():
@@ -109,14 +112,21 @@ def speeds(folder: Path, dense: Path, settings: Settings) -> dict[str, Any]:
 
 def _one_round(model: Any, prompt: torch.Tensor) -> tuple[float, float]:
     """Milliseconds per token of the prompt, and of the tokens after it."""
-    started = time.perf_counter()
+    started = _now()
     out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    middle = time.perf_counter()
+    middle = _now()
     for _ in range(_NEW):
         token = out.logits[:, -1:].argmax(-1)
         out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-    ended = time.perf_counter()
+    ended = _now()
     return 1000 * (middle - started) / _PROMPT, 1000 * (ended - middle) / _NEW
+
+
+def _now() -> float:
+    """Seconds; everything that was begun on a GPU is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 MEASURES: dict[str, Callable[[Path, Settings], dict[str, Any]]] = {

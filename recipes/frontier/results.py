@@ -23,6 +23,7 @@ class Results:
     def __init__(self, path: Path, settings: Settings) -> None:
         self._path = path
         self._settings = settings.deciding()
+        self._device = settings.device
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         whole, _, broken_off = text.rpartition("\n")
         if broken_off:  # by a kill in the middle of a line, to which the next one would be glued
@@ -30,11 +31,18 @@ class Results:
         lines = [json.loads(line) for line in whole.splitlines()]
         self.lines = [line for line in lines if line["settings"] == self._settings]
 
-    def found(self, row: Row, healed: bool, step: str) -> dict[str, Any] | None:
-        """The last figures of a step, None if it was not done with the row as it is now."""
+    @property
+    def devices(self) -> list[str]:
+        """Those that speeds were taken on."""
+        return sorted({line["device"] for line in self.lines if line["step"] == "speed"})
+
+    def found(self, row: Row, healed: bool, step: str, device: str | None = None) -> dict[str, Any] | None:
+        """The last figures of a step, None if it was not done with the row as it is now; speeds of a device only,
+        by default of that of the settings."""
         wanted = (row.name, row.recipe, healed, step)
         for line in reversed(self.lines):
-            if (line["row"], line["recipe"], line["healed"], line["step"]) == wanted:
+            here = step != "speed" or line["device"] == (device or self._device)
+            if here and (line["row"], line["recipe"], line["healed"], line["step"]) == wanted:
                 return dict(line["found"])
         return None
 
@@ -45,6 +53,7 @@ class Results:
             "healed": healed,
             "step": step,
             "found": found,
+            "device": self._device,
             "recipe": row.recipe,
             "settings": self._settings,
         }

@@ -8,7 +8,7 @@ from typing import Any
 
 TASKS = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "mathqa", "boolq")
 
-_WHERE = ("work", "data_dir", "statistics")  # places, which change no figure
+_WHERE = ("work", "data_dir", "statistics", "device")  # places; but for speeds they change no figure
 _JUDGING = ("eval_dataset", "eval_windows", "limit")
 _HEALING = ("heal_steps", "lora_rank", "lora_rate")
 
@@ -24,6 +24,7 @@ class Settings:
         data_dir: the files of the tasks (`recipes/README.md`).
         work: folder of the checkpoints.
         statistics: of an earlier run with the same text, else below `work`.
+        device: where all is computed, e.g. `cuda`; written beside every figure.
         limit: examples of each task.
         rounding_windows: what GPTQ and bitsandbytes' rounding are calibrated on; the first of `nsamples`.
         off_grid_steps, off_grid_rate: of the training that moves the dense model off its grid, all weights.
@@ -35,6 +36,7 @@ class Settings:
     data_dir: str
     work: str
     statistics: str | None = None
+    device: str = "cpu"
     limit: int = 200
     nsamples: int = 96
     seqlen: int = 1024

@@ -22,12 +22,14 @@ _COLOURS = {
     "mixture": "tab:green",
 }
 _NOT_DONE = "–"
+_PHASES = ("prefill", "decode")
 
 
 def write_table(results: Results, settings: Settings, path: Path) -> None:
     """Markdown: a line for every row and state; what was not measured is a dash."""
     texts = [Path(name).name for name in settings.eval_dataset]
-    heads = ["", "", "disk, MB", "memory, MB", *texts, "mean accuracy", "prefill, ms/token", "decode, ms/token"]
+    times = [f"{phase}, ms/token, {device}" for device in results.devices for phase in _PHASES]
+    heads = ["", "", "disk, MB", "memory, MB", *texts, "mean accuracy", *times]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in ROWS:
         for healed in (False, True):
@@ -48,7 +50,7 @@ def draw(results: Results, settings: Settings, path: Path) -> None:
     texts = [Path(name).name for name in settings.eval_dataset]
     wanted = [
         *((f"perplexity, {text}", ("perplexity", text)) for text in texts),
-        ("time to decode a token, dense = 1", _DECODE),
+        *((f"time to decode a token, {device}, dense = 1", (*_DECODE, device)) for device in results.devices),
     ]
     panels = [panel for panel in wanted if any(line["step"] == panel[1][0] for line in results.lines)]
     size = (7 * max(len(panels), 1), 7)
@@ -65,7 +67,7 @@ def draw(results: Results, settings: Settings, path: Path) -> None:
     pyplot.close(figure)
 
 
-_DECODE = ("speed", "decode", "speedup")
+_DECODE = ("speed", "decode")  # of a device
 _HIGHEST = 6
 """Times the lowest of a measure: what is worse is drawn there as an arrow, so that the others keep apart."""
 
@@ -165,11 +167,14 @@ def _short(row: Row) -> str:
 
 
 def _figure(results: Results, row: Row, healed: bool, key: Sequence[str]) -> float | None:
+    if key[:2] == _DECODE:
+        speed = results.found(row, healed, "speed", key[2])
+        # Times of different rows were taken at different hours; each is comparable with the dense one beside it.
+        return None if speed is None else 1 / speed["decode"]["speedup"]
     found: Any = results.found(row, healed, key[0])
     for part in key[1:]:
         found = None if found is None else found[part]
-    # Times of different rows were taken at different hours; each is comparable with the dense one beside it.
-    return 1 / found if found is not None and key == _DECODE else found
+    return found
 
 
 def _cells(results: Results, row: Row, healed: bool, texts: list[str]) -> list[str]:
@@ -182,11 +187,12 @@ def _cells(results: Results, row: Row, healed: bool, texts: list[str]) -> list[s
         cells.append(_NOT_DONE if figure is None else f"{figure:.4g}")
     mean: Any = (results.found(row, healed, "accuracy") or {}).get("mean")
     cells.append(_NOT_DONE if mean is None else f"{mean['value']:.3f} ± {mean['stderr']:.3f}")
-    speed = results.found(row, healed, "speed")
-    for phase in ("prefill", "decode"):
-        cells.append(
-            _NOT_DONE
-            if speed is None
-            else f"{speed[phase]['ms_per_token']:.3g} ({speed[phase]['speedup']:.2f} × as fast as dense)"
-        )
+    for device in results.devices:
+        speed = results.found(row, healed, "speed", device)
+        for phase in _PHASES:
+            cells.append(
+                _NOT_DONE
+                if speed is None
+                else f"{speed[phase]['ms_per_token']:.3g} ({speed[phase]['speedup']:.2f} × as fast as dense)"
+            )
     return cells

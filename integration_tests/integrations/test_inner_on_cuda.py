@@ -1,0 +1,118 @@
+"""Low rank with GPTQ or bitsandbytes on top, made, reloaded, split and trained on a GPU."""
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from integration_tests.integrations.test_inner_checkpoints import FORMS, INNER, needs_bnb, needs_gptq, planned, wide
+from integration_tests.processes import run_python
+from integration_tests.tiny_models import tokens
+from optimum_dobisvd import DobiSVDConfig, adapter_targets
+from optimum_dobisvd.nn.compressed_linear import CompressedLinear
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+KEYS = [pytest.param(key, marks=needs_gptq if key.startswith("gptq") else needs_bnb) for key in INNER]
+RELOAD = """
+import sys, torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+found = {}
+for place in ("cuda", "auto"):
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map=place)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}, place
+    with torch.no_grad():
+        found[place] = model(input_ids=torch.arange(2, 26, device="cuda").view(2, 12)).logits.contiguous()
+save_file(found, sys.argv[2])
+"""
+
+
+def stacked_on_gpu(folder, key, dtype):
+    """The dense model in a folder, compressed and quantised in one `from_pretrained` on the GPU."""
+    plan = planned(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), FORMS[key])
+    config = DobiSVDConfig(method="output_pca", dataset=tokens(6, 24), plan=plan, inner=INNER[key]())
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map="cuda")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(2, 26, device="cuda").view(2, 12)).logits.cpu()
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_every_form_is_made_on_the_gpu_and_reloads_there_bit_for_bit_in_a_new_process(key, name, tmp_path):
+    wide(name).save_pretrained(tmp_path / "dense")
+    model = stacked_on_gpu(tmp_path / "dense", key, torch.bfloat16)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    storages = {module.storage for module in model.modules() if isinstance(module, CompressedLinear)}
+    assert storages == {storage for storage, _ in FORMS[key] if storage != "dense"}
+    before = logits(model)
+    assert bool(torch.isfinite(before).all())
+    model.save_pretrained(tmp_path / "out")
+    assert torch.equal(logits(model), before)
+    done = run_python(RELOAD, str(tmp_path / "out"), str(tmp_path / "logits"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = load_file(tmp_path / "logits")
+    assert all(torch.equal(found[place].cpu(), before) for place in ("cuda", "auto"))
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_what_was_made_on_the_gpu_computes_the_same_on_a_cpu_and_is_saved_from_there_alike(key, tmp_path):
+    wide("llama").save_pretrained(tmp_path / "dense")
+    model = stacked_on_gpu(tmp_path / "dense", key, torch.float32)
+    model.save_pretrained(tmp_path / "out")
+    home = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu")
+    with torch.no_grad():
+        there = home(input_ids=torch.arange(2, 26).view(2, 12)).logits
+    # LLM.int8() computes in 16 bits on a GPU, and from activations in 8.
+    assert (there - logits(model)).norm() < (0.05 if key == "llm_int8" else 1e-3) * there.norm()
+    home.save_pretrained(tmp_path / "again")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("key", [pytest.param(key, marks=needs_gptq) for key in INNER if key.startswith("gptq")])
+def test_a_model_may_lie_half_on_the_gpu_and_half_beside_it(key, tmp_path):
+    wide("llama").save_pretrained(tmp_path / "dense")
+    stacked_on_gpu(tmp_path / "dense", key, torch.float32).save_pretrained(tmp_path / "out")
+    places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu"}
+    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    split = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map=places)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cuda")
+    assert (logits(split) - logits(whole)).norm() < 1e-3 * logits(whole).norm()
+
+
+@needs_bnb
+@pytest.mark.parametrize("key", ["nf4", "llm_int8"])
+def test_bitsandbytes_refusal_to_lie_half_beside_the_gpu_is_passed_on(key, tmp_path):
+    wide("llama").save_pretrained(tmp_path / "dense")
+    stacked_on_gpu(tmp_path / "dense", key, torch.float32).save_pretrained(tmp_path / "out")
+    places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu"}
+    places |= {"model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}
+    with pytest.raises(ValueError, match="llm_int8_enable_fp32_cpu_offload"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map=places)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_the_trainer_trains_an_adapter_on_the_gpu(key, tmp_path):
+    wide("llama").save_pretrained(tmp_path / "dense")
+    stacked_on_gpu(tmp_path / "dense", key, torch.bfloat16).save_pretrained(tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cuda")
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=4, target_modules=adapter_targets(base)))
+    ids = tokens(8, 24)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "trainer"), max_steps=8, learning_rate=1e-2, logging_steps=1, report_to=[]
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids])
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.05
+    expected = logits(model.eval())
+    model.save_pretrained(tmp_path / "adapter")
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", device_map="cuda").eval()
+    assert torch.equal(logits(again), expected)
