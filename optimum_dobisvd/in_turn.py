@@ -93,6 +93,7 @@ def _token_weights(mask: Tensor) -> Tensor:
 
 
 def _round_shell(name: str, shell: CompressedLinear, gram: Tensor, rounder: Rounder) -> None:
+    gram = gram.to(_entry(shell).weight.device)  # sums are kept on the CPU
     try:
         if isinstance(shell, LowRankLinear):
             first, matrix = rounder.round(shell.first, gram, shell.storage)

@@ -70,12 +70,7 @@ class LowRankLoader(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if self._has_gptq:
             require_gptqmodel()
-            device_map = kwargs.get("device_map")
-            if isinstance(device_map, dict) and "disk" in device_map.values():
-                raise ValueError(
-                    "linears quantised by GPTQ cannot be offloaded to disk: gptqmodel computes from tensors in memory "
-                    "only; give a device_map without 'disk'"
-                )
+            _refuse_offloading(kwargs.get("device_map"))
         if self._has_bnb:
             require_bitsandbytes()
             self._bnb.validate_environment(*args, **kwargs)
@@ -132,6 +127,8 @@ class LowRankLoader(HfQuantizer):
                 _offloaded_as_stored(name, module)
             for child, tensors in module.named_children():
                 if isinstance(tensors, GPTQTensors):
+                    if tensors.qweight.is_meta:
+                        raise ValueError(f"{name}: {_NOT_OFFLOADED}")
                     setattr(module, child, self._kernel(tensors))
         if self._bnb is not None:
             mark_loaded(model, self.inner)
@@ -201,6 +198,20 @@ class LowRankLoader(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+_NOT_OFFLOADED = (
+    "linears quantised by GPTQ cannot be offloaded to disk, or to the CPU beside a GPU: gptqmodel computes where its "
+    "tensors are; give a device_map of GPUs, or device_map='cpu'"
+)
+
+
+def _refuse_offloading(device_map: Any) -> None:
+    """ValueError if accelerate would keep some of the model on meta and fetch it for every pass."""
+    if isinstance(device_map, dict):
+        kinds = {str(place).split(":")[0] for place in device_map.values()}
+        if "disk" in kinds or ("cpu" in kinds and len(kinds) > 1):
+            raise ValueError(_NOT_OFFLOADED)
 
 
 def _offloaded_as_stored(name: str, module: EightBitLinear) -> None:
