@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -265,8 +266,11 @@ def test_an_offloaded_model_is_compressed_where_it_lies(method: str) -> None:
     assert relative(logits(away), logits(here)) < 1e-5
 
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@NEEDS_CUDA
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("home", "device"), [("cuda", None), ("cpu", "cuda"), ("cuda", "cuda")])
 def test_a_gpu_makes_the_same_model(home: str, device: str | None, method: str) -> None:
     expected, model = tiny("llama"), tiny("llama").to(home)
@@ -275,6 +279,18 @@ def test_a_gpu_makes_the_same_model(home: str, device: str | None, method: str) 
     assert {parameter.device.type for parameter in model.parameters()} == {home}
     # Learned ranks may tip: on a CPU, weights that differ by 1e-7 of themselves move the logits by 0.06, too.
     assert relative(logits(model.cpu()), logits(expected)) < (0.15 if METHODS[method].learns else 1e-2)
+
+
+@pytest.mark.parametrize("home", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+def test_tied_embeddings_stay_tied(home: str, tmp_path: Path) -> None:
+    model = tiny("llama_tied").to(home)
+    before = dict(model.named_parameters(remove_duplicate=False))
+    compress(model)
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert after["lm_head.weight"] is after["model.embed_tokens.weight"]
+    assert all(after[name] is parameter for name, parameter in before.items() if "_proj" not in name)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
 
 
 def test_the_quantizer_goes_through_its_own_dictionary() -> None:

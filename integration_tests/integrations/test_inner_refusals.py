@@ -74,6 +74,17 @@ def test_disk_offload_is_refused_in_words(tmp_path):
             AutoModelForCausalLM.from_pretrained(tmp_path / key, device_map=device_map, offload_folder=str(tmp_path))
 
 
+@needs_gptq
+def test_a_map_that_turns_out_to_offload_is_refused_in_words(tmp_path):
+    wide("llama", torch.bfloat16).save_pretrained(tmp_path / "dense")
+    stacked(tmp_path / "dense", "gptq", torch.bfloat16).save_pretrained(tmp_path / "out")
+    little = {"cpu": (tmp_path / "out" / "model.safetensors").stat().st_size // 2}
+    with pytest.raises(ValueError, match="linears quantised by GPTQ cannot be offloaded"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", device_map="auto", max_memory=little, offload_folder=str(tmp_path / "offload")
+        )
+
+
 @needs_bnb
 def test_a_checkpoint_whose_config_was_tampered_with_is_refused(tmp_path):
     wide("llama", torch.bfloat16).save_pretrained(tmp_path / "dense")

@@ -11,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 
 from integration_tests.tiny_models import tiny
 from optimum_dobisvd.calibration.dataset import CalibrationWindows, load_windows
+from optimum_dobisvd.statistics import fingerprint as fingerprint_module
 from optimum_dobisvd.statistics.fingerprint import differing_fields, fingerprint, weights_sha256
 from optimum_dobisvd.statistics.store import StatisticsStore
 
@@ -141,4 +142,16 @@ def test_where_the_weights_lie_does_not_matter(tmp_path: Path, offload: str) -> 
     else:
         disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
     assert model.transformer.h[0].mlp.c_fc.weight.device.type == "meta"
+    assert weights_sha256(model) == expected
+
+
+def test_weights_in_memory_are_read_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moved by accelerate, they would come back from a GPU as new parameters, tied ones untied."""
+    model = tiny("llama_tied")
+    expected = weights_sha256(model)
+
+    def moved(*_: object, **__: object) -> None:
+        raise AssertionError("weights were moved")
+
+    monkeypatch.setattr(fingerprint_module, "align_module_device", moved)
     assert weights_sha256(model) == expected

@@ -127,8 +127,6 @@ class LowRankLoader(HfQuantizer):
                 _offloaded_as_stored(name, module)
             for child, tensors in module.named_children():
                 if isinstance(tensors, GPTQTensors):
-                    if tensors.qweight.is_meta:
-                        raise ValueError(f"{name}: {_NOT_OFFLOADED}")
                     setattr(module, child, self._kernel(tensors))
         if self._bnb is not None:
             mark_loaded(model, self.inner)
@@ -200,18 +198,15 @@ class LowRankLoader(HfQuantizer):
         return True
 
 
-_NOT_OFFLOADED = (
-    "linears quantised by GPTQ cannot be offloaded to disk, or to the CPU beside a GPU: gptqmodel computes where its "
-    "tensors are; give a device_map of GPUs, or device_map='cpu'"
-)
-
-
 def _refuse_offloading(device_map: Any) -> None:
     """ValueError if accelerate would keep some of the model on meta and fetch it for every pass."""
     if isinstance(device_map, dict):
         kinds = {str(place).split(":")[0] for place in device_map.values()}
         if "disk" in kinds or ("cpu" in kinds and len(kinds) > 1):
-            raise ValueError(_NOT_OFFLOADED)
+            raise ValueError(
+                "linears quantised by GPTQ cannot be offloaded to disk, or to the CPU beside a GPU: gptqmodel computes "
+                "where its tensors are; give a device_map of GPUs, or device_map='cpu'"
+            )
 
 
 def _offloaded_as_stored(name: str, module: EightBitLinear) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -53,7 +54,10 @@ def weights_sha256(model: nn.Module) -> str:
         saved = {key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set}
         if not module._parameters and not saved:
             continue
-        with align_module_device(module, execution_device="cpu"):
+        # Only what is offloaded is fetched: of what lies on a GPU accelerate would make new parameters, and tied ones
+        # would be tied no longer.
+        away = any(tensor is not None and tensor.is_meta for tensor in (*module._parameters.values(), *saved.values()))
+        with align_module_device(module, execution_device="cpu") if away else nullcontext():
             for key, tensor in sorted([*module._parameters.items(), *saved.items()]):
                 if tensor is not None:
                     digest.update(f"{name}.{key} {tuple(tensor.shape)} {tensor.dtype}".encode())

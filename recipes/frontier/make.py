@@ -93,7 +93,9 @@ def heal(row: Row, work: Path, settings: Settings) -> None:
 def load_in(folder: str | Path, dtype: torch.dtype, device: str) -> Any:
     """A checkpoint with everything that is not quantised in `dtype`; transformers leaves it as saved beside
     bitsandbytes' linears, whatever it is asked for."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device)
+    # Not on CPUs: with a map that names one, transformers saves a model as if it were offloaded.
+    where = {} if device == "cpu" else {"device_map": device}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **where)
     for parameter in model.parameters():
         if parameter.dtype == torch.bfloat16:
             parameter.data = parameter.data.to(dtype)

@@ -63,7 +63,11 @@ def perplexities(folder: Path, settings: Settings) -> dict[str, Any]:
 
 
 def accuracies(folder: Path, settings: Settings) -> dict[str, Any]:
-    """lm-eval's figures by task and their mean, computed in float32."""
+    """lm-eval's figures by task and their mean, computed in float32.
+
+    LLM.int8() rounds activations as the batch's largest ones will have it: what else is read changes an answer, so
+    each is read by itself.
+    """
     from .shared_contexts import SharedContextLM
 
     model, tokenizer = load(folder, torch.float32, settings.device), AutoTokenizer.from_pretrained(folder)
@@ -73,7 +77,7 @@ def accuracies(folder: Path, settings: Settings) -> dict[str, Any]:
         load_tasks(TASKS, settings.data_dir),
         limit=settings.limit,
         batch_size=_BATCH,
-        lm_class=SharedContextLM,
+        lm_class=None if getattr(model, "is_loaded_in_8bit", False) else SharedContextLM,
     )
     means = compare_means({task: {"compressed": figures} for task, figures in found.items()})
     return {"tasks": found, "mean": means["compressed"] if means else None}
