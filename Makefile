@@ -104,6 +104,7 @@ $(VENV)/.ready-test: pyproject.toml | $(VENV)/.ready-torch
 $(LOWEST)/.ready: pyproject.toml integration_tests/lowest-constraints.txt | $(LOWEST)/bin/python
 	@echo "==> installing $(TORCH_LOWEST) and the oldest supported releases into $(LOWEST)"
 	@$(call install,$(LOWEST)) "$(TORCH_LOWEST)"
-	@$(call install,$(LOWEST)) $(lowest) "$(TORCH_LOWEST)" -e ".[dev]"
+	@# Not gptqmodel: its own bounds are above ours.
+	@$(call install,$(LOWEST)) $(lowest) "$(TORCH_LOWEST)" -e ".[dev,bnb]"
 	@$(call install,$(LOWEST)) --no-deps $(MODEL_AND_TEXT)
 	@touch $@

@@ -94,7 +94,7 @@ class LowRankLoader(HfQuantizer):
         return super().get_weight_conversions() if self._bnb is None else self._bnb.get_weight_conversions()
 
     def update_weight_conversions(self, weight_conversions: list, *model: Any) -> list:
-        # Without the model before transformers 5.2x; the first releases of 5 ask get_weight_conversions alone.
+        # transformers 5.16 and 5.17 call it without the model, 5.23 with; 5.0 to 5.4 ask get_weight_conversions alone.
         if self._bnb is not None:
             return self._bnb.update_weight_conversions(weight_conversions, *model)
         return super().update_weight_conversions(weight_conversions, *model)
@@ -204,8 +204,8 @@ def _refuse_offloading(device_map: Any) -> None:
         kinds = {str(place).split(":")[0] for place in device_map.values()}
         if "disk" in kinds or ("cpu" in kinds and len(kinds) > 1):
             raise ValueError(
-                "linears quantised by GPTQ cannot be offloaded to disk, or to the CPU beside a GPU: gptqmodel computes "
-                "where its tensors are; give a device_map of GPUs, or device_map='cpu'"
+                "linears quantised by GPTQ cannot be offloaded to disk, or to the CPU beside a GPU: gptqmodel "
+                "computes where its tensors are; give a device_map of GPUs, or device_map='cpu'"
             )
 
 
