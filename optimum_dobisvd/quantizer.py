@@ -29,7 +29,7 @@ from .replacement import Replacement
 from .report.measure import Stages
 from .report.report import CompressionReport, macs_per_token, module_report, resident_bytes
 from .report.write import write_beside
-from .stacking import check_inner, inner_windows, quantize_shells
+from .stacking import check_inner, inner_windows, quantize_shells, refuse_offloaded
 from .statistics.fingerprint import fingerprint
 from .statistics.sample_bases import SampleBasisVisitor
 from .statistics.spectra import PreparedInputs, decompositions, input_grams
@@ -96,6 +96,8 @@ class DobiSVDQuantizer:
         self, model: Any, layout: Layout, given: Plan | None, windows: CalibrationWindows | None, undo_on_error: bool
     ) -> Any:
         targets = layout.targets
+        if self.config.inner is not None:
+            refuse_offloaded(layout.linears)
         stages = Stages()
         windows, held_out = self._split(windows)
         self._check_labels(windows, held_out)

@@ -52,6 +52,16 @@ def check_inner(inner: InnerConfig, layout: Layout, min_coverage: float) -> None
     logger.warning("%s; they stay in 8 or 16 bits", message)
 
 
+def refuse_offloaded(modules: Mapping[str, nn.Module]) -> None:
+    """ValueError naming the first linear or shell that Accelerate keeps out of memory between passes."""
+    for name, module in modules.items():
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise ValueError(
+                f"{name} is offloaded, and GPTQ and bitsandbytes quantise only what is in memory: load the model "
+                "without cpu or disk offload to quantise it"
+            )
+
+
 def require_backend(inner: InnerConfig) -> None:
     """ImportError, naming the extra, if the library that does it is not there."""
     if isinstance(inner, GPTQConfig):
@@ -147,8 +157,9 @@ def mark_for_inner(model: Any, inner: InnerConfig, modules_to_not_convert: list[
     Ranks that the form cannot take are filled up with zeros, which changes nothing the model computes. What cannot
     have the form at all is told about and left as it is.
 
-    Returns `modules` of config.json, as they will be.
+    Returns `modules` of config.json, as they will be. Raises ValueError if some are offloaded.
     """
+    refuse_offloaded({name: shell for name, shell in model.named_modules() if isinstance(shell, CompressedLinear)})
     form = _form_of(inner)
     storage = form.name
     modules: dict[str, dict[str, Any]] = {}

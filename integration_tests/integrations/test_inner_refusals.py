@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPTQConfig
 
@@ -12,6 +13,7 @@ from integration_tests.integrations.test_inner_checkpoints import INNER, needs_b
 from integration_tests.processes import run_python
 from integration_tests.tiny_models import tokens
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
+from optimum_dobisvd.integrations.transformers_quantizer import stack_inner
 
 
 def refusal(match, error=ValueError, model=None, **config):
@@ -83,6 +85,20 @@ def test_a_map_that_turns_out_to_offload_is_refused_in_words(tmp_path):
         AutoModelForCausalLM.from_pretrained(
             tmp_path / "out", device_map="auto", max_memory=little, offload_folder=str(tmp_path / "offload")
         )
+
+
+@pytest.mark.parametrize("key", [pytest.param("gptq", marks=needs_gptq), pytest.param("nf4", marks=needs_bnb)])
+def test_an_offloaded_model_is_not_quantised(key):
+    """Neither a dense one, before it is calibrated, nor a low-rank one."""
+    words = r"self_attn.q_proj is offloaded, and GPTQ and bitsandbytes quantise only what is in memory"
+    model = cpu_offload(wide("llama"), execution_device=torch.device("cpu"))
+    config = DobiSVDConfig(method="output_pca", ratio=0.2, dataset=tokens(6, 24), inner=INNER[key]())
+    with pytest.raises(ValueError, match=words):
+        DobiSVDQuantizer(config).quantize_model(model)
+    config = DobiSVDConfig(method="output_pca", ratio=0.8, dataset=tokens(6, 24))
+    low_rank = cpu_offload(DobiSVDQuantizer(config).quantize_model(wide("llama")), torch.device("cpu"))
+    with pytest.raises(ValueError, match=words):
+        stack_inner(low_rank, INNER[key](), None)
 
 
 @needs_bnb

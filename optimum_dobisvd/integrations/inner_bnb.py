@@ -74,21 +74,14 @@ def _set_scales(state: Any, scales: Tensor) -> None:
 def quantize_bnb(model: nn.Module, inner: BitsAndBytesConfig) -> None:
     """Quantise the linears inside every shell whose storage is one of bitsandbytes' forms, in place, value by value.
 
-    Raises:
-        ImportError: bitsandbytes is missing.
-        ValueError: naming the shell whose weights are offloaded.
+    Raises ImportError if bitsandbytes is missing.
     """
     require_bitsandbytes()
     operation = AutoHfQuantizer.from_config(inner, pre_quantized=False).get_quantize_ops()
-    for name, shell in model.named_modules():
+    for shell in list(model.modules()):
         if not isinstance(shell, CompressedLinear) or not is_bnb_form(shell.storage):
             continue
         plain = {child: module for child, module in shell.named_children() if type(module) is nn.Linear}
-        if any(module.weight.device.type == "meta" for module in plain.values()):
-            raise ValueError(
-                f"{name} is offloaded, and bitsandbytes quantises only what is in memory: load the model without cpu "
-                "or disk offload to quantise it"
-            )
         for child, module in plain.items():
             shell.set_submodule(child, quantized_alike(module, inner, operation))
 

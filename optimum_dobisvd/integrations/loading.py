@@ -94,7 +94,7 @@ class LowRankLoader(HfQuantizer):
         return super().get_weight_conversions() if self._bnb is None else self._bnb.get_weight_conversions()
 
     def update_weight_conversions(self, weight_conversions: list, *model: Any) -> list:
-        # transformers 5.16 and 5.17 call it without the model, 5.23 with; 5.0 to 5.4 ask get_weight_conversions alone.
+        # transformers 5.8 to 5.17 call it without the model, 5.23 with; 5.0 to 5.4 ask get_weight_conversions alone.
         if self._bnb is not None:
             return self._bnb.update_weight_conversions(weight_conversions, *model)
         return super().update_weight_conversions(weight_conversions, *model)

@@ -1,6 +1,7 @@
 """The Triton kernel for products of few rows with int8 matrices: it reads every weight once, as a byte.
 
-Not yet run on a GPU: its arithmetic is tested in Triton's interpreter, its speed is unknown.
+Its results are right on an H100. At 4096 x 4096, launched product by product, it is slower there than unpacking (0.27
+against 0.20 ms for one row): both are times of launching, not of reading.
 
 Bundled with every checkpoint. Triton is imported when it is first asked for, not before.
 """
