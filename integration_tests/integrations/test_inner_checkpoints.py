@@ -59,11 +59,11 @@ def planned(model, forms):
     return Plan(modules, method="output_pca", ratio=None, allocation="by hand")
 
 
-def stacked(folder, key, dtype):
+def stacked(folder, key, dtype, **placement):
     """The dense model in a folder, compressed and quantised in one `from_pretrained`."""
     plan = planned(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), FORMS[key])
     config = DobiSVDConfig(method="output_pca", dataset=tokens(6, 24), plan=plan, inner=INNER[key]())
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, **placement)
 
 
 def matrix_bytes(folder):

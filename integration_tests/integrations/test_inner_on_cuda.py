@@ -6,10 +6,10 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from integration_tests.integrations.test_inner_checkpoints import FORMS, INNER, needs_bnb, needs_gptq, planned, wide
+from integration_tests.integrations.test_inner_checkpoints import FORMS, INNER, needs_bnb, needs_gptq, stacked, wide
 from integration_tests.processes import run_python
 from integration_tests.tiny_models import tokens
-from optimum_dobisvd import DobiSVDConfig, adapter_targets
+from optimum_dobisvd import adapter_targets
 from optimum_dobisvd.nn.compressed_linear import CompressedLinear
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -30,10 +30,7 @@ save_file(found, sys.argv[2])
 
 
 def stacked_on_gpu(folder, key, dtype):
-    """The dense model in a folder, compressed and quantised in one `from_pretrained` on the GPU."""
-    plan = planned(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), FORMS[key])
-    config = DobiSVDConfig(method="output_pca", dataset=tokens(6, 24), plan=plan, inner=INNER[key]())
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map="cuda")
+    return stacked(folder, key, dtype, device_map="cuda")
 
 
 def logits(model):

@@ -56,6 +56,10 @@ def figures(place: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (place / "results.jsonl").read_text().splitlines()]
 
 
+def table_lines(place: Path) -> list[str]:
+    return (place / "frontier.md").read_text().splitlines()
+
+
 def test_rows_have_names_and_folders_of_their_own() -> None:
     assert len({row.name for row in ROWS}) == len({row.slug for row in ROWS}) == len(ROWS) > 12
     for row in ROWS:
@@ -113,6 +117,42 @@ def test_accuracies_are_those_of_one_answer_at_a_time(
     assert together == [line["found"] for line in figures(place) if line["step"] == "accuracy"]
     assert len(together) == 2
     assert all(set(found["tasks"]) == set(TASKS) and found["mean"]["stderr"] > 0 for found in together)
+
+
+@needs_bnb
+def test_answers_that_depend_on_the_batch_are_read_one_by_one(
+    place: Path, frontier: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLM.int8(): an answer beside others would be another one."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    from recipes.frontier import shared_contexts
+
+    write_rows(place)
+
+    def refused(**_: Any) -> None:
+        raise AssertionError("answers were read side by side")
+
+    monkeypatch.setattr(shared_contexts, "SharedContextLM", refused)
+    assert frontier("--rows", "BnB int8", "--states", "plain", "--steps", "accuracy") == 0
+    (found,) = [line["found"] for line in figures(place) if line["step"] == "accuracy"]
+    assert found["mean"]["value"] > 0
+
+
+def test_speeds_of_another_device_are_not_this_ones(place: Path, frontier: Callable[..., int]) -> None:
+    """Other figures are."""
+    row = ("--rows", "dense bf16", "--states", "plain", "--steps", "sizes", "speed")
+    assert frontier(*row) == 0
+    lines = figures(place)
+    for line in lines:
+        line["device"] = "cuda"
+        if line["step"] == "speed":
+            line["found"]["decode"] = {"ms_per_token": 123.0, "dense_ms_per_token": 246.0, "speedup": 2.0}
+    (place / "results.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert frontier(*row) == 0
+    assert [(line["step"], line["device"]) for line in figures(place)[len(lines) :]] == [("speed", "cpu")]
+    heads, _, row_cells = ([cell.strip() for cell in line.split("|")] for line in table_lines(place))
+    assert row_cells[heads.index("decode, ms/token, cuda")] == "123 (2.00 × as fast as dense)"
+    assert "123" not in row_cells[heads.index("decode, ms/token, cpu")].split(" ")
 
 
 def test_a_row_that_fails_is_told_and_the_others_go_on(frontier: Callable[..., int], capfd: Any) -> None:
