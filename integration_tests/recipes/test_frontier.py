@@ -120,10 +120,10 @@ def test_accuracies_are_those_of_one_answer_at_a_time(
 
 
 @needs_bnb
-def test_answers_that_depend_on_the_batch_are_read_one_by_one(
+def test_answers_that_depend_on_the_batch_are_read_in_lm_evals_batches(
     place: Path, frontier: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """LLM.int8(): an answer beside others would be another one."""
+    """LLM.int8(): read side by side under a mask they would be others."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     from recipes.frontier import shared_contexts
 
@@ -153,6 +153,21 @@ def test_speeds_of_another_device_are_not_this_ones(place: Path, frontier: Calla
     heads, _, row_cells = ([cell.strip() for cell in line.split("|")] for line in table_lines(place))
     assert row_cells[heads.index("decode, ms/token, cuda")] == "123 (2.00 × as fast as dense)"
     assert "123" not in row_cells[heads.index("decode, ms/token, cpu")].split(" ")
+
+
+def test_longer_healing_is_not_another_speed(place: Path, frontier: Callable[..., int]) -> None:
+    """Other values of the same form; an adapter of another rank is another one."""
+    healed = ("--rows", "dense bf16", "--states", "healed", "--steps", "perplexity", "speed")
+
+    def taken() -> list[str]:
+        return [line["step"] for line in figures(place) if line["step"] != "make"]
+
+    assert frontier(*healed, "--heal-steps=1") == 0
+    assert frontier(*healed) == 0
+    assert taken() == ["perplexity", "speed", "perplexity"]
+    assert "as fast as dense" in (place / "frontier.md").read_text()
+    assert frontier(*healed, "--lora-rank=2") == 0
+    assert taken()[3:] == ["perplexity", "speed"]
 
 
 def test_a_row_that_fails_is_told_and_the_others_go_on(frontier: Callable[..., int], capfd: Any) -> None:

@@ -22,6 +22,7 @@ from .make import ADAPTER, load_in
 from .settings import TASKS, Settings
 
 _BATCH = 64  # linears of GPTQ and bitsandbytes unpack their weights in every pass
+_BATCH_INT8 = 8  # questions; lm-eval holds the logits of all their tokens, several GB at 64
 _PROMPT, _NEW = 512, 24
 _ROUNDS = 5
 
@@ -65,19 +66,20 @@ def perplexities(folder: Path, settings: Settings) -> dict[str, Any]:
 def accuracies(folder: Path, settings: Settings) -> dict[str, Any]:
     """lm-eval's figures by task and their mean, computed in float32.
 
-    LLM.int8() rounds activations as the batch's largest ones will have it: what else is read changes an answer, so
-    each is read by itself.
+    LLM.int8() rounds activations as the batch's largest ones will have it, and what else is read changes an answer:
+    it is judged by lm-eval's own batches.
     """
     from .shared_contexts import SharedContextLM
 
     model, tokenizer = load(folder, torch.float32, settings.device), AutoTokenizer.from_pretrained(folder)
+    in_int8 = getattr(model, "is_loaded_in_8bit", False)
     found = judge(
         model,
         tokenizer,
         load_tasks(TASKS, settings.data_dir),
         limit=settings.limit,
-        batch_size=_BATCH,
-        lm_class=None if getattr(model, "is_loaded_in_8bit", False) else SharedContextLM,
+        batch_size=_BATCH_INT8 if in_int8 else _BATCH,
+        lm_class=None if in_int8 else SharedContextLM,
     )
     means = compare_means({task: {"compressed": figures} for task, figures in found.items()})
     return {"tasks": found, "mean": means["compressed"] if means else None}

@@ -9,7 +9,7 @@ from typing import Any
 from optimum_dobisvd.storage.atomic import write_text_atomically
 
 from .rows import Row
-from .settings import Settings
+from .settings import Settings, decide_alike
 
 
 class Results:
@@ -29,7 +29,7 @@ class Results:
         if broken_off:  # by a kill in the middle of a line, to which the next one would be glued
             write_text_atomically(path, f"{whole}\n" if whole else "")
         lines = [json.loads(line) for line in whole.splitlines()]
-        self.lines = [line for line in lines if line["settings"] == self._settings]
+        self.lines = [line for line in lines if decide_alike(line["step"], line["settings"], self._settings)]
 
     @property
     def devices(self) -> list[str]:

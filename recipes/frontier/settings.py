@@ -11,6 +11,7 @@ TASKS = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbo
 _WHERE = ("work", "data_dir", "statistics", "device")  # places; but for speeds they change no figure
 _JUDGING = ("eval_dataset", "eval_windows", "limit")
 _HEALING = ("heal_steps", "lora_rank", "lora_rate")
+_VALUES_ONLY = (*_JUDGING, "heal_steps", "lora_rate")  # longer training gives other weights of the same form
 
 
 @dataclass(frozen=True)
@@ -61,3 +62,9 @@ class Settings:
         """Of these, what decides a checkpoint."""
         others = _JUDGING if healed else (*_JUDGING, *_HEALING)
         return {key: value for key, value in self.deciding().items() if key not in others}
+
+
+def decide_alike(step: str, one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether the figures of a step are the same ones by two `Settings.deciding()`."""
+    without = _VALUES_ONLY if step == "speed" else ()
+    return all(one.get(key) == other.get(key) for key in {*one, *other} if key not in without)
