@@ -18,6 +18,7 @@ from integration_tests.integrations.test_inner_checkpoints import needs_bnb
 from integration_tests.tiny_models import tiny
 from recipes.frontier import __main__ as command
 from recipes.frontier import rows as rows_module
+from recipes.frontier.measure import load
 from recipes.frontier.rows import ROWS, row_named
 from recipes.frontier.settings import TASKS
 
@@ -97,6 +98,24 @@ def test_an_adapter_that_cannot_be_merged_stays_and_its_bytes_count(place: Path,
     assert added < found[True, "sizes"]["disk"] - found[False, "sizes"]["disk"] < 1.2 * added
     assert found[True, "perplexity"] != found[False, "perplexity"]
     assert all(found[True, "speed"][phase]["speedup"] > 0 for phase in ("prefill", "decode"))
+
+
+@needs_bnb
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_computes_in_what_is_asked_for(
+    place: Path, frontier: Callable[..., int], dtype: torch.dtype
+) -> None:
+    """Products of 16 bits are slow on many CPUs, and would be taken for the adapter's price."""
+    assert frontier("--rows", "BnB nf4", "--states", "healed", "--steps", "sizes") == 0
+    folder = place / "work" / "bnb-nf4" / "healed"
+    model = load(folder, dtype, "cpu")
+    found = {name: value for name, value in model.named_parameters() if ".lora_" in name}
+    stored = load_file(folder / "adapter_model.safetensors")
+    assert len(found) == len(stored)
+    assert {value.dtype for value in found.values()} == {dtype}
+    for name, value in stored.items():
+        place_in_model = name.removesuffix(".weight") + ".default.weight"
+        assert torch.equal(found[place_in_model], value.to(dtype))
 
 
 @needs_bnb

@@ -28,7 +28,7 @@ _ROUNDS = 5
 
 
 def load(folder: Path, dtype: torch.dtype, device: str) -> Any:
-    """A checkpoint, or an adapter with the checkpoint below it."""
+    """A checkpoint, or an adapter with the checkpoint below it, either in `dtype`."""
     if not (folder / ADAPTER).exists():
         return load_in(folder, dtype, device)
     from peft import PeftConfig, PeftModel
@@ -37,7 +37,7 @@ def load(folder: Path, dtype: torch.dtype, device: str) -> Any:
     model = PeftModel.from_pretrained(load_in(below, dtype, device), str(folder))
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
-            parameter.data = parameter.data.to(torch.bfloat16)  # as it is stored; PEFT holds it in 32 bits
+            parameter.data = parameter.data.to(dtype)  # stored in 16 bits; PEFT holds it in 32
     return model.eval()
 
 

@@ -11,7 +11,7 @@ TASKS = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbo
 _WHERE = ("work", "data_dir", "statistics", "device")  # places; but for speeds they change no figure
 _JUDGING = ("eval_dataset", "eval_windows", "limit")
 _HEALING = ("heal_steps", "lora_rank", "lora_rate")
-_VALUES_ONLY = (*_JUDGING, "heal_steps", "lora_rate")  # longer training gives other weights of the same form
+_NOT_SPEEDS = (*_JUDGING, "heal_steps", "lora_rate")  # longer training gives other weights of the same form
 
 
 @dataclass(frozen=True)
@@ -66,5 +66,5 @@ class Settings:
 
 def decide_alike(step: str, one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether the figures of a step are the same ones by two `Settings.deciding()`."""
-    without = _VALUES_ONLY if step == "speed" else ()
+    without = _NOT_SPEEDS if step == "speed" else ()
     return all(one.get(key) == other.get(key) for key in {*one, *other} if key not in without)
