@@ -68,7 +68,7 @@ def draw(results: Results, settings: Settings, path: Path) -> None:
 
 
 _DECODE = ("speed", "decode")  # of a device
-_HIGHEST = 6
+_HIGHEST = 8
 """Times the lowest of a measure: what is worse is drawn there as an arrow, so that the others keep apart."""
 
 
