@@ -61,11 +61,8 @@ def test_gradients_are_taken_back_in_float32_too(native: bool) -> None:
         if torch.is_grad_enabled():
             output.register_hook(lambda gradient: seen.add(gradient.dtype))
 
-    handles = [
-        module.register_forward_hook(watch)
-        for module in model.get_submodule(BLOCK).modules()
-        if isinstance(module, nn.Linear)
-    ]
+    # Every linear, the head too: its logits are the widest product of all.
+    handles = [module.register_forward_hook(watch) for module in model.modules() if isinstance(module, nn.Linear)]
     before = contents(model)
     found = collect_gradients(model, ids).gradients(BLOCK)
     for handle in handles:
@@ -76,6 +73,40 @@ def test_gradients_are_taken_back_in_float32_too(native: bool) -> None:
     for name, statistics in found.items():
         one, other = full_gram(statistics), full_gram(expected[name])
         assert float((one - other).norm()) < (0.2 if native else 0.05) * float(other.norm()), name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_may_be_tied_to_the_embeddings(tied: bool, native: bool) -> None:
+    model, _ = half(tie_word_embeddings=tied)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    seen: list[set[torch.dtype]] = []
+
+    def watch(module: nn.Module, args: tuple[Tensor]) -> None:
+        if torch.is_grad_enabled():
+            seen.append({module.weight.dtype, args[0].dtype, *(each.dtype for each in inside.parameters())})
+
+    inside = model.get_submodule(BLOCK)
+    handle = model.lm_head.register_forward_pre_hook(watch)
+    before = contents(model)
+    collect_gradients(model, tokens(4, 16))
+    handle.remove()
+    assert contents(model) == before
+    # Of the blocks, which compute nothing meanwhile, no second copy is held.
+    assert seen == [{torch.bfloat16} if native else {torch.bfloat16, torch.float32}] * 4
+
+
+def test_what_fails_in_the_head_leaves_the_model_as_it_was(native: bool) -> None:
+    model, _ = half()
+    before = contents(model)
+
+    def fail(_module: nn.Module, _args: Any) -> None:
+        if torch.is_grad_enabled():
+            raise KeyboardInterrupt
+
+    model.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        collect_gradients(model, tokens(4, 16))
+    assert contents(model) == before
 
 
 def test_what_fails_inside_a_block_leaves_the_model_as_it_was(native: bool) -> None:

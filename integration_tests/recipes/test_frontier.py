@@ -189,6 +189,23 @@ def test_longer_healing_is_not_another_speed(place: Path, frontier: Callable[...
     assert taken()[3:] == ["perplexity", "speed"]
 
 
+def test_speeds_alone_take_one_step_of_healing(place: Path, frontier: Callable[..., int]) -> None:
+    """And what needs the whole training is not measured on it."""
+    healed = ("--rows", "SVD 0.6", "--states", "healed", "--steps")
+
+    def steps_trained() -> int:
+        record = json.loads((place / "work" / "svd-0.6" / "healed" / "frontier.json").read_text())
+        return int(record["settings"]["heal_steps"])
+
+    assert frontier(*healed, "speed") == 0
+    assert steps_trained() == 1
+    assert [(line["healed"], line["step"]) for line in figures(place)] == [(False, "make"), (True, "speed")]
+    assert frontier(*healed, "speed", "perplexity") == 0
+    assert steps_trained() == NUMBERS["heal-steps"]
+    assert [line["step"] for line in figures(place)[2:]] == ["make", "perplexity"]
+    assert "as fast as dense" in (place / "frontier.md").read_text()
+
+
 def test_a_row_that_fails_is_told_and_the_others_go_on(frontier: Callable[..., int], capfd: Any) -> None:
     options = ("--states", "plain", "--steps", "accuracy", "sizes")
     assert frontier("--rows", "dense bf16", "SVD 0.3 int8", *options) == 1

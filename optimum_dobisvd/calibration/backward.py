@@ -94,16 +94,22 @@ class BackwardRunner(BlockRunner):
     def _loss_gradients(self, loss: NextTokenLoss) -> list[Tensor]:
         """Gradients of the summed loss at the outputs of the last block, by batch, on the CPU; window by window, since
         the logits of one window can be larger than everything else."""
+        widens = any(self._in_float32(self._model, hidden) for hidden in self._hidden)
+        # The blocks compute nothing meanwhile; embeddings tied to the head are one tensor with it.
+        widened = in_float32(self._model, without=self._blocks.values()) if widens else contextlib.nullcontext()
         gradients = []
-        for (ids, mask), hidden in zip(self._batches, self._hidden, strict=True):
-            windows = []
-            for row in range(len(ids)):
-                leaf = hidden[row : row + 1].detach().requires_grad_(True)
-                with torch.enable_grad(), replaced_forward(self._handing_over(leaf)):
-                    logits = self._logits(ids[row : row + 1], mask[row : row + 1])
-                    loss(logits, ids[row : row + 1], mask[row : row + 1]).backward()
-                windows.append(_gradient_of(leaf).cpu())
-            gradients.append(torch.cat(windows))
+        with widened, tqdm(total=sum(map(len, self._hidden)), desc="loss", unit="window", leave=False) as progress:
+            for (ids, mask), hidden in zip(self._batches, self._hidden, strict=True):
+                windows = []
+                for row in range(len(ids)):
+                    leaf = hidden[row : row + 1].detach()
+                    leaf = (leaf.float() if widens else leaf).requires_grad_(True)
+                    with torch.enable_grad(), replaced_forward(self._handing_over(leaf)):
+                        logits = self._logits(ids[row : row + 1], mask[row : row + 1])
+                        loss(logits, ids[row : row + 1], mask[row : row + 1]).backward()
+                    windows.append(_gradient_of(leaf).to("cpu", hidden.dtype))
+                    progress.update()
+                gradients.append(torch.cat(windows))
         self._hidden = []
         return gradients
 

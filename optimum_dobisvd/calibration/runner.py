@@ -207,8 +207,8 @@ class BlockRunner:
             raise TypeError(f"{name} returned {type(output).__name__}, not hidden states")
         return found.to(home, dtype)
 
-    def _in_float32(self, block: nn.Module, hidden: Tensor) -> bool:
-        return self._may_widen and not is_dispatched(block) and computes_in_float32(hidden.device, hidden.dtype)
+    def _in_float32(self, module: nn.Module, hidden: Tensor) -> bool:
+        return self._may_widen and not is_dispatched(module) and computes_in_float32(hidden.device, hidden.dtype)
 
     def _record(self, batches: list[tuple[Tensor, Tensor]]) -> None:
         """Fill `_hidden` and `_arguments` from a forward pass in which no block computes anything."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -33,16 +33,22 @@ def on_device(block: nn.Module, device: torch.device | None) -> Iterator[None]:
 
 
 def computes_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a block is better computed in float32 there: an x86 CPU without instructions for bfloat16, where float32
-    is several times as fast. Not float16, in which overflows are to be seen."""
+    """Whether a module is better computed in float32 there: an x86 CPU without instructions for bfloat16, where
+    float32 is several times as fast. Not float16, in which overflows are to be seen."""
     slow = device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and not has_bf16_products()
     return slow and dtype is torch.bfloat16
 
 
 @contextlib.contextmanager
-def in_float32(block: nn.Module) -> Iterator[None]:
-    """What a block holds in bfloat16 in float32, and afterwards the very same values again."""
-    held = [tensor for tensor in (*block.parameters(), *block.buffers()) if tensor.dtype is torch.bfloat16]
+def in_float32(module: nn.Module, without: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """What a module holds in bfloat16 in float32, and afterwards the very same values again.
+
+    Args:
+        module: on a device that can hold both.
+        without: modules in it that are left as they are.
+    """
+    left = {id(tensor) for each in without for tensor in _tensors(each)}
+    held = [tensor for tensor in _tensors(module) if tensor.dtype is torch.bfloat16 and id(tensor) not in left]
     values = [tensor.data for tensor in held]
     try:
         for tensor in held:
@@ -52,6 +58,11 @@ def in_float32(block: nn.Module) -> Iterator[None]:
     finally:
         for tensor, value in zip(held, values, strict=True):
             tensor.data = value
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
 
 
 @contextlib.contextmanager

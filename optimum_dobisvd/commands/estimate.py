@@ -94,6 +94,7 @@ def memory_need(model: nn.Module, layout: Layout, config: DobiSVDConfig, *, coll
     factorising = 8 * _EIGEN_COPIES * sum(size**2 for size in gram_sizes)
     factorising += 8 * _SVD_COPIES * max(weight.numel() for weight in linears)
     calibrating: dict[str, int] = {}
+    at_loss: dict[str, int] = {}
     hidden = 0
     if needs_text(config) and not collected:
         hidden = config.nsamples * config.seqlen * _hidden_size(model) * element
@@ -111,10 +112,15 @@ def memory_need(model: nn.Module, layout: Layout, config: DobiSVDConfig, *, coll
             windows = min(config.gradient_windows, config.nsamples)
             boundaries = windows * config.seqlen * _hidden_size(model) * element * (len(layout.blocks) + 1)
             hidden = max(hidden, boundaries)
+            at_loss["one window's logits"] = _logits_bytes(model, config.seqlen)
+            if computes_in_float32(torch.device("cpu"), linears[0].dtype):
+                around = model_bytes(model.parameters())
+                around -= sum(model_bytes(block.parameters()) for block in layout.blocks.values())
+                at_loss["embeddings and head in float32"] = 2 * around
         calibrating = {"one block's activations": activations, "one block's Grams": grams}
         if widened:
             calibrating["one block in float32"] = 2 * model_bytes(layout.blocks[widest].parameters())
-    work = calibrating if sum(calibrating.values()) > factorising else {"one block's factorisation": factorising}
+    work = _larger(calibrating, {"one block's factorisation": factorising})
     store = store_bytes(layout, config) if needs_text(config) else 0
     host = {"Python and libraries": _LIBRARIES, "model": model_bytes(model.parameters())}
     if hidden:
@@ -127,17 +133,27 @@ def memory_need(model: nn.Module, layout: Layout, config: DobiSVDConfig, *, coll
         host["rank training"] = sum(((m + n) * min(m, n) + 2 * m * n) * element for m, n in shapes)
         host["rank training"] += _training_activations(model, layout, config, element)
     if config.device is None or config.device == "cpu":
-        return Need({**host, **work}, {}, store)
+        return Need({**host, **_larger(work, at_loss)}, {}, store)
     block = model_bytes(layout.blocks[widest].parameters())
-    return Need(host, {"one block": block, **work}, store)
+    # What lies around the blocks, the head among it, stays where the model is.
+    return Need({**host, **at_loss}, {"one block": block, **work}, store)
+
+
+def _larger(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    """Of two stages that follow each other, the one that takes more."""
+    return max(one, other, key=lambda stage: sum(stage.values()))
+
+
+def _logits_bytes(model: nn.Module, length: int) -> int:
+    """Logits, their logarithms and their gradient, in float32."""
+    return length * 3 * 4 * _vocabulary(model)
 
 
 def _training_activations(model: nn.Module, layout: Layout, config: DobiSVDConfig, element: int) -> int:
     """What one window leaves for the backward pass: inputs and outputs of all linears, logits and their gradient."""
     length = min(config.rank_training.seqlen or config.seqlen, config.seqlen)
     shapes = [weight_matrix(module).shape for module in layout.linears.values()]
-    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-    kept = length * (sum(m + n for m, n in shapes) * element + 3 * 4 * vocabulary)
+    kept = length * sum(m + n for m, n in shapes) * element + _logits_bytes(model, length)
     if config.resolved_method().learning_mode == "activation":
         # Every output's decomposition, in float32: both sides, and the truncated one.
         kept += 4 * sum(length * m + min(length, m) * (length + m) for m, _ in shapes)
@@ -159,9 +175,10 @@ def seconds_need(
         rate = max(speed.model_products, speed.float32_products)
         seconds["calibration, forward"] = forward / rate
         if config.resolved_method().needs_gradients:
-            # Boundaries, each block again, and its gradients by inputs only; then the Grams of the outputs.
+            # Boundaries, each block again, and its gradients by inputs only; the head; then the Grams of the outputs.
             taken_back = min(config.gradient_windows, config.nsamples) * config.seqlen
-            seconds["calibration, gradients"] = 3 * forward / rate * taken_back / tokens
+            head = 2 * 2 * taken_back * _hidden_size(model) * _vocabulary(model)
+            seconds["calibration, gradients"] = (3 * forward * taken_back / tokens + head) / rate
             outputs = [len(weight_matrix(module)) for module in layout.linears.values()]
             squares = sum(size**2 for size in outputs)
             seconds["calibration, gradients"] += 2 * taken_back * squares / speed.float32_products
@@ -195,3 +212,7 @@ def macs_of_blocks(layout: Layout) -> int:
 
 def _hidden_size(model: nn.Module) -> int:
     return model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,13 @@ def _measure(row: Row, healed: bool, steps: list[str], settings: Settings, resul
             results.add(needed, False, "make", _timed(partial(make, needed, work, settings)))
     folder = checkpoint_of(row, work, healed)
     if healed and not is_made(row, work, settings, healed=True):
-        results.add(row, True, "make", _timed(partial(heal, row, work, settings)))
+        if steps == ["speed"]:
+            # Longer training gives other values of the same form, which take the same time.
+            briefly = replace(settings, heal_steps=1)
+            if not is_made(row, work, briefly, healed=True):
+                heal(row, work, briefly)
+        else:
+            results.add(row, True, "make", _timed(partial(heal, row, work, settings)))
     for step in steps:
         if step == "speed":
             found = speeds(folder, Path(base_model(row.base, work, settings)), settings)
