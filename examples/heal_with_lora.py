@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from optimum_dobisvd import DobiSVDConfig, LowRankLinear
+from optimum_dobisvd import DobiSVDConfig, LowRankLinear, adapter_targets
 from optimum_dobisvd.calibration.dataset import read_text
 from optimum_dobisvd.report.perplexity import perplexity, window_ids
 
@@ -43,6 +43,9 @@ if getattr(AutoConfig.from_pretrained(base), "quantization_config", None) is Non
     AutoModelForCausalLM.from_pretrained(args.model, quantization_config=config).save_pretrained(base)
     tokenizer.save_pretrained(base)
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+inner_forms = model.config.quantization_config.inner_forms  # of GPTQ or bitsandbytes, where it was quantised
+if args.merge and "gptq" in inner_forms:
+    parser.error("PEFT merges nothing into GPTQ's linears: keep the adapter beside them, and leave --merge out")
 
 if args.bare:
     model.requires_grad_(False)
@@ -50,7 +53,7 @@ if args.bare:
         if isinstance(module, LowRankLinear):
             module.requires_grad_(True)
 else:
-    lora = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=adapter_targets(model), task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
     model.print_trainable_parameters()
 
@@ -65,7 +68,9 @@ def measure(when: str) -> None:
 
 def save(healed: torch.nn.Module, folder: str) -> None:
     healed.config.use_cache = True  # Trainer turned it off
-    healed.to(AutoConfig.from_pretrained(base).dtype).save_pretrained(folder)
+    if not inner_forms:  # quantised weights have dtypes of their own
+        healed = healed.to(AutoConfig.from_pretrained(base).dtype)
+    healed.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPTQConfig
 
 from integration_tests.tiny_models import tiny
-from optimum_dobisvd import LowRankLinear
+from optimum_dobisvd import DobiSVDQuantizer, LowRankLinear
+from optimum_dobisvd.calibration.dataset import load_windows
+from optimum_dobisvd.integrations.transformers_quantizer import stack_inner
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = ["--nsamples", "4", "--seqlen", "32"]
@@ -113,6 +115,30 @@ def test_heal_with_lora(tmp_path: Path, inputs: list[str], monkeypatch: pytest.M
     assert first == before
     assert after < 0.7 * before
     assert low_rank_linears(tmp_path / "bare") == low_rank_linears(tmp_path / "out-base")
+
+
+def test_heal_with_lora_on_quantised_linears(tmp_path: Path, inputs: list[str]) -> None:
+    for library in ("peft", "bitsandbytes", "gptqmodel"):
+        pytest.importorskip(library, reason=f"{library} is not installed")
+    tiny("llama", hidden_size=128, intermediate_size=256, num_key_value_heads=2).save_pretrained(tmp_path / "wide")
+    texts = ["--text", "text.txt", "--eval-text", "text.txt", "--seqlen", "16", "--steps", "20", "--lr", "1e-2"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "wide", dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "dense")
+    DobiSVDQuantizer(method="svd", ratio=0.6).quantize_model(model).save_pretrained(tmp_path / "low")
+    for name, inner in (
+        ("nf4", BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")),
+        ("gptq", GPTQConfig(bits=4, group_size=32)),
+    ):
+        low = AutoModelForCausalLM.from_pretrained(tmp_path / "low")
+        windows = load_windows(str(tmp_path / "text.txt"), tokenizer, nsamples=4, seqlen=32, seed=0)
+        stack_inner(low, inner, windows).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        asked = ["--model", name, *texts, "--out", f"{name}-lora", *(["--merge"] if name == "nf4" else [])]
+        before, after = perplexities(run("heal_with_lora.py", *asked, cwd=tmp_path))
+        assert after < 0.7 * before
+    assert low_rank_linears(tmp_path / "nf4-lora-merged") == low_rank_linears(tmp_path / "nf4") > 0
+    with pytest.raises(AssertionError, match="PEFT merges nothing into GPTQ's linears"):
+        run("heal_with_lora.py", "--model", "gptq", *texts, "--merge", cwd=tmp_path)
 
 
 def test_every_example_has_a_test() -> None:

@@ -20,30 +20,31 @@ from .storage.inner_forms import inner_form_named
 STORAGES = ("plain", "remap", "int8")
 
 
-def change_storage(model: Any, storage: str, modules_to_not_convert: list[str]) -> dict[str, dict[str, Any]]:
-    """Give every factor of a compressed model another storage, in place; ranks stay.
+def change_storage(model: Any, storage: str, kept_dense: list[str]) -> dict[str, dict[str, Any]]:
+    """Give every matrix of a compressed model another storage, in place; ranks stay.
 
-    Matrices left whole go with it: with `int8` all of them are rounded to 8 bits, else they are dense.
+    Matrices left whole go with the factors: with `int8` all of them are rounded to 8 bits, else they are dense.
 
     Args:
         model: compressed, in memory.
         storage: `plain`, `remap` or `int8`.
-        modules_to_not_convert: patterns of linears that were excluded from compression.
+        kept_dense: patterns of linears that were to stay as they are.
 
     Returns:
         `modules` of config.json.
 
     Raises:
-        ValueError: another storage; the model has no factors, or some that another library quantised or that are
-            offloaded. Then nothing was changed.
+        ValueError: another storage; the model has nothing to store so, or matrices that another library quantised or
+            that are offloaded. Then nothing was changed.
     """
     if storage not in STORAGES:
         raise ValueError(f"storage {storage!r} cannot be changed to: take one of {', '.join(STORAGES)}")
     shells = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
     for name, shell in shells.items():
         _check(name, shell)
-    if not any(shell.rank is not None for shell in shells.values()):
-        raise ValueError("the model has no factors to store otherwise: compress it first")
+    dense = dense_targets(model, kept_dense) if storage == "int8" else []
+    if not shells and not dense:
+        raise ValueError(f"the model has no matrix to store as {storage}: compress it first")
     modules: dict[str, dict[str, Any]] = {}
     for name, shell in shells.items():
         if shell.rank is not None:
@@ -56,7 +57,7 @@ def change_storage(model: Any, storage: str, modules_to_not_convert: list[str]) 
             modules[name] = {"rank": None, "storage": DENSE_INT8}
         else:
             model.set_submodule(name, to_dense(shell))
-    for target in dense_targets(model, modules_to_not_convert) if storage == "int8" else []:
+    for target in dense:
         weight = dense_weight(model.get_submodule(target.name))
         replace_with(model, target.name, DENSE_INT8, None, pack_dense(DENSE_INT8, weight, weight.dtype)[0])
         modules[target.name] = {"rank": None, "storage": DENSE_INT8}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import os
+import re
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,12 +40,13 @@ class DobiSVDConfig(QuantizationConfigMixin):
             `svd_llm_v2`, `svd_llm`, `asvd`, `svd`, `output_pca`, `dobi_ipca`.
         ratio: fraction of the compressed matrices' bytes that is **kept**, `0 < ratio <= 1`. 20 % removed is 0.8. By
             default 0.8, or what `budget` leaves.
-        budget: size of the whole checkpoint instead of a ratio, in bytes or as `"2.8GB"`, `"500MiB"`.
+        budget: size of the whole checkpoint's tensors instead of a ratio, in bytes or as `"2.8GB"`, `"500MiB"`. (Files
+            have a head besides, some hundred bytes a matrix.)
         allocation, factorization, storage: replace one column of the method's row. Storages: `plain` (two factors in
             the model's dtype), `remap` (Dobi-SVD's 8+16 bit), `int8` (both factors in 8 bits), `mixed` (for every
             matrix whichever of all forms, `inner` ones at any bits included, costs the loss least; `global` only).
         inner: quantisation stacked on low rank, a `GPTQConfig` or a `BitsAndBytesConfig`: linears, factors and whole
-            matrices alike, are stored so. `ratio` and `budget` count its bits.
+            matrices alike, are stored so. `ratio` and `budget` count its bits, and one of them must be given.
         dense_storage: what becomes of matrices that are not factorised: `dense` (left as they are) or `dense_int8` (in
             8 bits, as far as the budget asks for it). By default what goes with the storage: `dense_int8` with `int8`,
             else `dense`.
@@ -107,11 +109,16 @@ class DobiSVDConfig(QuantizationConfigMixin):
         _check_version(self.format_version)
         if self.ratio is not None and self.budget is not None:
             raise ValueError("ratio and budget both say how many bytes to keep: give one of them")
+        if self.inner is not None and all(each is None for each in (self.ratio, self.budget, self.plan, self.modules)):
+            raise ValueError(
+                "inner quantises, and ratio counts its bits (4 bits alone are about 0.28), so the usual 0.8 would "
+                "leave it nothing to do: give ratio or budget"
+            )
         if self.budget is not None:
             self.budget = _checked_budget(self.budget)
         else:
             self.ratio = _checked_ratio(0.8 if self.ratio is None else self.ratio)
-        self.inner = inner_config(self.inner)
+        self.inner = inner_config(self.inner, wished=self.modules is None)
         self.overrides = dict(self.overrides or {})
         self.training = dict(self.training or {})
         self.modules_to_not_convert = list(self.modules_to_not_convert or [])
@@ -188,6 +195,12 @@ class DobiSVDConfig(QuantizationConfigMixin):
         return ", ".join(sorted(name for name in storages if inner_form_named(name) is not None))
 
     @property
+    def kept_dense(self) -> list[str]:
+        """Patterns of the linears that were to stay as they are, by whichever option."""
+        dense = [pattern for pattern, override in self.overrides.items() if override.get("dense")]
+        return [*self.modules_to_not_convert, *dense]
+
+    @property
     def rank_training(self) -> RankTraining:
         """The settings of the rank training, defaults filled in."""
         return RankTraining.from_dict(self.training)
@@ -213,7 +226,9 @@ class DobiSVDConfig(QuantizationConfigMixin):
             if not planned.is_dense
         }
         blank: dict[str, Any] = {f.name: f.default for f in fields(self) if f.name in _RUN_ONLY}
-        inner = None if self.inner is None else as_applied(self.inner)
+        # One that was given no matrix is forgotten: at load it would be taken for one that is still to come.
+        applied = any(inner_form_named(planned.storage) is not None for planned in plan.modules.values())
+        inner = as_applied(self.inner) if applied else None
         return replace(self, modules=modules, dataset=dataset, inner=inner, **blank)
 
     def to_dict(self) -> dict[str, Any]:
@@ -262,6 +277,8 @@ def _checked_budget(budget: Any) -> int:
     """Bytes. ValueError or TypeError for what is no size."""
     if isinstance(budget, bool) or not isinstance(budget, int | str):
         raise TypeError(f"budget must be bytes or a size such as '2.8GB', got {budget!r}")
+    if re.search(r"[kmgKMG]b\s*$", str(budget)):
+        raise ValueError(f"budget {budget!r} ends in a small b, which means bits: write '2.8GB', '500MB', '1GiB'")
     try:
         size = int(budget) if str(budget).isdecimal() else convert_file_size_to_int(budget)
     except ValueError as error:

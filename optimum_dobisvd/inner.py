@@ -6,13 +6,18 @@ Nothing here needs the libraries that do it; see `integrations.inner_gptq` and `
 from __future__ import annotations
 
 import copy
+import difflib
+import inspect
 import json
+import logging
 import re
 from typing import Any, cast
 
 from transformers import BitsAndBytesConfig, GPTQConfig
 
 from .storage.inner_forms import GPTQ_BITS, gptq_form
+
+logger = logging.getLogger(__name__)
 
 InnerConfig = GPTQConfig | BitsAndBytesConfig
 
@@ -21,18 +26,25 @@ _IN_MEMORY_FORMAT = "gptq_v2"
 """GPTQModel's: zero points as they are. The format of auto-gptq (`gptq`), which has them less one, is read, too."""
 
 
-def inner_config(given: Any) -> InnerConfig | None:
+def inner_config(given: Any, *, wished: bool = False) -> InnerConfig | None:
     """What a user or config.json gave as `inner`, as one of transformers' own configurations.
 
+    Args:
+        given: such a configuration, or one as a dictionary.
+        wished: for a quantisation that is still to be made. A checkpoint may come from a transformers with more
+            options.
+
     Raises:
-        ValueError: another method, or options that cannot work; names the remedy.
+        ValueError: another method, a misspelt option, or options that cannot work; names the remedy.
     """
     if given is None:
         return None
     if isinstance(given, dict):
-        given = _from_dict(given)
+        given = _from_dict(given, wished)
     if isinstance(given, GPTQConfig) and type(given).__name__ == "GPTQConfig":
         _check_gptq(given)
+        if wished:
+            _tell_unused(given)
         return given
     if isinstance(given, BitsAndBytesConfig):
         _check_bnb(given)
@@ -68,7 +80,7 @@ def inner_from_name(name: str) -> InnerConfig:
             values = json.loads(name)
         except json.JSONDecodeError as error:
             raise ValueError(f"inner is no JSON ({error}): {name}") from error
-        return cast(InnerConfig, inner_config(values))
+        return cast(InnerConfig, inner_config(values, wished=True))
     gptq = re.fullmatch(r"gptq([2348])(?:_g(\d+))?", name)
     if gptq is not None:
         return cast(InnerConfig, inner_config(GPTQConfig(bits=int(gptq[1]), group_size=int(gptq[2] or 128))))
@@ -106,13 +118,41 @@ def as_applied(inner: InnerConfig) -> InnerConfig:
     return _from_dict(values)
 
 
-def _from_dict(values: dict[str, Any]) -> Any:
+def _check_options(makes: Any, example: InnerConfig, values: dict[str, Any]) -> None:
+    """ValueError for a key that the configuration does not know: it would be dropped without a word."""
+    known = {*inspect.signature(makes.__init__).parameters, *example.to_dict()}
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "its documentation lists those there are"
+            raise ValueError(f"inner: {makes.__name__} has no option {key!r}; {hint}")
+
+
+_UNUSED = ("model_seqlen", "max_input_length", "batch_size", "pad_token_id", "cache_block_outputs")
+
+
+def _tell_unused(inner: GPTQConfig) -> None:
+    usual = GPTQConfig(bits=4)
+    given = [name for name in _UNUSED if getattr(inner, name) != getattr(usual, name)]
+    if given:
+        logger.warning(
+            "GPTQConfig's %s is not used: nsamples, seqlen and batch_size of the DobiSVDConfig say what its rounding "
+            "is calibrated on",
+            ", ".join(given),
+        )
+
+
+def _from_dict(values: dict[str, Any], wished: bool = False) -> Any:
     method = values.get("quant_method")
     method = getattr(method, "value", method)
     known = {key: value for key, value in values.items() if key != "quant_method"}
     if method == "gptq":
+        if wished:
+            _check_options(GPTQConfig, GPTQConfig(bits=4), values)
         return GPTQConfig.from_dict(known)
     if method == "bitsandbytes" or (method is None and ("load_in_4bit" in values or "load_in_8bit" in values)):
+        if wished:
+            _check_options(BitsAndBytesConfig, BitsAndBytesConfig(), values)
         return BitsAndBytesConfig.from_dict({key: value for key, value in known.items() if not key.startswith("_")})
     if method == "dobi_svd":
         raise ValueError("inner is a dobi_svd configuration, and low rank is what the outer one does: drop it")
@@ -134,6 +174,11 @@ def _check_gptq(inner: GPTQConfig) -> None:
         )
     if inner.format not in ("gptq", "gptq_v2"):
         raise ValueError(f"GPTQConfig(format={inner.format!r}) cannot be stacked on low rank: take 'gptq'")
+    if inner.block_name_to_quantize or inner.module_name_preceding_first_block:
+        raise ValueError(
+            "block_name_to_quantize and module_name_preceding_first_block say where a model has its blocks, which is "
+            "found out here: leave them out"
+        )
     if inner.modules_in_block_to_quantize:
         raise ValueError(
             "modules_in_block_to_quantize names layers of the dense model: name what is to stay as it is in "

@@ -16,6 +16,7 @@ from .allocation.prices import Roundings
 from .calibration.layout import Layout
 from .config import DobiSVDConfig
 from .factorization.registry import factorization_named
+from .inner import inner_storage, other_storages
 from .learning.settings import DIRECTIONS_OF
 from .statistics.roundings import price_roundings
 from .statistics.spectra import compute_spectra
@@ -55,15 +56,23 @@ def given_plan(config: DobiSVDConfig, layout: Layout) -> Plan | None:
     """The plan that the config gives, checked; None if it gives none.
 
     Raises:
-        ValueError: it does not fit the model, or names directions that the config's factors do not have.
+        ValueError: it does not fit the model, names forms that the config's `inner` does not make, or directions that
+            its factors do not have.
     """
     if config.plan is None:
         return None
     plan = config.plan if isinstance(config.plan, Plan) else Plan.load(config.plan)
     plan.check(layout.targets)
+    where = "the plan" if isinstance(config.plan, Plan) else str(config.plan)
+    forms = [] if config.inner is None else [inner_storage(config.inner), *other_storages(config.inner)]
+    for name, module in plan.modules.items():
+        if inner_form_named(module.storage) is not None and module.storage not in forms:
+            makes = f"inner makes {forms[0]}" if forms else "there is no inner"
+            raise ValueError(
+                f"{where} stores {name} as {module.storage}, and {makes}: pass the inner= that the plan was made with"
+            )
     factorization = config.resolved_method().factorization
     if plan.names_directions_of is not None and factorization != DIRECTIONS_OF:
-        where = "the plan" if isinstance(config.plan, Plan) else str(config.plan)
         raise ValueError(
             f"{where} names directions of {DIRECTIONS_OF} for {plan.names_directions_of}, and the factors are made by "
             f"{factorization!r}: pass factorization={DIRECTIONS_OF!r}, or remove 'directions' from the plan"

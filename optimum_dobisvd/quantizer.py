@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,6 +35,9 @@ from .statistics.fingerprint import fingerprint
 from .statistics.sample_bases import SampleBasisVisitor
 from .statistics.spectra import PreparedInputs, decompositions, input_grams
 from .statistics.store import StatisticsStore
+from .storage.inner_forms import inner_form_named
+
+logger = logging.getLogger(__name__)
 
 
 class DobiSVDQuantizer:
@@ -58,6 +62,7 @@ class DobiSVDQuantizer:
         self.plan: Plan | None = None
         self.report: CompressionReport | None = None
         self.training_curve: TrainingCurve | None = None
+        self._windows: CalibrationWindows | None = None
         self._inner_windows: CalibrationWindows | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,6 +105,8 @@ class DobiSVDQuantizer:
             refuse_offloaded(layout.linears)
         stages = Stages()
         windows, held_out = self._split(windows)
+        if self._inner_windows is self._windows:
+            self._inner_windows = windows  # without those held out, which nothing but ranks is judged on
         self._check_labels(windows, held_out)
         if held_out is not None:
             check_learnable(layout)
@@ -115,6 +122,7 @@ class DobiSVDQuantizer:
             device = self._device(layout)
             roundings = rounding_prices(self.config, layout, store, device) if given is None else None
             plan = given or make_plan(self.config, layout, store, device, roundings)
+            self._tell_unused_inner(plan)
         if given is None and windows is not None and held_out is not None:
             with stages.stage("rank training"):
                 modules = self._learn(model, layout, plan, store, windows, held_out)
@@ -142,6 +150,7 @@ class DobiSVDQuantizer:
             predicted_increase=predicted_increase(plan, store, self.config.resolved_method().factorization, roundings),
         )
         model.dobisvd_plan, model.dobisvd_report, model.dobisvd_training = plan, self.report, self.training_curve
+        model.dobisvd_is_new = True
         from .integrations.transformers_quantizer import attach
 
         attach(model, self.config.with_plan(plan, dataset=describe_dataset(windows)))
@@ -161,10 +170,12 @@ class DobiSVDQuantizer:
         given = given_plan(self.config, layout)
         if given is None:
             budget_of(self.config, layout)
+        drawn = windows is None
         windows = windows if windows is not None else self._load_windows(model, tokenizer)
-        if self.config.inner is not None and self._inner_windows is None:
+        if self.config.inner is not None and (drawn or windows is not self._windows):
             tokenizer = tokenizer or self.config.tokenizer or getattr(model, "name_or_path", None)
             self._inner_windows = inner_windows(self.config.inner, windows, None, tokenizer, **self._draw)
+        self._windows = windows
         return layout, given, windows
 
     def save(self, model: Any, save_dir: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -175,6 +186,15 @@ class DobiSVDQuantizer:
         model.save_pretrained(save_dir, **kwargs)
         if kwargs.get("is_main_process", True):
             write_beside(save_dir, model.dobisvd_plan, report, model.dobisvd_training)
+
+    def _tell_unused_inner(self, plan: Plan) -> None:
+        """Warn where another library was asked for and every matrix is better stored otherwise."""
+        storages = sorted({module.storage for module in plan.modules.values()})
+        if self.config.inner is not None and all(inner_form_named(name) is None for name in storages):
+            logger.warning(
+                "no matrix is quantised by inner: at this size there is room for better (%s); lower ratio or budget",
+                ", ".join(storages),
+            )
 
     def _device(self, layout: Layout) -> torch.device:
         """Where factors are computed: the config's device, or that of the first weight (CPU if it is offloaded)."""

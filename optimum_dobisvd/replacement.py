@@ -24,7 +24,8 @@ class Replacement:
     """A context in which linears are replaced one by one; an error inside puts them all back.
 
     `errors` has the relative output error `||(W - W')X|| / ||WX||` of each, measured on the factors as they are stored
-    (rounded as their storage rounds them), or None where there is no Gram to measure it with.
+    (rounded as their storage rounds them), or None where there is no Gram to measure it with, and where another
+    library rounds them later.
 
     Args:
         model: the model.
@@ -55,7 +56,7 @@ class Replacement:
         tensors = pack(storage, balanced.second, balanced.first, weight.dtype)
         rank = len(factors.first)
         stored = None
-        if gram is not None:
+        if gram is not None and inner_form_named(storage) is None:
             second, first = unpack(storage, tensors, *weight.shape)
             stored = second.double() @ first.double()
         self._put(name, storage, rank, tensors, stored, gram)
@@ -64,7 +65,8 @@ class Replacement:
         """Round the whole matrix of the linear `name`, measure the error, and put it in its place."""
         storage, linear = self._storages[name], self._layout.linears[name]
         weight = dense_weight(linear)
-        tensors, stored = pack_dense(storage, weight.to(self._device), weight.dtype)
+        tensors, rounded = pack_dense(storage, weight.to(self._device), weight.dtype)
+        stored = rounded if inner_form_named(storage) is None else None
         self._put(name, storage, None, tensors, stored, gram)
 
     def _put(

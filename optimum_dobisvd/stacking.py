@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,9 +19,10 @@ from .factorization.factors import Factors
 from .in_turn import quantize_in_turn
 from .inner import InnerConfig, inner_storage
 from .nn.compressed_linear import CompressedLinear
+from .nn.dense_linear import to_dense, weight_matrix
 from .nn.low_rank_linear import LowRankLinear
 from .nn.placement import dense_weight, replace_with
-from .storage.inner_forms import InnerForm, inner_form_named
+from .storage.inner_forms import InnerForm, gptq_form, inner_form_named
 
 logger = logging.getLogger(__name__)
 
@@ -34,22 +36,37 @@ def check_inner(inner: InnerConfig, layout: Layout, min_coverage: float) -> None
     """
     require_backend(inner)
     form = _form_of(inner)
-    obstacles = {target.name: form.obstacle(target.out_features, target.in_features) for target in layout.targets}
-    left = {target.name: target for target in layout.targets if obstacles[target.name] is not None}
+    shapes = {target.name: (target.out_features, target.in_features) for target in layout.targets}
+    _check_coverage(inner, shapes, {name: form.obstacle(*shape) for name, shape in shapes.items()}, min_coverage)
+
+
+def _check_coverage(
+    inner: InnerConfig, shapes: Mapping[str, tuple[int, int]], obstacles: Mapping[str, str | None], min_coverage: float
+) -> None:
+    """Tell how much cannot be quantised, by matrix; ValueError where what can is less than `min_coverage`, or none."""
+    left = {name: math.prod(shapes[name]) for name, obstacle in obstacles.items() if obstacle is not None}
     if not left:
         return
-    count = sum(target.out_features * target.in_features for target in left.values())
-    share = 1 - count / sum(target.out_features * target.in_features for target in layout.targets)
-    first = next(iter(left))
+    total, count, first = sum(map(math.prod, shapes.values())), sum(left.values()), next(iter(left))
     message = (
-        f"{len(left)} matrices ({count:,} parameters) cannot be stored as {form.name}: {first}, {obstacles[first]}"
+        f"{len(left)} matrices ({count:,} of {total:,} parameters) cannot be stored as {_form_of(inner).name}: "
+        f"{first}, {obstacles[first]}"
     )
-    if share < min_coverage:
+    if total - count < min_coverage * total or count == total:
         raise ValueError(
-            f"{message}; take another group_size (one that divides their inputs), or lower min_coverage "
-            f"({min_coverage:g}) to have them in 8 or 16 bits"
+            f"{message}; {_fitting(inner, shapes)}or lower min_coverage ({min_coverage:g}) to have them as they are"
         )
     logger.warning("%s; they stay in 8 or 16 bits", message)
+
+
+def _fitting(inner: InnerConfig, shapes: Mapping[str, tuple[int, int]]) -> str:
+    """The largest group size that all inputs are a multiple of, as a remedy; empty where there is none."""
+    if not isinstance(inner, GPTQConfig):
+        return ""
+    for group_size in (128, 64, 32):
+        if all(gptq_form(inner.bits, group_size).obstacle(*shape) is None for shape in shapes.values()):
+            return f"take group_size={group_size} (on the command line gptq{inner.bits}_g{group_size}), "
+    return "take another group_size, "
 
 
 def refuse_offloaded(modules: Mapping[str, nn.Module]) -> None:
@@ -63,11 +80,11 @@ def refuse_offloaded(modules: Mapping[str, nn.Module]) -> None:
 
 
 def require_backend(inner: InnerConfig) -> None:
-    """ImportError, naming the extra, if the library that does it is not there."""
+    """ImportError, naming the extra, if the library that does it is not there; ValueError for a backend it lacks."""
     if isinstance(inner, GPTQConfig):
         from .integrations.gptq_linear import require_gptqmodel
 
-        require_gptqmodel()
+        require_gptqmodel(inner.backend)
     else:
         from .integrations.bnb_linear import require_bitsandbytes
 
@@ -81,7 +98,8 @@ def inner_windows(
 
     Args:
         inner: the quantisation; only GPTQ cannot do without.
-        windows: those of the compression; None where there was none in this process.
+        windows: those of the compression; None where there was none in this process. Then bitsandbytes does without:
+            nobody expects a calibration of it when a checkpoint is loaded.
         dataset: what to draw from without them.
         tokenizer: where the GPTQ config gives none.
         draw: `nsamples`, `seqlen` and `seed`.
@@ -144,48 +162,59 @@ def quantize_shells(
     else:
         if inner.load_in_4bit:
             logger.warning(
-                "there is no calibration text, so each value is rounded to 4 bits on its own, which loses much "
-                "more: name some with dataset= of the DobiSVDConfig (on the command line --dataset)"
+                "no calibration text is read, so each value is rounded to 4 bits on its own, which loses much more: "
+                "name some with dataset= of the DobiSVDConfig; a checkpoint that is there already is rounded with "
+                "text by `optimum-cli dobisvd quantize OUT --inner nf4 --dataset TEXT`"
             )
         quantize_bnb(model, inner)
     mark_loaded(model, inner)
 
 
-def mark_for_inner(model: Any, inner: InnerConfig, modules_to_not_convert: list[str]) -> dict[str, dict[str, Any]]:
+def mark_for_inner(
+    model: Any, inner: InnerConfig, kept_dense: list[str], min_coverage: float
+) -> dict[str, dict[str, Any]]:
     """Give every plain factor and every dense target of a compressed model the form of `inner`, unquantised yet.
 
-    Ranks that the form cannot take are filled up with zeros, which changes nothing the model computes. What cannot
-    have the form at all is told about and left as it is.
+    Ranks that the form cannot take are filled up with zeros, which changes nothing the model computes; where that
+    makes the factors as large as the matrix, it is taken whole. What cannot have the form at all is told about and
+    left as it is.
 
-    Returns `modules` of config.json, as they will be. Raises ValueError if some are offloaded.
+    Args:
+        model: compressed, in memory.
+        inner: the quantisation.
+        kept_dense: patterns of dense linears to leave alone.
+        min_coverage: smallest accepted share of the other linears' weights.
+
+    Returns:
+        `modules` of config.json, as they will be.
+
+    Raises:
+        ValueError: some are offloaded; the form fits too few. Then nothing was changed.
     """
-    refuse_offloaded({name: shell for name, shell in model.named_modules() if isinstance(shell, CompressedLinear)})
+    shells = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+    dense = [target.name for target in dense_targets(model, kept_dense)]
+    refuse_offloaded({**shells, **{name: model.get_submodule(name) for name in dense}})
     form = _form_of(inner)
-    storage = form.name
-    modules: dict[str, dict[str, Any]] = {}
-    left = 0
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, CompressedLinear):
+    shapes = {name: (shell.out_features, shell.in_features) for name, shell in shells.items()}
+    obstacles = {
+        name: form.obstacle(*shapes[name]) if isinstance(shell, LowRankLinear) else f"it is stored as {shell.storage}"
+        for name, shell in shells.items()
+    }
+    for name in dense:
+        m, n = weight_matrix(model.get_submodule(name)).shape
+        shapes[name], obstacles[name] = (m, n), form.obstacle(m, n)
+    _check_coverage(inner, shapes, obstacles, min_coverage)
+    modules = {name: {"rank": shell.rank, "storage": shell.storage} for name, shell in shells.items()}
+    for name, shape in shapes.items():
+        if obstacles[name] is not None:
             continue
-        modules[name] = {"rank": module.rank, "storage": module.storage}
-        shape = (module.out_features, module.in_features)
-        if not isinstance(module, LowRankLinear) or form.obstacle(*shape) is not None:
-            left += module.out_features * module.in_features
-            continue
-        rank = -(-module.rank // form.rank_multiple) * form.rank_multiple
-        new = _filled_up(module, rank)
-        new.storage = storage
-        model.set_submodule(name, new)
-        modules[name] = {"rank": rank, "storage": storage}
-    for target in dense_targets(model, modules_to_not_convert):
-        if form.obstacle(target.out_features, target.in_features) is not None:
-            left += target.out_features * target.in_features
-            continue
-        weight = dense_weight(model.get_submodule(target.name))
-        replace_with(model, target.name, storage, None, {"whole.weight": weight})
-        modules[target.name] = {"rank": None, "storage": storage}
-    if left:
-        logger.warning("%s parameters cannot be stored as %s and stay as they are", f"{left:,}", storage)
+        rank = None
+        if name in shells:
+            rank = _filled_up(model, name, form, *shape)
+        if rank is None:
+            weight = dense_weight(model.get_submodule(name))
+            replace_with(model, name, form.name, None, {"whole.weight": weight})
+        modules[name] = {"rank": rank, "storage": form.name}
     return modules
 
 
@@ -196,17 +225,36 @@ def _form_of(inner: InnerConfig) -> InnerForm:
     return form
 
 
-def dense_targets(model: Any, modules_to_not_convert: list[str]) -> list[Target]:
-    """The linears of the blocks that a compression left as they were and nobody excluded."""
+def dense_targets(model: Any, kept_dense: list[str]) -> list[Target]:
+    """The linears of the blocks that a compression left as they were, but for those that were to stay so."""
     if not find_blocks(model):
         return []  # nothing but linears in 8 bits
     shells = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, CompressedLinear))
     targets = [target for target in find_layout(model).targets if not target.name.startswith(shells)]
-    excluded = select(modules_to_not_convert, [target.name for target in targets])
+    excluded = select(kept_dense, [target.name for target in targets])
     return [target for target in targets if target.name not in excluded]
 
 
-def _filled_up(module: LowRankLinear, rank: int) -> LowRankLinear:
+def _filled_up(model: Any, name: str, form: InnerForm, out_features: int, in_features: int) -> int | None:
+    """Give the factors called `name` a rank that the form takes; returns it.
+
+    Where factors of that rank are no smaller than the matrix, a dense linear of the same function takes their place,
+    and it is None.
+    """
+    module = model.get_submodule(name)
+    rank = -(-module.rank // form.rank_multiple) * form.rank_multiple
+    size = module.weight.element_size()
+    factors = form.bytes_of(rank, in_features, size) + form.bytes_of(out_features, rank, size)
+    if rank > min(out_features, in_features) or factors >= form.bytes_of(out_features, in_features, size):
+        model.set_submodule(name, to_dense(module).train(module.training))
+        return None
+    new = _of_rank(module, rank)
+    new.storage = form.name
+    model.set_submodule(name, new)
+    return rank
+
+
+def _of_rank(module: LowRankLinear, rank: int) -> LowRankLinear:
     """The same function at a higher rank, with zeros in both factors, and the ranks mixed."""
     new = LowRankLinear(
         module.in_features,

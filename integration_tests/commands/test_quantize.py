@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from integration_tests.commands.in_process import dobisvd
@@ -46,6 +47,11 @@ def test_a_saved_checkpoint_is_quantised_offline(wide: Path, capfd: Any) -> None
         assert dobisvd("inspect", str(out), "--json", "-") == 0
         assert {module["storage"] for module in json.loads(capfd.readouterr().out)["modules"]} == {form}
         assert dobisvd("eval", str(out), "--dataset", "held-out.txt", "--seqlen", "32", "--windows", "2") == 0
+    first = load_file("low-nf4/model.safetensors")
+    assert dobisvd("run", "low-nf4/dobisvd_recipe.yaml", "--set", "compress.overwrite=true") == 0
+    again = load_file("low-nf4/model.safetensors")
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first), "the recipe repeats the run"
     capfd.readouterr()
     assert dobisvd("quantize", "low-nf4", "--inner", "nf4") == 1
     assert "is quantised already (nf4)" in capfd.readouterr().err
@@ -98,6 +104,45 @@ def test_plan_tells_what_a_size_will_give(wide: Path, capfd: Any) -> None:
     assert dobisvd("plan", *COMPRESS[1:], *options, "--json", "-") == 0
     planned = json.loads(capfd.readouterr().out)
     assert 0.9 * asked < planned["compressed_model_bytes"] <= asked
+
+
+@needs_gptq
+def test_whose_text_is_read(wide: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """--dataset before that of the GPTQConfig before that of the recipe; 8 bits of bitsandbytes and ours read none."""
+    from optimum_dobisvd import stacking
+    from optimum_dobisvd.calibration import dataset
+
+    assert dobisvd(*COMPRESS, "--method", "output_pca", "--ratio", "0.8", "low") == 0
+    text = Path("text.txt").read_text()
+    Path("named.txt").write_text(text[100:])
+    inner = json.dumps({"quant_method": "gptq", "bits": 4, "group_size": 32, "dataset": [text[:5000], text[5000:]]})
+    read: list[Any] = []
+    real = dataset.load_windows
+
+    def seen(source: Any, *arguments: Any, **draw: Any) -> Any:
+        read.append(source)
+        return real(source, *arguments, **draw)
+
+    monkeypatch.setattr(dataset, "load_windows", seen)
+    monkeypatch.setattr(stacking, "load_windows", seen)
+    for options, expected in (((), [text[:5000], text[5000:]]), (("--dataset", "named.txt"), "named.txt")):
+        read.clear()
+        assert dobisvd("quantize", "low", "--inner", inner, "--out", "out", "--overwrite", *options, *DRAW) == 0
+        assert read == [expected]
+    capfd.readouterr()
+    assert dobisvd("quantize", "low", "--inner", "int8", "--dataset", "named.txt") == 2
+    assert "int8 reads no text: leave --dataset out" in capfd.readouterr().err
+
+
+@needs_gptq
+def test_a_form_that_fits_too_little_writes_nothing(wide: Path, capfd: Any) -> None:
+    assert dobisvd(*COMPRESS, "--method", "output_pca", "--ratio", "0.8", "low") == 0
+    capfd.readouterr()
+    assert dobisvd("quantize", "low", "--inner", "gptq4_g256", *DRAW) == 1
+    assert "take group_size=128 (on the command line gptq4_g128)" in capfd.readouterr().err
+    assert not Path("low-gptq4_g256").exists()
+    assert dobisvd("plan", *COMPRESS[1:], "--inner", "gptq4_g256", "--ratio", "0.25") == 1
+    assert "take group_size=128" in capfd.readouterr().err
 
 
 def test_bad_forms_are_named(wide: Path, capfd: Any) -> None:

@@ -67,6 +67,45 @@ def test_figures_are_those_of_lm_eval_itself(
     ]
 
 
+def test_a_group_without_a_figure_of_its_own_is_its_tasks() -> None:
+    from lm_eval.api.group import Group
+
+    from optimum_dobisvd.evaluation.tasks import _members
+
+    members = {name: type("Task", (), {"task_name": name})() for name in ("a", "b", "c", "d")}
+    inner = Group("inner")
+    inner.add(members["b"])
+    summed = Group("summed", aggregate_metric_list=[{"metric": "acc"}])  # type: ignore[list-item]
+    summed.add(members["c"])
+    outer = Group("outer")
+    for each in (members["a"], inner, summed):
+        outer.add(each)
+    assert _members("outer", {"groups": {"outer": outer}, "tasks": members}) == {
+        "a": members["a"],
+        "b": members["b"],
+        "summed": summed,
+    }
+    assert _members("summed", {"groups": {"summed": summed}, "tasks": members}) == {"summed": summed}
+
+
+def test_a_task_that_says_how_many_shots_gets_them(data: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in lm-eval, which a number on the command line overrules."""
+    import lm_eval
+
+    given: list[int | None] = []
+    real = lm_eval.simple_evaluate
+
+    def seen(**options: Any) -> Any:
+        given.append(options["num_fewshot"])
+        return real(**options)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", seen)
+    asked = ("small", "--tasks", "piqa", "--data-dir", "data", "--limit", 2)
+    assert measured(capfd, *asked)["num_fewshot"] is None
+    measured(capfd, *asked, "--num-fewshot", 0)
+    assert given == [None, None, 0, 0], "dense and compressed, twice"
+
+
 def test_table_and_json_tell_the_same_of_both_models(data: Path, capfd: Any) -> None:
     asked = ("small", "--tasks", "piqa,boolq", "winogrande", "--data-dir", "data", "--dataset", "held-out.txt")
     found = measured(capfd, *asked, "--seqlen", 40, "--windows", 2)
@@ -198,6 +237,8 @@ def test_every_local_task_is_shipped_and_readable_directly() -> None:
         (["--tasks", "piqa", "--num-fewshot", "-1"], "--num-fewshot must be at least 0, got -1"),
         (["--tasks", "piqa", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--dataset", "held-out.txt", "--limit", "5"], "--limit is for tasks, and none is named"),
+        (["--dataset", "held-out.txt", "--num-fewshot", "5"], "--num-fewshot is for tasks, and none is named"),
+        (["--tasks", "piqa", "--seqlen", "64"], "--seqlen is for texts, and none is named"),
         (["--dataset", "held-out.txt", "--data-dir", "data"], "--data-dir is for tasks, and none is named"),
         (["--tasks", "piqa", "--data-dir", "nowhere"], "--data-dir nowhere: there is no such folder"),
         (["--tasks", "boolq,piqqa", "--data-dir", "data"], "no task 'piqqa' reads local files; did you mean piqa?"),

@@ -16,10 +16,12 @@ from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer, Plan
 from optimum_dobisvd.allocation.plan import PlannedModule
 from optimum_dobisvd.calibration.layout import checkpoint_bytes, find_layout
+from optimum_dobisvd.integrations.transformers_quantizer import stack_inner
 from optimum_dobisvd.nn.compressed_linear import CompressedLinear, matrix_of
 from optimum_dobisvd.nn.low_rank_linear import LowRankLinear
 from optimum_dobisvd.planning import make_plan
 from optimum_dobisvd.report.report import resident_bytes
+from optimum_dobisvd.storage.inner_forms import inner_form_named
 from optimum_dobisvd.storage.rounding import rounded
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_key_value_heads": 2}
@@ -200,6 +202,98 @@ def test_a_saved_low_rank_model_is_quantised_at_load(key, tmp_path):
     stored = json.loads((tmp_path / "stacked" / "config.json").read_text())["quantization_config"]
     assert "dataset" not in stored["inner"]
     assert "tokenizer" not in stored["inner"]
+
+
+@pytest.mark.parametrize("key", [pytest.param("gptq", marks=needs_gptq), pytest.param("nf4", marks=needs_bnb)])
+def test_an_inner_that_no_matrix_took_is_told_and_forgotten(key, tmp_path, caplog):
+    """It would be taken for one that is still to come, and quantise the checkpoint at every load."""
+    config = DobiSVDConfig(method="output_pca", ratio=0.9, dataset=tokens(6, 24), inner=INNER[key]())
+    model = DobiSVDQuantizer(config).quantize_model(wide("llama"))
+    assert "no matrix is quantised by inner: at this size there is room for better (dense" in caplog.text
+    model.save_pretrained(tmp_path / "out")
+    assert "inner" not in json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert_reloaded_alike(tmp_path, {"out": logits(model)})
+
+
+@needs_bnb
+def test_ranks_beyond_the_matrix_become_whole_matrices(tmp_path):
+    """Keys and values of one head have 32 outputs, and nf4 takes ranks of 64."""
+    model = tiny("llama", **{**WIDE, "num_key_value_heads": 1})
+    low_rank = DobiSVDQuantizer(DobiSVDConfig(method="svd", ratio=0.6)).quantize_model(model)
+    before = {n: m.dense_matrix() for n, m in low_rank.named_modules() if isinstance(m, LowRankLinear)}
+    keys = [name for name in before if "k_proj" in name or "v_proj" in name]
+    assert keys
+    stack_inner(low_rank, INNER["nf4"](), None)
+    for name, matrix in before.items():
+        shell = low_rank.get_submodule(name)
+        assert shell.rank in ((None,) if name in keys else (None, 64)), name
+        assert float((shell.dense_matrix() - matrix).norm()) < 0.25 * float(matrix.norm())
+        if shell.rank is not None:
+            whole = inner_form_named("nf4").bytes_of(shell.out_features, shell.in_features, 4)
+            assert sum(tensor.nbytes for tensor in shell.state_dict().values()) < whole
+    assert any(low_rank.get_submodule(name).rank for name in before), "others stay factors"
+    low_rank.save_pretrained(tmp_path / "out")
+    assert_reloaded_alike(tmp_path, {"out": logits(low_rank)})
+
+
+@needs_bnb
+def test_what_was_to_stay_dense_is_not_quantised_afterwards():
+    kept = "model.layers.0.self_attn.q_proj"
+    config = DobiSVDConfig(method="svd", ratio=0.8, overrides={kept: {"dense": True}})
+    model = DobiSVDQuantizer(config).quantize_model(wide("llama"))
+    weight = model.get_submodule(kept).weight.clone()
+    stack_inner(model, INNER["nf4"](), None)
+    assert type(model.get_submodule(kept)) is torch.nn.Linear
+    assert torch.equal(model.get_submodule(kept).weight, weight)
+    assert all(m.storage == "nf4" for m in model.modules() if isinstance(m, CompressedLinear))
+
+
+@needs_bnb
+def test_errors_of_what_another_library_rounds_are_not_made_up(tmp_path):
+    wide("llama").save_pretrained(tmp_path / "dense")
+    report = stacked(tmp_path / "dense", "nf4", torch.float32).dobisvd_report
+    assert {module.storage for module in report.modules} == {"nf4", "plain", "dense_int8"}
+    for module in report.modules:
+        assert (module.error is None) == (module.storage == "nf4"), module
+
+
+@needs_bnb
+def test_an_adapter_names_the_quantised_checkpoint_and_not_the_one_before(tmp_path):
+    model = DobiSVDQuantizer(DobiSVDConfig(method="svd", ratio=0.8)).quantize_model(wide("llama"))
+    model.save_pretrained(tmp_path / "low")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "low")
+    stack_inner(again, INNER["nf4"](), None).save_pretrained(tmp_path / "nf4")
+    assert again.name_or_path == str(tmp_path / "nf4")
+    assert not (tmp_path / "nf4" / "dobisvd_plan.json").exists()
+    stack_inner(model, INNER["nf4"](), None).save_pretrained(tmp_path / "too")
+    assert model.name_or_path == str(tmp_path / "too")
+    assert not (tmp_path / "too" / "dobisvd_plan.json").exists(), "the plan of the model before"
+
+
+@needs_gptq
+def test_windows_that_ranks_are_judged_on_are_not_rounded_on():
+    config = DobiSVDConfig(
+        ratio=0.16,
+        allocation="dobi_fixed_basis",
+        training={"steps": 1, "windows": 1, "held_out": 2},
+        dataset=tokens(8, 24),
+        inner=INNER["gptq"](),
+    )
+    quantizer = DobiSVDQuantizer(config)
+    quantizer.quantize_model(wide("llama"))
+    assert len(quantizer._inner_windows.input_ids) == 6
+
+
+@needs_gptq
+def test_a_second_model_is_rounded_on_its_own_text():
+    one, other = tokens(6, 24), tokens(6, 24).flip(0, 1)
+    quantizer = DobiSVDQuantizer(
+        DobiSVDConfig(method="svd", ratio=0.2, dataset=one, nsamples=6, seqlen=24, inner=INNER["gptq"]())
+    )
+    quantizer.quantize_model(wide("llama"))
+    quantizer.config.dataset = other
+    quantizer.quantize_model(wide("llama"))
+    assert torch.equal(quantizer._inner_windows.input_ids.sort(0)[0], other.sort(0)[0])
 
 
 @needs_bnb

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from integration_tests.integrations.test_round_trip import assert_reloaded_alike, logits
 from integration_tests.tiny_models import tiny, tokens
-from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer, LowRankLinear
+from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer, LowRankLinear, adapter_targets
+from optimum_dobisvd.allocation.patterns import matching_names
 from optimum_dobisvd.integrations.transformers_quantizer import store_as
 from optimum_dobisvd.nn.compressed_linear import CompressedLinear
 
@@ -60,12 +61,43 @@ def test_they_are_near_what_they_were_and_load_bit_for_bit_in_a_new_process(dens
 
 
 def test_int8_takes_whole_matrices_and_remap_leaves_them(dense: Path) -> None:
-    for storage, left in (("int8", 0), ("remap", 1)):
-        model = compressed(dense / "llama", overrides={WHOLE: {"dense": True}})
-        assert not isinstance(model.get_submodule(WHOLE), CompressedLinear)
+    """But for those that were to stay dense."""
+    kept = WHOLE.replace("q_proj", "k_proj")
+    for storage, taken in (("int8", True), ("remap", False)):
+        model = compressed(dense / "llama", ratio=0.99, overrides={kept: {"dense": True}})
+        whole = [n for n, module in model.named_modules() if type(module) is torch.nn.Linear and n.endswith("_proj")]
+        assert kept in whole
+        assert len(whole) > 2, "the plan leaves some whole"
         store_as(model, storage)
-        is_shell = isinstance(model.get_submodule(WHOLE), CompressedLinear)
-        assert is_shell == (left == 0)
+        for name in whole:
+            excluded = name == kept or matching_names(EXCLUDED, [name])
+            assert isinstance(model.get_submodule(name), CompressedLinear) == (taken and not excluded), name
+
+
+def test_a_model_of_whole_8_bit_matrices_is_healed_like_any_other(dense: Path, tmp_path: Path) -> None:
+    model = compressed(dense / "llama", storage="int8", ratio=0.6)
+    shells = [name for name, module in model.named_modules() if isinstance(module, CompressedLinear)]
+    assert not low_rank(model)
+    assert len(shells) > 3
+    eight = matrices(model)
+    store_as(model, "plain")
+    assert not matrices(model)
+    assert set(shells) < set(adapter_targets(model))
+    model.save_pretrained(tmp_path / "plain")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert torch.equal(logits(again), logits(model))
+    store_as(again, "int8")
+    after = matrices(again)
+    for name, matrix in eight.items():
+        assert float((after[name] - matrix).norm()) < 0.01 * float(matrix.norm())
+
+
+def test_plan_and_report_of_a_compression_do_not_outlive_its_storage(dense: Path, tmp_path: Path) -> None:
+    model = compressed(dense / "llama")
+    model.save_pretrained(tmp_path / "one")
+    store_as(model, "int8").save_pretrained(tmp_path / "two")
+    assert (tmp_path / "one" / "dobisvd_plan.json").exists()
+    assert not list((tmp_path / "two").glob("dobisvd_*.json"))
 
 
 def test_there_and_back_keeps_what_8_bits_stand_for(dense: Path) -> None:
@@ -95,5 +127,5 @@ def test_what_another_library_quantised_is_refused_before_anything_is_changed(de
 
 def test_a_model_without_factors_is_refused(dense: Path) -> None:
     model = compressed(dense / "llama", ratio=1.0, overrides={"re:.*": {"dense": True}})
-    with pytest.raises(ValueError, match="no factors to store otherwise: compress it first"):
+    with pytest.raises(ValueError, match="no matrix to store as int8: compress it first"):
         store_as(model, "int8")

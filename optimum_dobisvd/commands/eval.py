@@ -33,7 +33,7 @@ _GROUPS = {
             default=[],
             metavar="TEXT",
         ),
-        Option("seqlen", "tokens in a window", kind=int, default=1024, metavar="N"),
+        Option("seqlen", "tokens in a window (default: 1024)", kind=int, metavar="N"),
         Option("windows", "at most so many windows of each text (default: all)", kind=int, metavar="N"),
     ),
     "tasks": (
@@ -53,12 +53,12 @@ _GROUPS = {
         Option("limit", "the first so many examples of each task (default: all)", kind=int, metavar="N"),
         Option(
             "num_fewshot",
-            "examples with their answers before each question; with --data-dir they are other lines of the same file",
+            "examples with their answers before each question (default: as each task says); with --data-dir they are "
+            "other lines of the same file",
             kind=int,
-            default=0,
             metavar="N",
         ),
-        Option("batch_size", "sequences per forward pass in tasks", kind=int, default=1, metavar="N"),
+        Option("batch_size", "sequences per forward pass in tasks (default: 1)", kind=int, metavar="N"),
     ),
     "running": RUNNING,
 }
@@ -84,6 +84,7 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     from ..evaluation.mean_accuracy import compare_means
     from .sources import model_source, text_of
 
+    options = {**options, "seqlen": options["seqlen"] or 1024, "batch_size": options["batch_size"] or 1}
     texts = {name: text_of(name, "test") for name in options["dataset"]}
     tasks = _load_tasks(options)
     dense, note = _dense_source(options)
@@ -128,9 +129,12 @@ def check(options: dict[str, Any]) -> None:
         value = options[key]
         if value is not None and value < least:
             raise UsageError(f"eval: --{key.replace('_', '-')} must be at least {least}, got {value}")
-    for key in ("data_dir", "limit"):
+    for key in ("data_dir", "limit", "num_fewshot", "batch_size"):
         if options[key] is not None and not names:
             raise UsageError(f"eval: --{key.replace('_', '-')} is for tasks, and none is named: give --tasks too")
+    for key in ("seqlen", "windows"):
+        if options[key] is not None and not options["dataset"]:
+            raise UsageError(f"eval: --{key} is for texts, and none is named: give --dataset too")
 
 
 SPEC = CommandSpec(

@@ -43,6 +43,7 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     from ..checking import check_model
     from ..report.report import model_bytes, module_report
     from ..report.table import coverage_line, kind_table, slower_line, summary_table
+    from ..stacking import check_inner
     from .load_dense import load_skeleton
     from .outline_report import outline_report
     from .sources import model_source
@@ -52,6 +53,8 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     source = model_source(options["model"], options["gguf_file"])
     skeleton = load_skeleton(source, dtype=options["dtype"], trust_remote_code=options["trust_remote_code"])
     layout = check_model(skeleton, config)
+    if config.inner is not None:
+        check_inner(config.inner, layout, config.min_coverage)
     store = _open_store(config, layout, skeleton)
     plan, note = _plan(config, layout, store)
     rows = [module_report(target, plan.modules[target.name], None) for target in layout.targets]
@@ -135,8 +138,12 @@ def _plan(config: DobiSVDConfig, layout: Layout, store: StatisticsStore | None) 
         return make_plan(config, layout, None), f"ranks: {method.allocation}{learned}"
     spectra = store.spectra(method.metric) if store is not None else None
     if spectra is not None and all(name in spectra for name in layout.linears):
+        # What rounding costs is measured on the weights, which are not loaded here.
+        unpriced = (
+            "; compress weighs what inner's rounding costs, too, and may choose otherwise" if config.inner else ""
+        )
         return make_plan(config, layout, store), (
-            f"ranks: {method.allocation}{learned}, from the spectra in {config.statistics}"
+            f"ranks: {method.allocation}{learned}, from the spectra in {config.statistics}{unpriced}"
         )
     storage = None if config.storage == MIXED else config.storage
     return make_plan(replace(config, allocation="uniform", training={}, storage=storage), layout, None), (
@@ -234,5 +241,5 @@ def _print_needs(needs: dict[str, Any], console: Console) -> None:
     console.print(
         f"\nstatistics: {bytes_text(needs['statistics_bytes'])}, an upper bound (q/k/v and gate/up are counted as "
         "sharing their input, no others). Times are operations over the best speed "
-        "measured just now."
+        "measured just now; those of inner quantisation are not among them."
     )

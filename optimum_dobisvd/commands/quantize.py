@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import CommandSpec, Option
+from .options import CommandSpec, Option, UsageError
 from .running import RUNNING
 from .shared_options import DTYPE, INNER, TRUST_REMOTE_CODE
 
@@ -70,18 +70,24 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     if inner is not None:
         require_backend(inner)
     made_with = compress_options(Path(options["model"])) or {}
-    named = options["dataset"] or made_with.get("dataset")
+    reads_text = inner is not None and not getattr(inner, "load_in_8bit", False)
+    if options["dataset"] is not None and not reads_text:
+        raise UsageError(f"quantize: {options['inner']} reads no text: leave --dataset out")
+    own_text = getattr(inner, "dataset", None)  # of a GPTQConfig given as JSON
+    named = options["dataset"]
+    if named is None and reads_text and own_text is None:
+        named = made_with.get("dataset")
     tokenizer = load_tokenizer(model_source(options["model"]), trust_remote_code=options["trust_remote_code"])
-    options = {**options, "dataset": named, "out": str(options["out"] or target.name)}
+    options = {**options, "dataset": named, "out": options["out"] or _default_folder(options)}
     for key, otherwise in (("nsamples", 128), ("seqlen", 2048), ("seed", 0)):
         if options[key] is None:
             options[key] = made_with.get(key, otherwise)
     draw = {key: options[key] for key in ("nsamples", "seqlen", "seed")}
     windows = None
-    if named is not None and inner is not None and not getattr(inner, "load_in_8bit", False):
+    if named is not None:
         windows = load_windows(calibration_dataset(named), tokenizer, **draw)
     elif isinstance(inner, GPTQConfig):
-        if inner.dataset is None:
+        if own_text is None:
             raise ValueError(
                 f"GPTQ needs calibration text, and {options['model']} does not say what it was calibrated on: name "
                 "some with --dataset"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import compress, eval, generate, inspect, plan
+from . import compress, eval, generate, inspect, plan, quantize
 from .options import CommandSpec, Option, UsageError, from_recipe, near_or_all
 from .running import RUNNING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-STEPS = {spec.name: spec for spec in (compress.SPEC, plan.SPEC, eval.SPEC, inspect.SPEC, generate.SPEC)}
+STEPS = {module.SPEC.name: module.SPEC for module in (compress, plan, quantize, eval, inspect, generate)}
 _NOTES = ("versions", "files")  # what a saved recipe records beside its step; read by people
 
 _GROUPS = {

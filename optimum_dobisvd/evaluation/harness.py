@@ -18,7 +18,7 @@ def judge(
     tasks: LoadedTasks,
     *,
     limit: int | None = None,
-    num_fewshot: int = 0,
+    num_fewshot: int | None = None,
     batch_size: int = 1,
     lm_class: type | None = None,
 ) -> dict[str, Figures]:
@@ -29,14 +29,14 @@ def judge(
         tokenizer: its tokenizer; it is given a padding token where it has none.
         tasks: what to judge it on.
         limit: the first so many examples of each task; None takes all.
-        num_fewshot: examples with their answers before each question, in tasks that do not fix it themselves.
+        num_fewshot: examples with their answers before each question; None takes what each task says.
         batch_size: sequences per forward pass.
         lm_class: a subclass of lm-eval's `HFLM` to judge through, figures being its own; None takes `HFLM` itself.
 
     Returns:
-        For each task or group its metrics as lm-eval calls them (those of a filter other than `none` with its name:
-        `exact_match,strict-match`), and `samples`, how many examples were judged. A standard error that lm-eval does
-        not tell is None.
+        For each task or aggregated group its metrics as lm-eval calls them (those of a filter other than `none` with
+        its name: `exact_match,strict-match`), and `samples`, how many examples were judged. A standard error that
+        lm-eval does not tell is None.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

@@ -83,9 +83,21 @@ def _from_hub(names: list[str]) -> LoadedTasks:
 
 
 def _members(name: str, loaded: Any) -> dict[str, Any]:
-    """A group as itself, a tag as its tasks."""
+    """A group that has a figure of its own as itself; any other, and a tag, as its tasks."""
     groups = loaded.get("groups", {})
-    return {name: groups[name]} if name in groups else dict(loaded["tasks"])
+    if name in groups:
+        return _with_figures(name, groups[name])
+    return dict(loaded["tasks"])
+
+
+def _with_figures(name: str, member: Any) -> dict[str, Any]:
+    if getattr(member, "has_aggregation", True):  # tasks have no such attribute
+        return {name: member}
+    return {key: each for child in member for key, each in _with_figures(_name_of(child), child).items()}
+
+
+def _name_of(member: Any) -> str:
+    return str(member.task_name if hasattr(member, "task_name") else member.name)
 
 
 def _offline_remedy(name: str) -> str:

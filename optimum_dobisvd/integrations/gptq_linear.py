@@ -20,8 +20,9 @@ from torch import Tensor, nn
 IN_MEMORY_FORMAT = "gptq_v2"
 
 
-def require_gptqmodel() -> None:
-    """ImportError, naming the extra, if gptqmodel is not installed or does not work."""
+def require_gptqmodel(backend: str | None = None) -> None:
+    """ImportError, naming the extra, if gptqmodel is not installed or does not work; ValueError if it has no such
+    backend."""
     if importlib.util.find_spec("gptqmodel") is None:
         raise ImportError(
             "GPTQ needs gptqmodel, the successor of auto-gptq: pip install 'optimum-dobisvd[gptq]' (together with the "
@@ -32,6 +33,12 @@ def require_gptqmodel() -> None:
             importlib.import_module("gptqmodel")
     except Exception as error:
         raise ImportError(f"gptqmodel is installed and cannot be imported: {error}") from error
+    known = importlib.import_module("gptqmodel").BACKEND.__members__
+    if backend is not None and backend.strip().upper() not in known:
+        raise ValueError(
+            f"gptqmodel has no backend {backend!r}, which GPTQConfig names: leave it out, or take one of "
+            f"{', '.join(name.lower() for name in known)}"
+        )
 
 
 @contextlib.contextmanager

@@ -53,6 +53,9 @@ class LowRankLoader(HfQuantizer):
     quantizer that transformers has for it.
     """
 
+    stacks_inner = False
+    """Whether this loader quantises what was saved without; the one bundled with checkpoints cannot."""
+
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.inner: Any = inner_config(getattr(quantization_config, "inner", None))
@@ -99,9 +102,19 @@ class LowRankLoader(HfQuantizer):
             return self._bnb.update_weight_conversions(weight_conversions, *model)
         return super().update_weight_conversions(weight_conversions, *model)
 
+    @property
+    def _is_to_be_stacked(self) -> bool:
+        """Whether the linears are to be quantised once they are loaded."""
+        return self.inner is not None and not (self._has_gptq or self._has_bnb)
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
+        if self._is_to_be_stacked and not self.stacks_inner:
+            raise ValueError(
+                "the quantization config asks for inner quantisation of a checkpoint that was saved without, which "
+                "needs the package: pip install optimum-dobisvd"
+            )
         modules = self.quantization_config.modules  # type: ignore[attr-defined]
         names = module_names_in(model, list(modules))
         for listed, name in names.items():

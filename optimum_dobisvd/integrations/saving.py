@@ -73,7 +73,7 @@ def with_safe_save(model: Any) -> None:
 
 def without_safe_save(model: Any) -> None:
     """Undo `with_safe_save`: a dense model again, with transformers' own save and nothing of ours in its config."""
-    for name in ("save_pretrained", "dobisvd_plan", "dobisvd_report", "dobisvd_training"):
+    for name in ("save_pretrained", "dobisvd_plan", "dobisvd_report", "dobisvd_training", "dobisvd_is_new"):
         model.__dict__.pop(name, None)
     forget_bundled_loader(model)
 
@@ -118,8 +118,8 @@ def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: A
                 write_beside(stage, model.dobisvd_plan, model.dobisvd_report, model.dobisvd_training, pictures=False)
         written = sorted(path.name for path in stage.iterdir())
         _carry_over(target, stage, set(written), arguments.get("variant"))
-    if not adapter_only and getattr(model, "dobisvd_report", None) is not None:
-        # Compressed in this process, so until now it was the dense model's. PEFT writes it into adapters.
+    if not adapter_only and getattr(model, "dobisvd_is_new", False):
+        # Made in this process, so until now it was another checkpoint's. PEFT writes it into adapters.
         model.name_or_path = os.fspath(save_directory)
     if push:
         _upload(target, written, {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})

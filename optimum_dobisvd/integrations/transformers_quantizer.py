@@ -21,6 +21,8 @@ class DobiSVDHfQuantizer(LowRankLoader):
     compressed checkpoint is loaded by `LowRankLoader`.
     """
 
+    stacks_inner = True
+
     def __init__(self, quantization_config: DobiSVDConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._config = quantization_config
@@ -61,10 +63,6 @@ class DobiSVDHfQuantizer(LowRankLoader):
         self._compressor.quantize_model(model, windows=self._windows, undo_on_error=False)
         return model
 
-    @property
-    def _is_to_be_stacked(self) -> bool:
-        return self.inner is not None and not self._config.inner_is_applied
-
     def _windows_to_stack_with(self, model: Any) -> CalibrationWindows | None:
         """Refuses what cannot work while no weight has been read, and draws what GPTQ is calibrated on."""
         from ..stacking import inner_windows, require_backend
@@ -101,9 +99,10 @@ def stack_inner(model: Any, inner: InnerConfig, windows: CalibrationWindows | No
     config = model.config.quantization_config
     blocks = find_blocks(model)
     with torch.inference_mode(False), torch.no_grad():
-        modules = mark_for_inner(model, inner, config.modules_to_not_convert)
+        modules = mark_for_inner(model, inner, config.kept_dense, config.min_coverage)
         quantize_shells(model, blocks, inner, windows, batch_size=config.batch_size)
     attach(model, replace(config, modules=modules, inner=as_applied(inner)))
+    _forget_compression(model)
     return model
 
 
@@ -117,10 +116,18 @@ def store_as(model: Any, storage: str) -> Any:
 
     config = model.config.quantization_config
     with torch.inference_mode(False), torch.no_grad():
-        modules = change_storage(model, storage, config.modules_to_not_convert)
+        modules = change_storage(model, storage, config.kept_dense)
     dense_storage = "dense_int8" if storage == "int8" else None
     attach(model, replace(config, modules=modules, storage=storage, dense_storage=dense_storage))
+    _forget_compression(model)
     return model
+
+
+def _forget_compression(model: Any) -> None:
+    """Plan and report of a compression in this process, which do not describe the model any more."""
+    for name in ("dobisvd_plan", "dobisvd_report", "dobisvd_training"):
+        model.__dict__.pop(name, None)
+    model.dobisvd_is_new = True
 
 
 def attach(model: Any, config: DobiSVDConfig) -> None:

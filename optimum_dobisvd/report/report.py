@@ -26,7 +26,7 @@ class ModuleReport:
     """One target matrix: its shape, what became of it, and `||(W-W')X|| / ||WX||` over the calibration tokens.
 
     `rank` is None where it was left whole (as it is in storage `dense`); `error` is None where there were no
-    statistics to measure it with.
+    statistics to measure it with, and where another library rounded it.
     """
 
     name: str

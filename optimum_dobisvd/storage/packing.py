@@ -46,7 +46,10 @@ def _pack_plain(second: Tensor, first: Tensor, dtype: torch.dtype) -> dict[str, 
 
 
 def pack_dense(storage: str, weight: Tensor, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
-    """The tensors that a whole matrix becomes in a storage other than `dense`, and the matrix they stand for."""
+    """The tensors that a whole matrix becomes in a storage other than `dense`, and the matrix they stand for.
+
+    What another library quantises in its turn is not rounded yet.
+    """
     if dense_storage_named(storage).form is not None:
         return {"whole.weight": weight.to(dtype)}, weight
     if storage != DENSE_INT8:
