@@ -46,6 +46,8 @@ model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
 inner_forms = model.config.quantization_config.inner_forms  # of GPTQ or bitsandbytes, where it was quantised
 if args.merge and "gptq" in inner_forms:
     parser.error("PEFT merges nothing into GPTQ's linears: keep the adapter beside them, and leave --merge out")
+if args.bare and inner_forms:
+    parser.error(f"--bare trains factors in 16 bits, and these are stored as {inner_forms}: leave it out")
 
 if args.bare:
     model.requires_grad_(False)

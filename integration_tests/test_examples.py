@@ -139,6 +139,8 @@ def test_heal_with_lora_on_quantised_linears(tmp_path: Path, inputs: list[str]) 
     assert low_rank_linears(tmp_path / "nf4-lora-merged") == low_rank_linears(tmp_path / "nf4") > 0
     with pytest.raises(AssertionError, match="PEFT merges nothing into GPTQ's linears"):
         run("heal_with_lora.py", "--model", "gptq", *texts, "--merge", cwd=tmp_path)
+    with pytest.raises(AssertionError, match="--bare trains factors in 16 bits, and these are stored as nf4"):
+        run("heal_with_lora.py", "--model", "nf4", *texts, "--bare", cwd=tmp_path)
 
 
 def test_every_example_has_a_test() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -17,10 +17,13 @@ from .storage import pack, pack_dense, unpack
 from .storage.costs import DENSE_INT8
 from .storage.inner_forms import inner_form_named
 
+if TYPE_CHECKING:
+    from .config import DobiSVDConfig
+
 STORAGES = ("plain", "remap", "int8")
 
 
-def change_storage(model: Any, storage: str, kept_dense: list[str]) -> dict[str, dict[str, Any]]:
+def change_storage(model: Any, storage: str, config: DobiSVDConfig) -> dict[str, dict[str, Any]]:
     """Give every matrix of a compressed model another storage, in place; ranks stay.
 
     Matrices left whole go with the factors: with `int8` all of them are rounded to 8 bits, else they are dense.
@@ -28,7 +31,7 @@ def change_storage(model: Any, storage: str, kept_dense: list[str]) -> dict[str,
     Args:
         model: compressed, in memory.
         storage: `plain`, `remap` or `int8`.
-        kept_dense: patterns of linears that were to stay as they are.
+        config: the model's, which says what was to stay dense.
 
     Returns:
         `modules` of config.json.
@@ -42,7 +45,7 @@ def change_storage(model: Any, storage: str, kept_dense: list[str]) -> dict[str,
     shells = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
     for name, shell in shells.items():
         _check(name, shell)
-    dense = dense_targets(model, kept_dense) if storage == "int8" else []
+    dense = dense_targets(model, config) if storage == "int8" else []
     if not shells and not dense:
         raise ValueError(f"the model has no matrix to store as {storage}: compress it first")
     modules: dict[str, dict[str, Any]] = {}

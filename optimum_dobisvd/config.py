@@ -63,7 +63,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
         training: settings of the allocations that learn ranks (`dobi_activation`, `dobi_fixed_basis`), as
             `RankTraining` has them, e.g. `{"steps": 24, "windows": 2}`.
         overrides: per-module settings by name or `re:` pattern, e.g. `{"re:.*down_proj": {"ratio": 0.9}}`; they count
-            against the same byte budget.
+            against the same byte budget. With storage `mixed` such matrices take the form of `inner`, or `int8`.
         modules_to_not_convert: names or `re:` patterns of linears to leave alone. They do not count as targets.
         rank_multiple: ranks are multiples of this; by default what the storage's kernels like (1, in 8 bits 16).
         min_rank: no matrix gets a smaller rank.
@@ -193,12 +193,6 @@ class DobiSVDConfig(QuantizationConfigMixin):
         """The forms of other libraries that matrices are stored in, in words; empty where there is none."""
         storages = {entry["storage"] for entry in (self.modules or {}).values()}
         return ", ".join(sorted(name for name in storages if inner_form_named(name) is not None))
-
-    @property
-    def kept_dense(self) -> list[str]:
-        """Patterns of the linears that were to stay as they are, by whichever option."""
-        dense = [pattern for pattern, override in self.overrides.items() if override.get("dense")]
-        return [*self.modules_to_not_convert, *dense]
 
     @property
     def rank_training(self) -> RankTraining:

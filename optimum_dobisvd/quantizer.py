@@ -122,7 +122,7 @@ class DobiSVDQuantizer:
             device = self._device(layout)
             roundings = rounding_prices(self.config, layout, store, device) if given is None else None
             plan = given or make_plan(self.config, layout, store, device, roundings)
-            self._tell_unused_inner(plan)
+            self._tell_unused_inner(plan, given)
         if given is None and windows is not None and held_out is not None:
             with stages.stage("rank training"):
                 modules = self._learn(model, layout, plan, store, windows, held_out)
@@ -187,14 +187,17 @@ class DobiSVDQuantizer:
         if kwargs.get("is_main_process", True):
             write_beside(save_dir, model.dobisvd_plan, report, model.dobisvd_training)
 
-    def _tell_unused_inner(self, plan: Plan) -> None:
-        """Warn where another library was asked for and every matrix is better stored otherwise."""
+    def _tell_unused_inner(self, plan: Plan, given: Plan | None) -> None:
+        """Warn where another library was asked for and no matrix is stored in its form."""
         storages = sorted({module.storage for module in plan.modules.values()})
-        if self.config.inner is not None and all(inner_form_named(name) is None for name in storages):
-            logger.warning(
-                "no matrix is quantised by inner: at this size there is room for better (%s); lower ratio or budget",
-                ", ".join(storages),
-            )
+        if self.config.inner is None or any(inner_form_named(name) is not None for name in storages):
+            return
+        logger.warning(
+            "no matrix is quantised by inner: %s (%s); %s",
+            "at this size there is room for better" if given is None else "the plan names other storages",
+            ", ".join(storages),
+            "lower ratio or budget" if given is None else f"name {self.config.storages[0]} in it",
+        )
 
     def _device(self, layout: Layout) -> torch.device:
         """Where factors are computed: the config's device, or that of the first weight (CPU if it is offloaded)."""

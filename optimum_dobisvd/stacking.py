@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import GPTQConfig
 
-from .allocation.patterns import select
+from .allocation.patterns import matching_names, resolve_overrides
 from .allocation.target import Target
 from .calibration.dataset import CalibrationWindows, load_windows
 from .calibration.layout import Layout, find_blocks, find_layout
@@ -23,6 +23,9 @@ from .nn.dense_linear import to_dense, weight_matrix
 from .nn.low_rank_linear import LowRankLinear
 from .nn.placement import dense_weight, replace_with
 from .storage.inner_forms import InnerForm, gptq_form, inner_form_named
+
+if TYPE_CHECKING:
+    from .config import DobiSVDConfig
 
 logger = logging.getLogger(__name__)
 
@@ -53,20 +56,24 @@ def _check_coverage(
         f"{first}, {obstacles[first]}"
     )
     if total - count < min_coverage * total or count == total:
-        raise ValueError(
-            f"{message}; {_fitting(inner, shapes)}or lower min_coverage ({min_coverage:g}) to have them as they are"
-        )
+        remedies = [_fitting(inner, shapes, obstacles)]
+        if count < total:
+            remedies.append(f"lower min_coverage ({min_coverage:g}) to have them as they are")
+        raise ValueError(f"{message}; {', or '.join(remedy for remedy in remedies if remedy)}")
     logger.warning("%s; they stay in 8 or 16 bits", message)
 
 
-def _fitting(inner: InnerConfig, shapes: Mapping[str, tuple[int, int]]) -> str:
-    """The largest group size that all inputs are a multiple of, as a remedy; empty where there is none."""
+def _fitting(inner: InnerConfig, shapes: Mapping[str, tuple[int, int]], obstacles: Mapping[str, str | None]) -> str:
+    """What would make the matrices fit, in words."""
+    form = _form_of(inner)
+    if any(obstacle is not None and form.obstacle(*shapes[name]) is None for name, obstacle in obstacles.items()):
+        return "start from the checkpoint in 16 bits, or from store_as(model, 'plain')"
     if not isinstance(inner, GPTQConfig):
-        return ""
+        return "take another form: this one is not for matrices of such sizes"
     for group_size in (128, 64, 32):
         if all(gptq_form(inner.bits, group_size).obstacle(*shape) is None for shape in shapes.values()):
-            return f"take group_size={group_size} (on the command line gptq{inner.bits}_g{group_size}), "
-    return "take another group_size, "
+            return f"take group_size={group_size} (on the command line gptq{inner.bits}_g{group_size})"
+    return "take another group_size"
 
 
 def refuse_offloaded(modules: Mapping[str, nn.Module]) -> None:
@@ -154,7 +161,7 @@ def quantize_shells(
         with quiet_gptqmodel():
             quantize_in_turn(model, runner, GPTQRounder(inner), sequential=inner.true_sequential)
         return
-    from .integrations.bnb_linear import mark_loaded
+    from .integrations.bnb_linear import mark_loaded, restore_biases
     from .integrations.inner_bnb import BnbRounder, quantize_bnb
 
     if runner is not None and inner.load_in_4bit:
@@ -168,11 +175,10 @@ def quantize_shells(
             )
         quantize_bnb(model, inner)
     mark_loaded(model, inner)
+    restore_biases(model)
 
 
-def mark_for_inner(
-    model: Any, inner: InnerConfig, kept_dense: list[str], min_coverage: float
-) -> dict[str, dict[str, Any]]:
+def mark_for_inner(model: Any, inner: InnerConfig, config: DobiSVDConfig) -> dict[str, dict[str, Any]]:
     """Give every plain factor and every dense target of a compressed model the form of `inner`, unquantised yet.
 
     Ranks that the form cannot take are filled up with zeros, which changes nothing the model computes; where that
@@ -182,8 +188,7 @@ def mark_for_inner(
     Args:
         model: compressed, in memory.
         inner: the quantisation.
-        kept_dense: patterns of dense linears to leave alone.
-        min_coverage: smallest accepted share of the other linears' weights.
+        config: the model's, which says what was to stay dense, and the smallest share of the rest that is accepted.
 
     Returns:
         `modules` of config.json, as they will be.
@@ -192,7 +197,7 @@ def mark_for_inner(
         ValueError: some are offloaded; the form fits too few. Then nothing was changed.
     """
     shells = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
-    dense = [target.name for target in dense_targets(model, kept_dense)]
+    dense = [target.name for target in dense_targets(model, config)]
     refuse_offloaded({**shells, **{name: model.get_submodule(name) for name in dense}})
     form = _form_of(inner)
     shapes = {name: (shell.out_features, shell.in_features) for name, shell in shells.items()}
@@ -203,7 +208,7 @@ def mark_for_inner(
     for name in dense:
         m, n = weight_matrix(model.get_submodule(name)).shape
         shapes[name], obstacles[name] = (m, n), form.obstacle(m, n)
-    _check_coverage(inner, shapes, obstacles, min_coverage)
+    _check_coverage(inner, shapes, obstacles, config.min_coverage)
     modules = {name: {"rank": shell.rank, "storage": shell.storage} for name, shell in shells.items()}
     for name, shape in shapes.items():
         if obstacles[name] is not None:
@@ -225,14 +230,28 @@ def _form_of(inner: InnerConfig) -> InnerForm:
     return form
 
 
-def dense_targets(model: Any, kept_dense: list[str]) -> list[Target]:
+def dense_targets(model: Any, config: DobiSVDConfig) -> list[Target]:
     """The linears of the blocks that a compression left as they were, but for those that were to stay so."""
     if not find_blocks(model):
         return []  # nothing but linears in 8 bits
     shells = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, CompressedLinear))
     targets = [target for target in find_layout(model).targets if not target.name.startswith(shells)]
-    excluded = select(kept_dense, [target.name for target in targets])
-    return [target for target in targets if target.name not in excluded]
+    # A model may have been loaded without its head, and its linears then lack the first part of their names.
+    prefix = getattr(model, "base_model_prefix", "")
+    return [
+        target
+        for target in targets
+        if not any(_was_to_stay(name, config) for name in (target.name, f"{prefix}.{target.name}"))
+    ]
+
+
+def _was_to_stay(name: str, config: DobiSVDConfig) -> bool:
+    """Whether the user wanted this linear dense. Patterns may be for what is compressed, so they need not match."""
+    if any(matching_names(pattern, [name]) for pattern in config.modules_to_not_convert):
+        return True
+    fitting = {pattern: entry for pattern, entry in config.overrides.items() if matching_names(pattern, [name])}
+    override = resolve_overrides(fitting, [name]).get(name)
+    return override is not None and override.dense is True
 
 
 def _filled_up(model: Any, name: str, form: InnerForm, out_features: int, in_features: int) -> int | None:

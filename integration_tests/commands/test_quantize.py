@@ -132,6 +132,8 @@ def test_whose_text_is_read(wide: Path, monkeypatch: pytest.MonkeyPatch, capfd: 
     capfd.readouterr()
     assert dobisvd("quantize", "low", "--inner", "int8", "--dataset", "named.txt") == 2
     assert "int8 reads no text: leave --dataset out" in capfd.readouterr().err
+    assert dobisvd("quantize", "low", "--inner", "llm_int8", "--seqlen", "9") == 2
+    assert "llm_int8 reads no text: leave --seqlen out" in capfd.readouterr().err
 
 
 @needs_gptq
@@ -141,6 +143,9 @@ def test_a_form_that_fits_too_little_writes_nothing(wide: Path, capfd: Any) -> N
     assert dobisvd("quantize", "low", "--inner", "gptq4_g256", *DRAW) == 1
     assert "take group_size=128 (on the command line gptq4_g128)" in capfd.readouterr().err
     assert not Path("low-gptq4_g256").exists()
+    assert dobisvd("quantize", "low", "--inner", "gptq4_g256", "--min-coverage", "0.1", *DRAW) == 0
+    entries = AutoModelForCausalLM.from_pretrained("low-gptq4_g256").config.quantization_config.modules
+    assert {entry["storage"] for entry in entries.values()} == {"gptq4_g256", "plain"}
     assert dobisvd("plan", *COMPRESS[1:], "--inner", "gptq4_g256", "--ratio", "0.25") == 1
     assert "take group_size=128" in capfd.readouterr().err
 

@@ -249,6 +249,27 @@ def test_what_was_to_stay_dense_is_not_quantised_afterwards():
 
 
 @needs_bnb
+@pytest.mark.parametrize(
+    ("overrides", "stays"),
+    [
+        ({"re:.*q_proj": {"dense": True}, "layers.0": {"ratio": 0.5}}, False),
+        ({"layers.0": {"ratio": 0.5}, "re:.*q_proj": {"dense": True}}, True),
+        ({"model.layers.0.self_attn.q_proj": {"dense": True}, "layers.0": {"ratio": 0.5}}, True),
+    ],
+)
+def test_of_overrides_the_later_and_the_full_name_count_afterwards_too(overrides, stays):
+    kept = "model.layers.0.self_attn.q_proj"
+    plan = planned(wide("llama"), [("dense", None), ("plain", 9)])  # an override of a given plan decides nothing
+    config = DobiSVDConfig(method="svd", plan=plan, overrides={"down_proj": {"dense": True}, **overrides})
+    for base in (False, True):
+        model = DobiSVDQuantizer(config).quantize_model(wide("llama"))
+        inside = model.model if base else model
+        inside.config = model.config
+        stack_inner(inside, INNER["nf4"](), None)
+        assert (type(model.get_submodule(kept)) is torch.nn.Linear) == stays
+
+
+@needs_bnb
 def test_errors_of_what_another_library_rounds_are_not_made_up(tmp_path):
     wide("llama").save_pretrained(tmp_path / "dense")
     report = stacked(tmp_path / "dense", "nf4", torch.float32).dobisvd_report
@@ -410,6 +431,35 @@ def test_a_size_asked_for_is_the_size_of_the_checkpoint(tied, tmp_path):
     small.save_pretrained(tmp_path / "small")
     tensors = load_file(tmp_path / "small" / "model.safetensors")
     assert sum(tensor.nbytes for tensor in tensors.values()) == checkpoint_bytes(small)
+
+
+@needs_bnb
+@pytest.mark.parametrize("name", ["qwen2", "opt", "gpt2"])
+def test_biases_stay_in_16_bits_and_in_the_size_asked_for(name, tmp_path):
+    """bitsandbytes casts them in every pass to the dtype it computes in, by default float32."""
+    sizes = {"opt": {"ffn_dim": 256, "word_embed_proj_dim": 128}, "gpt2": {"n_embd": 128}}
+    sizes = {"hidden_size": 128, **sizes[name]} if name == "opt" else sizes.get(name, WIDE)
+    model = tiny(name, dtype=torch.bfloat16, **sizes)
+    model.save_pretrained(tmp_path / "dense")
+    asked = checkpoint_bytes(model) - int(0.6 * sum(t.dense_bytes for t in find_layout(model).targets))
+    config = DobiSVDConfig(
+        budget=asked, dataset=tokens(8, 24), nsamples=8, seqlen=24, storage="mixed", inner=INNER["nf4"]()
+    )
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config, dtype=torch.bfloat16)
+    assert "nf4" in small.config.quantization_config.inner_forms
+    logits(small)
+    small.save_pretrained(tmp_path / "one")
+    tensors = load_file(tmp_path / "one" / "model.safetensors")
+    assert sum(tensor.nbytes for tensor in tensors.values()) <= asked
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    logits(again)
+    again.save_pretrained(tmp_path / "two")
+    biases = {key: tensor for key, tensor in tensors.items() if key.endswith("bias")}
+    assert {tensor.dtype for tensor in biases.values()} == {torch.bfloat16}
+    after = load_file(tmp_path / "two" / "model.safetensors")
+    assert after.keys() == tensors.keys()
+    assert all(after[key].dtype == tensors[key].dtype for key in tensors)
+    assert all(torch.equal(after[key], tensors[key]) for key in tensors)
 
 
 @needs_bnb

@@ -104,12 +104,14 @@ def test_a_form_that_fits_too_little_of_a_low_rank_model_is_refused(key):
     model = DobiSVDQuantizer(DobiSVDConfig(method="svd", ratio=0.8)).quantize_model(wide("llama"))
     before = [id(module) for module in model.modules()]
     model.config.quantization_config.min_coverage = 1.0
-    model.config.quantization_config.overrides = {}
     narrow = {"gptq": GPTQConfig(bits=4, group_size=256), "nf4": INNER["nf4"]()}[key]
     if key == "nf4":
         store_as(model, "int8")
         before = [id(module) for module in model.modules()]
-    words = {"gptq": "take group_size=128", "nf4": "q_proj, it is stored as (dense_)?int8; or lower min_coverage"}[key]
+    words = {
+        "gptq": r"take group_size=128 \(on the command line gptq4_g128\), or lower min_coverage \(1\)",
+        "nf4": r"q_proj, it is stored as (dense_)?int8; start from .* or from store_as\(model, 'plain'\)$",
+    }[key]
     with pytest.raises(ValueError, match=words):
         stack_inner(model, narrow, None)
     assert [id(module) for module in model.modules()] == before

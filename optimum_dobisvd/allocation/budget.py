@@ -150,8 +150,8 @@ def open_budget(
         raise ValueError(
             f"{_asked(ratio, budget)} of {dense} bytes, but overrides and matrices too small to factorise take "
             f"{settled_bytes} and the other {len(free)} need {smallest} at their lowest ranks; raise "
-            f"{_reachable(ratio, settled_bytes + smallest, dense)}, the smallest reachable, or lower rank_multiple, "
-            "min_rank or what the overrides ask"
+            f"{_reachable(ratio, settled_bytes + smallest, dense)}, the smallest reachable, or lower "
+            f"{'' if form.form else 'rank_multiple, '}min_rank or what the overrides ask"
         )
     return Budget(tuple(known), settled, free, budget - settled_bytes, {k: v for k, v in others.items() if v})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -125,11 +125,16 @@ def allocate_by_worth(
         A planned module for every target, in order.
     """
     orders = {name: values.argsort(descending=True, stable=True) for name, values in worth.items()}
-    tails = {
-        name: level_tails(ladder, worth[name][orders[name]].clamp_min(0), roundings)
-        for name, ladder in budget.ladders.items()
-    }
-    planned = allocate_by_tails(budget, tails)
+    menus, tails = {}, {}
+    for name, ladder in budget.ladders.items():
+        lost = level_tails(ladder, worth[name][orders[name]].clamp_min(0), roundings)
+        # Where the last ranks lose next to nothing, rounding may lose more: a size that a smaller one beats is none.
+        levels = [
+            level for level, (loss, least) in enumerate(zip(lost, accumulate(lost, min), strict=True)) if loss <= least
+        ]
+        menus[name] = Menu(tuple((ladder.bytes_at(level), ladder.module_at(level)) for level in levels))
+        tails[name] = [lost[level] for level in levels]
+    planned = allocate_by_tails(budget, tails, menus)
     for name in budget.ladders:
         rank = planned[name].rank
         if rank is not None:
@@ -160,18 +165,13 @@ def level_tails(ladder: Ladder, worth: Tensor, roundings: Roundings | None = Non
     for form in ladder.dense_forms:
         price = measured.get(form.name)
         found.append(form.lost_share * total if price is None or price.whole is None else price.whole)
-    # Where the last ranks lose next to nothing, rounding may lose more; no allocator is to climb for that.
-    return [min(found[: level + 1]) for level in range(len(found))]
+    return found
 
 
 def allocate_by_tails(
-    budget: Budget, tails: Mapping[str, Sequence[float]], menus: Mapping[str, Menu] | None = None
+    budget: Budget, tails: Mapping[str, Sequence[float]], ladders: Mapping[str, Menu]
 ) -> dict[str, PlannedModule]:
-    """Levels that minimise the sum of `tails` (by name and level, not rising) within the budget.
-
-    The levels are those of the budget's ladders, or of `menus` in their stead.
-    """
-    ladders: Mapping[str, Ladder | Menu] = budget.ladders if menus is None else menus
+    """Levels of these menus that minimise the sum of `tails` (by name and level, not rising) within the budget."""
     levels = dict.fromkeys(ladders, 0)
     left = budget.free_bytes - sum(ladder.bytes_at(0) for ladder in ladders.values())
     edges = {name: _hull(ladder, tails[name]) for name, ladder in ladders.items()}
@@ -200,7 +200,7 @@ def allocate_by_tails(
     return {name: planned[name] for name in budget.names}
 
 
-def _hull(ladder: Ladder | Menu, tails: Sequence[float]) -> list[tuple[float, int]]:
+def _hull(ladder: Menu, tails: Sequence[float]) -> list[tuple[float, int]]:
     """The lower convex hull of (bytes, tail) from level 0 up: `(gain per byte, level)` of its edges' far ends."""
     hull: list[tuple[int, float, int]] = []
     for level, tail in enumerate(tails):

@@ -72,8 +72,13 @@ def store_bytes(layout: Layout, config: DobiSVDConfig) -> int:
 
 
 def needs_text(config: DobiSVDConfig) -> bool:
-    """Whether the compression reads calibration text."""
+    """Whether the compression collects statistics of calibration text."""
     return config.resolved_method().needs_data
+
+
+def _rounds_on_text(config: DobiSVDConfig) -> bool:
+    """Whether another library's rounding is calibrated, block by block as statistics are collected."""
+    return config.inner is not None and not getattr(config.inner, "load_in_8bit", False)
 
 
 def memory_need(model: nn.Module, layout: Layout, config: DobiSVDConfig, *, collected: bool) -> Need:
@@ -96,7 +101,8 @@ def memory_need(model: nn.Module, layout: Layout, config: DobiSVDConfig, *, coll
     calibrating: dict[str, int] = {}
     at_loss: dict[str, int] = {}
     hidden = 0
-    if needs_text(config) and not collected:
+    collecting = needs_text(config) and not collected
+    if collecting or _rounds_on_text(config):
         hidden = config.nsamples * config.seqlen * _hidden_size(model) * element
         tokens = config.batch_size * config.seqlen
         widened = computes_in_float32(torch.device(config.device or "cpu"), linears[0].dtype)
@@ -105,7 +111,7 @@ def memory_need(model: nn.Module, layout: Layout, config: DobiSVDConfig, *, coll
             sum(len(weight) for weight in linears) * (4 if widened else element) + 4 * max(gram_sizes)
         )
         grams = 8 * sum(size**2 for size in gram_sizes) + 4 * max(gram_sizes) ** 2
-        if config.resolved_method().needs_gradients:
+        if collecting and config.resolved_method().needs_gradients:
             outputs = [len(weight) for weight in linears]
             grams = max(grams, 8 * sum(size**2 for size in outputs) + 4 * max(outputs) ** 2)
             activations *= 2  # every activation and its gradient

@@ -20,6 +20,12 @@ _GROUPS = {
         Option(
             "overwrite", "replace that folder even if it holds other files", kind=bool, default=False, transient=True
         ),
+        Option(
+            "min_coverage",
+            "smallest accepted share of the matrices' weights that can have the form (default: as OUT was compressed "
+            "with, usually 0.5)",
+            kind=float,
+        ),
         DTYPE,
         TRUST_REMOTE_CODE,
     ),
@@ -71,8 +77,9 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
         require_backend(inner)
     made_with = compress_options(Path(options["model"])) or {}
     reads_text = inner is not None and not getattr(inner, "load_in_8bit", False)
-    if options["dataset"] is not None and not reads_text:
-        raise UsageError(f"quantize: {options['inner']} reads no text: leave --dataset out")
+    for key in ("dataset", "nsamples", "seqlen", "seed"):
+        if options[key] is not None and not reads_text:
+            raise UsageError(f"quantize: {options['inner']} reads no text: leave --{key} out")
     own_text = getattr(inner, "dataset", None)  # of a GPTQConfig given as JSON
     named = options["dataset"]
     if named is None and reads_text and own_text is None:
@@ -80,7 +87,7 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     tokenizer = load_tokenizer(model_source(options["model"]), trust_remote_code=options["trust_remote_code"])
     options = {**options, "dataset": named, "out": options["out"] or _default_folder(options)}
     for key, otherwise in (("nsamples", 128), ("seqlen", 2048), ("seed", 0)):
-        if options[key] is None:
+        if options[key] is None and reads_text:
             options[key] = made_with.get(key, otherwise)
     draw = {key: options[key] for key in ("nsamples", "seqlen", "seed")}
     windows = None
@@ -131,6 +138,8 @@ def _quantize_into(folder: Path, inner: Any, windows: Any, tokenizer: Any, optio
     if inner is None:
         store_as(model, options["inner"])
     else:
+        if options["min_coverage"] is not None:
+            model.config.quantization_config.min_coverage = options["min_coverage"]
         stack_inner(model, inner, windows)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -73,6 +73,13 @@ def keep_as_saved(module: nn.Module) -> None:
         setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - a type checker takes it for a tensor
 
 
+def restore_biases(model: nn.Module) -> None:
+    """Biases of bitsandbytes' linears in their model's dtype again: every pass casts them to what it computes in."""
+    for shell in model.modules():
+        if isinstance(shell, CompressedLinear) and is_bnb_form(shell.storage) and shell.bias is not None:
+            shell.bias.data = shell.bias.data.to(shell.weight.dtype)
+
+
 def unmark(model: Any) -> None:
     """A dense model again, which may be cast."""
     for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "quantization_method"):

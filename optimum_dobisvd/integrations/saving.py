@@ -16,6 +16,7 @@ from ..nn.compressed_linear import CompressedLinear
 from ..report.write import write_beside
 from ..storage.folder import link_or_copy, staging_folder
 from ..storage.inner_forms import gptq_bits_of
+from .bnb_linear import restore_biases
 from .gptq_linear import require_unpacked
 from .loading import BUNDLED_ENTRY, adapted_modules, forget_bundled_loader
 
@@ -95,6 +96,7 @@ def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: A
     if not adapter_only:
         _refuse_layers_of_peft(model)
         _refuse_repacked(model)
+        restore_biases(model)
     original = type(model).save_pretrained
     arguments = _by_name(original, model, target, args, kwargs)
     if not arguments.get("is_main_process", True):

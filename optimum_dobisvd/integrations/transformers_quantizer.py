@@ -99,7 +99,7 @@ def stack_inner(model: Any, inner: InnerConfig, windows: CalibrationWindows | No
     config = model.config.quantization_config
     blocks = find_blocks(model)
     with torch.inference_mode(False), torch.no_grad():
-        modules = mark_for_inner(model, inner, config.kept_dense, config.min_coverage)
+        modules = mark_for_inner(model, inner, config)
         quantize_shells(model, blocks, inner, windows, batch_size=config.batch_size)
     attach(model, replace(config, modules=modules, inner=as_applied(inner)))
     _forget_compression(model)
@@ -116,7 +116,7 @@ def store_as(model: Any, storage: str) -> Any:
 
     config = model.config.quantization_config
     with torch.inference_mode(False), torch.no_grad():
-        modules = change_storage(model, storage, config.kept_dense)
+        modules = change_storage(model, storage, config)
     dense_storage = "dense_int8" if storage == "int8" else None
     attach(model, replace(config, modules=modules, storage=storage, dense_storage=dense_storage))
     _forget_compression(model)
