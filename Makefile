@@ -7,7 +7,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_LOWEST ?= torch==2.6.0
-PYTEST_ARGS ?= -n 2 -q --durations=15
+PYTEST_ARGS ?= -n 2 --dist worksteal -q --durations=15
 
 VENV := .venv
 LOWEST := .venv-lowest

@@ -27,6 +27,11 @@ TOKENIZER_TEXT = [
 ]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on a real model first: they take minutes, and one begun last would leave the other process idle."""
+    items.sort(key=lambda item: item.get_closest_marker("real_model") is None)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of 300 tokens, made here: any text can be encoded, and no hub is needed."""
