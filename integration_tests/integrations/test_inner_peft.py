@@ -65,9 +65,10 @@ def test_an_adapter_is_trained_saved_and_reloaded_in_a_new_process(base, tmp_pat
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()), expected)
 
 
-def test_merging_gives_a_checkpoint_of_the_same_forms_or_is_refused_in_words(base, tmp_path):
+def test_merging_gives_a_checkpoint_of_the_same_forms_or_is_refused_in_words(base, tmp_path, caplog):
     key, folder = base
     model = adapted(folder)
+    assert ("train and merge before quantising" in caplog.text) == (key == "gptq"), "told before the training"
     with torch.no_grad():
         for name, value in model.named_parameters():
             if "lora_B" in name:

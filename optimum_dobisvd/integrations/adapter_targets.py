@@ -13,6 +13,7 @@ from ..nn.compressed_linear import CompressedLinear
 from ..nn.dense_linear import is_dense_linear
 from ..nn.low_rank_linear import LowRankLinear
 from ..nn.whole_linear import WholeLinear
+from ..storage.inner_forms import gptq_bits_of
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,8 @@ def adapter_targets(model: nn.Module, names: Sequence[str] | None = None) -> lis
 
     `target_modules=["q_proj"]` would fail at the first `q_proj` that is low-rank, and `["first", "second"]` leave out
     those that compression kept dense; `"all-linear"` does not find those that GPTQ quantised. Linears in our own
-    8 bits take no adapter; they are left out with a warning.
+    8 bits take no adapter; they are left out with a warning. PEFT merges no adapter into GPTQ's linears, of which a
+    warning tells, too: before the training, and not after it.
 
     Args:
         model: a compressed model, no adapters in it yet.
@@ -35,6 +37,11 @@ def adapter_targets(model: nn.Module, names: Sequence[str] | None = None) -> lis
     if isinstance(names, str):
         raise TypeError(f"names is a list of names, got the string {names!r}: pass [{names!r}]")
     linears = _linears(model)
+    if any(isinstance(each, CompressedLinear) and gptq_bits_of(each.storage) for each in linears.values()):
+        logger.warning(
+            "adapters beside GPTQ's linears stay there, merge_and_unload is refused: to have one checkpoint, train "
+            "and merge before quantising"
+        )
     if names is None:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         return _targets({name: module for name, module in linears.items() if module is not head}, "the model")
