@@ -41,7 +41,8 @@ METHOD = (
     ),
     Option(
         "ratio",
-        "fraction of the bytes of the compressed matrices to KEEP (default: 0.8, or what --budget leaves)",
+        "fraction of the bytes of the compressed matrices to KEEP (default: 0.8, or what --budget leaves; with "
+        "--inner one of both must be given)",
         kind=float,
     ),
     Option("budget", "size of the whole checkpoint instead of a ratio, such as 2.8GB", metavar="SIZE"),
