@@ -118,7 +118,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
             self.budget = _checked_budget(self.budget)
         else:
             self.ratio = _checked_ratio(0.8 if self.ratio is None else self.ratio)
-        self.inner = inner_config(self.inner, wished=self.modules is None)
+        self.inner = inner_config(self.inner, wished=not self.inner_is_applied)
         self.overrides = dict(self.overrides or {})
         self.training = dict(self.training or {})
         self.modules_to_not_convert = list(self.modules_to_not_convert or [])

@@ -120,7 +120,7 @@ def as_applied(inner: InnerConfig) -> InnerConfig:
 
 def _check_options(makes: Any, example: InnerConfig, values: dict[str, Any]) -> None:
     """ValueError for a key that the configuration does not know: it would be dropped without a word."""
-    known = {*inspect.signature(makes.__init__).parameters, *example.to_dict()}
+    known = {*inspect.signature(makes).parameters, *example.to_dict()} - {"kwargs"}
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

@@ -59,7 +59,7 @@ def _check_coverage(
         remedies = [_fitting(inner, shapes, obstacles)]
         if count < total:
             remedies.append(f"lower min_coverage ({min_coverage:g}) to have them as they are")
-        raise ValueError(f"{message}; {', or '.join(remedy for remedy in remedies if remedy)}")
+        raise ValueError(f"{message}; {', or '.join(remedies)}")
     logger.warning("%s; they stay in 8 or 16 bits", message)
 
 

@@ -85,6 +85,8 @@ def test_options_that_would_be_dropped_are_told(caplog):
             DobiSVDConfig(ratio=0.25, inner=options)
         with pytest.raises(ValueError, match=words):
             inner_from_name(json.dumps(options))
+        with pytest.raises(ValueError, match=words):  # asked for when a low-rank checkpoint is loaded
+            DobiSVDConfig(modules={"q_proj": {"rank": 3, "storage": "plain"}}, inner=options)
     for inner in (INNER["gptq_desc_act"](), INNER["nf4_dq"]()):  # all that they write themselves is known
         assert inner_config(inner.to_dict(), wished=True).to_dict() == inner.to_dict()
     assert not [record for record in caplog.records if record.name.startswith("optimum_dobisvd")]

@@ -19,8 +19,12 @@ from integration_tests.tiny_models import tiny
 from recipes.frontier import __main__ as command
 from recipes.frontier import rows as rows_module
 from recipes.frontier.measure import load
+from recipes.frontier.results import Results
 from recipes.frontier.rows import ROWS, row_named
-from recipes.frontier.settings import TASKS
+from recipes.frontier.settings import TASKS, Settings
+from recipes.frontier.show import write_table
+
+FRONTIER = Path(__file__).parents[2] / "recipes" / "frontier"
 
 NUMBERS = {"nsamples": 4, "seqlen": 32, "eval-windows": 2, "rounding-windows": 2, "heal-steps": 3, "train-seqlen": 32}
 
@@ -247,6 +251,44 @@ def test_a_figure_broken_off_by_a_kill_is_taken_again(place: Path, frontier: Cal
     path.write_text(whole[:-40])
     assert frontier(*rows) == 0
     assert path.read_text() == whole
+
+
+def committed() -> tuple[Results, Settings]:
+    """The figures that are published, by the settings that they were taken with."""
+    texts = ("wikitext2_raw_test.txt", "c4_val_1k.jsonl.gz")
+    settings = Settings(model="smollm2", dataset="wt2_train.txt", eval_dataset=texts, data_dir="", work="")
+    return Results(FRONTIER / "results.jsonl", settings), settings
+
+
+def test_the_published_table_is_that_of_the_published_figures(tmp_path: Path) -> None:
+    """All of them: a run with other settings would write a table with nothing but dashes over it."""
+    results, settings = committed()
+    write_table(results, settings, tmp_path / "frontier.md")
+    published = (FRONTIER / "frontier.md").read_text(encoding="utf-8")
+    assert (tmp_path / "frontier.md").read_text(encoding="utf-8") == published
+    assert len(published.splitlines()) == 2 + 2 * len(ROWS)
+    assert "–" not in published
+
+
+def test_the_readme_has_the_published_figures() -> None:
+    results, settings = committed()
+    readme = (FRONTIER.parents[1] / "README.md").read_text(encoding="utf-8")
+    lines = {line.split("|")[1].strip(): line for line in readme.splitlines() if line.startswith("|")}
+
+    def shown(value: float) -> str:
+        return f"{value:.0f}" if value > 1000 else f"{value:.1f}"
+
+    for row in ROWS:
+        cells = []
+        for healed in (False, True):
+            size, found, accuracy = (results.found(row, healed, step) for step in ("sizes", "perplexity", "accuracy"))
+            assert size
+            assert found
+            assert accuracy
+            perplexities = " / ".join(shown(found[name]) for name in settings.eval_dataset)
+            cells += [f"{size['disk'] / 1e6:.0f}", perplexities, f"{100 * accuracy['mean']['value']:.1f}"]
+        name = f"{row.name} ({row.mark})" if row.mark == "every matrix whole" else row.name
+        assert lines[name] == "| " + " | ".join([name, *cells]) + " |"
 
 
 def test_an_unknown_row_is_named(frontier: Callable[..., int]) -> None:

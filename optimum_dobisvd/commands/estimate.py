@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GPTQConfig
 
 from ..calibration.layout import Layout
 from ..calibration.temporarily import computes_in_float32
@@ -78,7 +79,9 @@ def needs_text(config: DobiSVDConfig) -> bool:
 
 def _rounds_on_text(config: DobiSVDConfig) -> bool:
     """Whether another library's rounding is calibrated, block by block as statistics are collected."""
-    return config.inner is not None and not getattr(config.inner, "load_in_8bit", False)
+    if isinstance(config.inner, GPTQConfig):
+        return True
+    return config.inner is not None and config.inner.load_in_4bit and config.dataset is not None
 
 
 def memory_need(model: nn.Module, layout: Layout, config: DobiSVDConfig, *, collected: bool) -> Need:

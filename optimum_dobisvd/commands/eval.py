@@ -84,7 +84,8 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     from ..evaluation.mean_accuracy import compare_means
     from .sources import model_source, text_of
 
-    options = {**options, "seqlen": options["seqlen"] or 1024, "batch_size": options["batch_size"] or 1}
+    for key, usual in (("seqlen", 1024), ("batch_size", 1)):
+        options = {**options, key: usual if options[key] is None else options[key]}
     texts = {name: text_of(name, "test") for name in options["dataset"]}
     tasks = _load_tasks(options)
     dense, note = _dense_source(options)
