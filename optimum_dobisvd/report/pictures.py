@@ -59,7 +59,9 @@ def errors_picture(report: CompressionReport, path: str | os.PathLike[str]) -> P
         ValueError: the report holds no errors.
     """
     if all(module.error is None for module in report.modules):
-        raise ValueError("the report holds no errors: the compression read no calibration text")
+        raise ValueError(
+            "the report holds no errors: the compression read no calibration text, or another library rounded it all"
+        )
     grid = grid_of(report.modules)
     values = {key: _mean_error(found) for key, found in grid.cells.items()}
     labels = {
