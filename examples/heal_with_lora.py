@@ -43,7 +43,7 @@ if getattr(AutoConfig.from_pretrained(base), "quantization_config", None) is Non
     AutoModelForCausalLM.from_pretrained(args.model, quantization_config=config).save_pretrained(base)
     tokenizer.save_pretrained(base)
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-inner_forms = model.config.quantization_config.inner_forms  # of GPTQ or bitsandbytes, where it was quantised
+inner_forms = model.config.quantization_config.inner_forms  # of GPTQ or bitsandbytes, where it was quantized
 if args.merge and "gptq" in inner_forms:
     parser.error("PEFT merges nothing into GPTQ's linears: keep the adapter beside them, and leave --merge out")
 if args.bare and inner_forms:
@@ -70,7 +70,7 @@ def measure(when: str) -> None:
 
 def save(healed: torch.nn.Module, folder: str) -> None:
     healed.config.use_cache = True  # Trainer turned it off
-    if not inner_forms:  # quantised weights have dtypes of their own
+    if not inner_forms:  # quantized weights have dtypes of their own
         healed = healed.to(AutoConfig.from_pretrained(base).dtype)
     healed.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

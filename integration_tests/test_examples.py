@@ -117,7 +117,7 @@ def test_heal_with_lora(tmp_path: Path, inputs: list[str], monkeypatch: pytest.M
     assert low_rank_linears(tmp_path / "bare") == low_rank_linears(tmp_path / "out-base")
 
 
-def test_heal_with_lora_on_quantised_linears(tmp_path: Path, inputs: list[str]) -> None:
+def test_heal_with_lora_on_quantized_linears(tmp_path: Path, inputs: list[str]) -> None:
     for library in ("peft", "bitsandbytes", "gptqmodel"):
         pytest.importorskip(library, reason=f"{library} is not installed")
     tiny("llama", hidden_size=128, intermediate_size=256, num_key_value_heads=2).save_pretrained(tmp_path / "wide")

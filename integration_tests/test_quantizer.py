@@ -189,7 +189,7 @@ def test_a_smaller_ratio_costs_more_error() -> None:
     assert totals[0] < totals[1] < totals[2]
 
 
-def test_overrides_and_exclusions_are_honoured() -> None:
+def test_overrides_and_exclusions_are_honored() -> None:
     model, dense = tiny("llama"), tiny("llama")
     quantizer = compress(
         model,

@@ -97,7 +97,7 @@ MODEL_TYPES = tuple(_CONFIGS)
 def tiny(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """A causal language model with random weights, in evaluation mode.
 
-    Its weights are larger than transformers' own initialisation, and biases and norms are random as well: with tiny
+    Its weights are larger than transformers' own initialization, and biases and norms are random as well: with tiny
     weights and zero biases, a block that ignored half its inputs would give much the same outputs.
 
     Args:

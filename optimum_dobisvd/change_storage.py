@@ -37,7 +37,7 @@ def change_storage(model: Any, storage: str, config: DobiSVDConfig) -> dict[str,
         `modules` of config.json.
 
     Raises:
-        ValueError: another storage; the model has nothing to store so, or matrices that another library quantised or
+        ValueError: another storage; the model has nothing to store so, or matrices that another library quantized or
             that are offloaded. Then nothing was changed.
     """
     if storage not in STORAGES:
@@ -71,7 +71,7 @@ def _check(name: str, shell: CompressedLinear) -> None:
     if inner_form_named(shell.storage) is not None:
         raise ValueError(
             f"{name} is stored as {shell.storage}, which another library reads: start from the checkpoint before it "
-            "was quantised"
+            "was quantized"
         )
     if any(parameter.device.type == "meta" for parameter in shell.parameters()):
         raise ValueError(f"{name} is offloaded: load the model without cpu or disk offload to store it otherwise")

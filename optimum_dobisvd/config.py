@@ -45,9 +45,9 @@ class DobiSVDConfig(QuantizationConfigMixin):
         allocation, factorization, storage: replace one column of the method's row. Storages: `plain` (two factors in
             the model's dtype), `remap` (Dobi-SVD's 8+16 bit), `int8` (both factors in 8 bits), `mixed` (for every
             matrix whichever of all forms, `inner` ones at any bits included, costs the loss least; `global` only).
-        inner: quantisation stacked on low rank, a `GPTQConfig` or a `BitsAndBytesConfig`: linears, factors and whole
+        inner: quantization stacked on low rank, a `GPTQConfig` or a `BitsAndBytesConfig`: linears, factors and whole
             matrices alike, are stored so. `ratio` and `budget` count its bits, and one of them must be given.
-        dense_storage: what becomes of matrices that are not factorised: `dense` (left as they are) or `dense_int8` (in
+        dense_storage: what becomes of matrices that are not factorized: `dense` (left as they are) or `dense_int8` (in
             8 bits, as far as the budget asks for it). By default what goes with the storage: `dense_int8` with `int8`,
             else `dense`.
         dataset: calibration text: a name (`wikitext2`, `c4`, `ptb`), a path to .txt/.jsonl/.parquet (gz too), a list
@@ -69,7 +69,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
         min_rank: no matrix gets a smaller rank.
         min_coverage: smallest accepted share of the blocks' weights that can be compressed at all (mixture-of-experts
             models keep theirs in fused tensors that are not linears); below it the run is refused.
-        device: where calibration and factorisation compute, e.g. `cuda`; by default where the weights are. (Rank
+        device: where calibration and factorization compute, e.g. `cuda`; by default where the weights are. (Rank
             training always runs where the weights are: load the model there.)
         modules: set by `with_plan`: the rank and storage of every compressed matrix. What a loader reads.
     """
@@ -111,7 +111,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
             raise ValueError("ratio and budget both say how many bytes to keep: give one of them")
         if self.inner is not None and all(each is None for each in (self.ratio, self.budget, self.plan, self.modules)):
             raise ValueError(
-                "inner quantises, and ratio counts its bits (4 bits alone are about 0.28), so the usual 0.8 would "
+                "inner quantizes, and ratio counts its bits (4 bits alone are about 0.28), so the usual 0.8 would "
                 "leave it nothing to do: give ratio or budget"
             )
         if self.budget is not None:
@@ -164,7 +164,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
                 raise ValueError("storage 'mixed' chooses every matrix's form: leave dense_storage out")
         elif self.inner is not None and method.storage != "plain":
             raise ValueError(
-                f"inner quantises linears, and the factors of storage {method.storage!r} are none: leave storage out, "
+                f"inner quantizes linears, and the factors of storage {method.storage!r} are none: leave storage out, "
                 "or take storage='mixed' to have both in one model"
             )
 
@@ -172,7 +172,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
         """The method's row with the overridden columns put in; ValueError names an unknown name and the known ones."""
         storage = None if self.storage == MIXED else self.storage
         if storage is None and self.inner is not None:
-            storage = "plain"  # what the inner quantiser takes, whatever the method's own is
+            storage = "plain"  # what the inner quantizer takes, whatever the method's own is
         return method_named(self.method, allocation=self.allocation, factorization=self.factorization, storage=storage)
 
     @property
@@ -185,7 +185,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
 
     @property
     def inner_is_applied(self) -> bool:
-        """Whether some matrix is stored in the form of another library, so that it is not to be quantised again."""
+        """Whether some matrix is stored in the form of another library, so that it is not to be quantized again."""
         return bool(self.inner_forms)
 
     @property

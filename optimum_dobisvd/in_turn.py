@@ -26,7 +26,7 @@ is little to choose.
 
 
 class Rounder(Protocol):
-    """Another library's quantiser, one linear at a time."""
+    """Another library's quantizer, one linear at a time."""
 
     def takes(self, storage: str) -> bool:
         """Whether the linears in a shell of that storage are its business."""
@@ -36,9 +36,9 @@ class Rounder(Protocol):
 
 
 def quantize_in_turn(model: nn.Module, runner: BlockRunner, rounder: Rounder, *, sequential: bool) -> None:
-    """Quantise the linears inside every shell that the rounder takes, in place, block by block.
+    """Quantize the linears inside every shell that the rounder takes, in place, block by block.
 
-    Each block is calibrated on what the quantised blocks before it give. Within a block, linears that share an input
+    Each block is calibrated on what the quantized blocks before it give. Within a block, linears that share an input
     are rounded together, and if `sequential` the next ones see what these give. The outer factor's inputs follow from
     the rounded inner factor, exactly: `B H B^T`. The first token of every window counts as many.
 
@@ -61,7 +61,7 @@ def quantize_in_turn(model: nn.Module, runner: BlockRunner, rounder: Rounder, *,
         waiting = {name: shell for name, shell in shells.items() if f"{name}.".startswith(f"{block}.")}
         while waiting:
             grams, leader = _input_grams(waiting, replay)
-            # In the order in which the block calls them: the first group's inputs are those of the quantised model.
+            # In the order in which the block calls them: the first group's inputs are those of the quantized model.
             groups = list(dict.fromkeys(leader.values()))
             ready = groups[:1] if sequential else groups
             for name in [name for name in waiting if leader[name] in ready]:

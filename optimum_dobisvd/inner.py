@@ -1,4 +1,4 @@
-"""The quantisation stacked on low rank: which ones there are, what their options mean for bytes, what is remembered.
+"""The quantization stacked on low rank: which ones there are, what their options mean for bytes, what is remembered.
 
 Nothing here needs the libraries that do it; see `integrations.inner_gptq` and `integrations.inner_bnb`.
 """
@@ -31,7 +31,7 @@ def inner_config(given: Any, *, wished: bool = False) -> InnerConfig | None:
 
     Args:
         given: such a configuration, or one as a dictionary.
-        wished: for a quantisation that is still to be made. A checkpoint may come from a transformers with more
+        wished: for a quantization that is still to be made. A checkpoint may come from a transformers with more
             options.
 
     Raises:
@@ -92,8 +92,8 @@ def inner_from_name(name: str) -> InnerConfig:
     if name == "llm_int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     raise ValueError(
-        f"unknown inner quantisation {name!r}: gptq2, gptq3, gptq4 or gptq8 (gptq4_g32 for groups of 32), nf4, fp4 "
-        "(nf4_dq for double quantisation), llm_int8, or a GPTQConfig or BitsAndBytesConfig as JSON"
+        f"unknown inner quantization {name!r}: gptq2, gptq3, gptq4 or gptq8 (gptq4_g32 for groups of 32), nf4, fp4 "
+        "(nf4_dq for double quantization), llm_int8, or a GPTQConfig or BitsAndBytesConfig as JSON"
     )
 
 
@@ -111,7 +111,7 @@ def remembered(inner: InnerConfig) -> dict[str, Any]:
 
 
 def as_applied(inner: InnerConfig) -> InnerConfig:
-    """A copy without calibration text, in the format of the tensors in memory: what a quantised model remembers."""
+    """A copy without calibration text, in the format of the tensors in memory: what a quantized model remembers."""
     values = remembered(inner)
     if isinstance(inner, GPTQConfig):
         values |= {"format": _IN_MEMORY_FORMAT, "checkpoint_format": _IN_MEMORY_FORMAT}
@@ -188,7 +188,7 @@ def _check_gptq(inner: GPTQConfig) -> None:
 
 def _check_bnb(inner: BitsAndBytesConfig) -> None:
     if not inner.is_quantizable():
-        raise ValueError("inner=BitsAndBytesConfig() quantises nothing: pass load_in_4bit=True or load_in_8bit=True")
+        raise ValueError("inner=BitsAndBytesConfig() quantizes nothing: pass load_in_4bit=True or load_in_8bit=True")
     if inner.llm_int8_skip_modules:
         raise ValueError(
             "llm_int8_skip_modules names layers of the dense model: name what is to stay as it is in "

@@ -1,4 +1,4 @@
-"""The compression methods, one row each: which metric prices ranks, who allocates, who factorises, what is stored."""
+"""The compression methods, one row each: which metric prices ranks, who allocates, who factorizes, what is stored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .storage.costs import storage_named
 class Method:
     """One row of `METHODS`.
 
-    `metric` names the factoriser whose singular values price the ranks; it matters only to an allocation that reads
+    `metric` names the factorizer whose singular values price the ranks; it matters only to an allocation that reads
     spectra. The statistics to collect follow from the columns (`statistics`).
     """
 

@@ -31,7 +31,7 @@ def budget_of(config: DobiSVDConfig, layout: Layout) -> Budget:
     """The bytes there are for every target, by the config.
 
     Raises:
-        ValueError: overrides that cannot be honoured, or a ratio or budget that is too small.
+        ValueError: overrides that cannot be honored, or a ratio or budget that is too small.
     """
     if config.budget is not None and int(config.budget) <= layout.other_bytes:
         raise ValueError(

@@ -82,7 +82,7 @@ class DobiSVDQuantizer:
         windows: CalibrationWindows | None = None,
         undo_on_error: bool = True,
     ) -> Any:
-        """Calibrate, allocate, factorise, and replace the model's linears by compressed ones.
+        """Calibrate, allocate, factorize, and replace the model's linears by compressed ones.
 
         An error half-way puts the dense linears back, for which they are kept until the end; with
         `undo_on_error=False` each is freed as soon as it is replaced, and an error leaves a model fit for nothing.
@@ -193,7 +193,7 @@ class DobiSVDQuantizer:
         if self.config.inner is None or any(inner_form_named(name) is not None for name in storages):
             return
         logger.warning(
-            "no matrix is quantised by inner: %s (%s); %s",
+            "no matrix is quantized by inner: %s (%s); %s",
             "at this size there is room for better" if given is None else "the plan names other storages",
             ", ".join(storages),
             "lower ratio or budget" if given is None else f"name {self.config.storages[0]} in it",

@@ -45,7 +45,7 @@ class Replacement:
         self._undo_on_error = undo_on_error
         self._replaced: dict[str, Module] = {}
         self._storages = storages
-        self._progress = tqdm(total=len(storages), desc="factorising", unit="matrix")
+        self._progress = tqdm(total=len(storages), desc="factorizing", unit="matrix")
 
     def put(self, name: str, factors: Factors, gram: Tensor | None) -> None:
         """Balance the factors, pack them, measure their error, and put them in the place of the linear `name`."""

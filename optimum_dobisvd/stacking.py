@@ -1,4 +1,4 @@
-"""Quantising what low rank leaves: during a compression, and of a checkpoint that was saved without it."""
+"""Quantizing what low rank leaves: during a compression, and of a checkpoint that was saved without it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_inner(inner: InnerConfig, layout: Layout, min_coverage: float) -> None:
-    """What can be refused about the quantisation before calibration.
+    """What can be refused about the quantization before calibration.
 
     Raises:
         ImportError: its library is missing; names the extra.
@@ -46,7 +46,7 @@ def check_inner(inner: InnerConfig, layout: Layout, min_coverage: float) -> None
 def _check_coverage(
     inner: InnerConfig, shapes: Mapping[str, tuple[int, int]], obstacles: Mapping[str, str | None], min_coverage: float
 ) -> None:
-    """Tell how much cannot be quantised, by matrix; ValueError where what can is less than `min_coverage`, or none."""
+    """Tell how much cannot be quantized, by matrix; ValueError where what can is less than `min_coverage`, or none."""
     left = {name: math.prod(shapes[name]) for name, obstacle in obstacles.items() if obstacle is not None}
     if not left:
         return
@@ -81,8 +81,8 @@ def refuse_offloaded(modules: Mapping[str, nn.Module]) -> None:
     for name, module in modules.items():
         if any(parameter.is_meta for parameter in module.parameters()):
             raise ValueError(
-                f"{name} is offloaded, and GPTQ and bitsandbytes quantise only what is in memory: load the model "
-                "without cpu or disk offload to quantise it"
+                f"{name} is offloaded, and GPTQ and bitsandbytes quantize only what is in memory: load the model "
+                "without cpu or disk offload to quantize it"
             )
 
 
@@ -104,7 +104,7 @@ def inner_windows(
     """What rounding is calibrated on: text of GPTQ's own if its config names some, else that of the compression.
 
     Args:
-        inner: the quantisation; only GPTQ cannot do without.
+        inner: the quantization; only GPTQ cannot do without.
         windows: those of the compression; None where there was none in this process. Then bitsandbytes does without:
             nobody expects a calibration of it when a checkpoint is loaded.
         dataset: what to draw from without them.
@@ -140,7 +140,7 @@ def quantize_shells(
     batch_size: int,
     device: Any = None,
 ) -> None:
-    """Quantise the linears inside every shell of the model that is marked with a form of `inner`.
+    """Quantize the linears inside every shell of the model that is marked with a form of `inner`.
 
     Args:
         model: compressed; its shells hold plain linears still.
@@ -179,7 +179,7 @@ def quantize_shells(
 
 
 def mark_for_inner(model: Any, inner: InnerConfig, config: DobiSVDConfig) -> dict[str, dict[str, Any]]:
-    """Give every plain factor and every dense target of a compressed model the form of `inner`, unquantised yet.
+    """Give every plain factor and every dense target of a compressed model the form of `inner`, unquantized yet.
 
     Ranks that the form cannot take are filled up with zeros, which changes nothing the model computes; where that
     makes the factors as large as the matrix, it is taken whole. What cannot have the form at all is told about and
@@ -187,7 +187,7 @@ def mark_for_inner(model: Any, inner: InnerConfig, config: DobiSVDConfig) -> dic
 
     Args:
         model: compressed, in memory.
-        inner: the quantisation.
+        inner: the quantization.
         config: the model's, which says what was to stay dense, and the smallest share of the rest that is accepted.
 
     Returns:

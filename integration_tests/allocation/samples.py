@@ -148,7 +148,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 @st.composite
 def reachable_cases(draw: st.DrawFn) -> Case:
-    """Cases whose overrides can be honoured and whose budget is enough."""
+    """Cases whose overrides can be honored and whose budget is enough."""
     case = draw(cases())
     for target in case.targets:
         try:

@@ -213,7 +213,7 @@ def test_identity_survives_use_and_reload(tiny_tokenizer, tmp_path):
     assert before["vocab_size"] == len(tiny_tokenizer)
 
 
-def test_identity_changes_with_the_tokenisation(tiny_tokenizer, tmp_path):
+def test_identity_changes_with_the_tokenization(tiny_tokenizer, tmp_path):
     tiny_tokenizer.save_pretrained(tmp_path)
     pipeline = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     pipeline["model"]["merges"].pop()  # same vocabulary, other tokens

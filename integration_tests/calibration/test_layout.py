@@ -142,7 +142,7 @@ def test_a_model_without_blocks_of_linears_is_refused(model: nn.Module) -> None:
         find_layout(model)
 
 
-def test_a_quantised_linear_is_no_dense_one() -> None:
+def test_a_quantized_linear_is_no_dense_one() -> None:
     """bitsandbytes' and others' layers are subclasses of nn.Linear, and their weight means something else."""
 
     class Linear4bit(nn.Linear):

@@ -42,7 +42,7 @@ def test_the_figures_are_those_of_the_checkpoint(work: Path, capfd: Any, method:
 
 def test_no_weight_is_loaded(work: Path, capfd: Any) -> None:
     (work / "dense" / "model.safetensors").unlink()
-    assert planned(capfd, *PLAN)["needs"]["seconds"]["factorisation"] >= 0
+    assert planned(capfd, *PLAN)["needs"]["seconds"]["factorization"] >= 0
     assert dobisvd("plan", "--model", "dense") == 0
     assert "peak memory" in capfd.readouterr().out
 

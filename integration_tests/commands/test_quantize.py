@@ -31,7 +31,7 @@ def wide(work: Path, tiny_tokenizer: Any) -> Path:
 
 @needs_gptq
 @needs_bnb
-def test_a_saved_checkpoint_is_quantised_offline(wide: Path, capfd: Any) -> None:
+def test_a_saved_checkpoint_is_quantized_offline(wide: Path, capfd: Any) -> None:
     assert dobisvd(*COMPRESS, "--method", "output_pca", "--ratio", "0.8", "low") == 0
     for form, options in (("gptq4_g32", DRAW), ("nf4", ()), ("llm_int8", ())):
         capfd.readouterr()
@@ -54,7 +54,7 @@ def test_a_saved_checkpoint_is_quantised_offline(wide: Path, capfd: Any) -> None
     assert all(torch.equal(first[name], again[name]) for name in first), "the recipe repeats the run"
     capfd.readouterr()
     assert dobisvd("quantize", "low-nf4", "--inner", "nf4") == 1
-    assert "is quantised already (nf4)" in capfd.readouterr().err
+    assert "is quantized already (nf4)" in capfd.readouterr().err
 
 
 @needs_gptq
@@ -152,7 +152,7 @@ def test_a_form_that_fits_too_little_writes_nothing(wide: Path, capfd: Any) -> N
 
 def test_bad_forms_are_named(wide: Path, capfd: Any) -> None:
     assert dobisvd(*COMPRESS, "--inner", "gptq5", "out") == 1
-    assert "unknown inner quantisation 'gptq5'" in capfd.readouterr().err
+    assert "unknown inner quantization 'gptq5'" in capfd.readouterr().err
     assert dobisvd(*COMPRESS, "--inner", '{"quant_method": "gptq", "bits": 4', "out") == 1
     assert "is no JSON" in capfd.readouterr().err
     assert dobisvd(*COMPRESS, "--budget", "1KB", "out") == 1

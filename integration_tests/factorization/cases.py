@@ -1,4 +1,4 @@
-"""Random weights and calibration inputs, well and badly behaved, that the factorisation tests share."""
+"""Random weights and calibration inputs, well and badly behaved, that the factorization tests share."""
 
 from dataclasses import dataclass
 

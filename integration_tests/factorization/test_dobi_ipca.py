@@ -104,7 +104,7 @@ def test_without_truncation_it_is_the_exact_principal_components_in_any_order(wi
             torch.testing.assert_close(mine @ mine.T, theirs @ theirs.T, rtol=0, atol=1e-7)
 
 
-def test_nothing_is_centred() -> None:
+def test_nothing_is_centered() -> None:
     """Every sample's first direction is the same: its mean, were it subtracted, would take the answer with it."""
     direction = torch.nn.functional.normalize(torch.arange(1.0, 7.0, dtype=torch.float64), dim=0)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Factors, decompositions, the measured error, and the table of factorisers."""
+"""Factors, decompositions, the measured error, and the table of factorizers."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from optimum_dobisvd.factorization.registry import (
     st.integers(1, 8), st.integers(1, 8), st.integers(1, 6), st.integers(0, 2**20), st.floats(-8, 8), st.floats(-8, 8)
 )
 @settings(max_examples=80, deadline=None)
-def test_balancing_keeps_the_product_and_equalises_the_norms(
+def test_balancing_keeps_the_product_and_equalizes_the_norms(
     m: int, n: int, rank: int, seed: int, left: float, right: float
 ) -> None:
     generator = torch.Generator().manual_seed(seed)

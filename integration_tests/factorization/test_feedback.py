@@ -59,7 +59,7 @@ def test_fitted_scales_lose_no_more_than_those_of_the_largest_values(
     assert lost(feedback.round(weight, CODE, fitted)[1] - weight, gram) <= before * (1 + 1e-9)
 
 
-def test_an_unimportant_large_value_does_not_stretch_the_code_for_its_neighbours() -> None:
+def test_an_unimportant_large_value_does_not_stretch_the_code_for_its_neighbors() -> None:
     code = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
     weight = torch.tensor([[0.61, -0.58, 0.62, 1.0]], dtype=torch.float64)
     gram = torch.diag(torch.tensor([1.0, 1.0, 1.0, 1e-6], dtype=torch.float64))

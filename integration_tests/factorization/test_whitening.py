@@ -106,7 +106,7 @@ def test_the_eigenvalue_floor_drops_directions() -> None:
     assert eigen_whitening(gram, floor=1e-6).root.shape == (2, 1)
 
 
-def test_a_slightly_asymmetric_gram_is_symmetrised() -> None:
+def test_a_slightly_asymmetric_gram_is_symmetrized() -> None:
     case = make_case("full", 5, 6, 40, seed=8)
     skew = torch.zeros(6, 6, dtype=torch.float64)
     skew[1, 4] = 1e-3

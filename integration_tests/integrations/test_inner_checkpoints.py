@@ -38,7 +38,7 @@ INNER = {
     "fp4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
     "llm_int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
 }
-# What matrices become by turns: in forms of the inner quantiser and in our own.
+# What matrices become by turns: in forms of the inner quantizer and in our own.
 FORMS = {
     "gptq": [("gptq4_g32", 32), ("gptq4_g32", None), ("gptq3_g32", 32), ("gptq2_g32", None), ("int8", 16)],
     "gptq_desc_act": [("gptq8_g32", 32), ("gptq4_g32", None), ("plain", 7)],
@@ -62,7 +62,7 @@ def planned(model, forms):
 
 
 def stacked(folder, key, dtype, **placement):
-    """The dense model in a folder, compressed and quantised in one `from_pretrained`."""
+    """The dense model in a folder, compressed and quantized in one `from_pretrained`."""
     plan = planned(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), FORMS[key])
     config = DobiSVDConfig(method="output_pca", dataset=tokens(6, 24), plan=plan, inner=INNER[key]())
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, **placement)
@@ -177,7 +177,7 @@ def test_checkpoints_in_the_format_of_auto_gptq_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("key", [pytest.param("gptq", marks=needs_gptq), pytest.param("nf4", marks=needs_bnb)])
-def test_a_saved_low_rank_model_is_quantised_at_load(key, tmp_path):
+def test_a_saved_low_rank_model_is_quantized_at_load(key, tmp_path):
     wide("llama", torch.bfloat16).save_pretrained(tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     config = DobiSVDConfig(method="output_pca", ratio=0.8, dataset=tokens(6, 24), nsamples=6, seqlen=24)
@@ -206,10 +206,10 @@ def test_a_saved_low_rank_model_is_quantised_at_load(key, tmp_path):
 
 @pytest.mark.parametrize("key", [pytest.param("gptq", marks=needs_gptq), pytest.param("nf4", marks=needs_bnb)])
 def test_an_inner_that_no_matrix_took_is_told_and_forgotten(key, tmp_path, caplog):
-    """It would be taken for one that is still to come, and quantise the checkpoint at every load."""
+    """It would be taken for one that is still to come, and quantize the checkpoint at every load."""
     config = DobiSVDConfig(method="output_pca", ratio=0.9, dataset=tokens(6, 24), inner=INNER[key]())
     model = DobiSVDQuantizer(config).quantize_model(wide("llama"))
-    assert "no matrix is quantised by inner: at this size there is room for better (dense" in caplog.text
+    assert "no matrix is quantized by inner: at this size there is room for better (dense" in caplog.text
     model.save_pretrained(tmp_path / "out")
     assert "inner" not in json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert_reloaded_alike(tmp_path, {"out": logits(model)})
@@ -237,7 +237,7 @@ def test_ranks_beyond_the_matrix_become_whole_matrices(tmp_path):
 
 
 @needs_bnb
-def test_what_was_to_stay_dense_is_not_quantised_afterwards():
+def test_what_was_to_stay_dense_is_not_quantized_afterwards():
     kept = "model.layers.0.self_attn.q_proj"
     config = DobiSVDConfig(method="svd", ratio=0.8, overrides={kept: {"dense": True}})
     model = DobiSVDQuantizer(config).quantize_model(wide("llama"))
@@ -279,7 +279,7 @@ def test_errors_of_what_another_library_rounds_are_not_made_up(tmp_path):
 
 
 @needs_bnb
-def test_an_adapter_names_the_quantised_checkpoint_and_not_the_one_before(tmp_path):
+def test_an_adapter_names_the_quantized_checkpoint_and_not_the_one_before(tmp_path):
     model = DobiSVDQuantizer(DobiSVDConfig(method="svd", ratio=0.8)).quantize_model(wide("llama"))
     model.save_pretrained(tmp_path / "low")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "low")

@@ -89,7 +89,7 @@ def test_lying_half_beside_the_gpu_is_refused_in_words(key, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map=places)
     if key == "gptq":  # as `auto` would have it where the GPU is small
         half = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")) // 2
-        with pytest.raises(ValueError, match="linears quantised by GPTQ cannot be offloaded"):
+        with pytest.raises(ValueError, match="linears quantized by GPTQ cannot be offloaded"):
             AutoModelForCausalLM.from_pretrained(
                 tmp_path / "out", device_map="auto", max_memory={0: half, "cpu": 10**10}
             )

@@ -1,4 +1,4 @@
-"""LoRA on linears that GPTQ or bitsandbytes has quantised."""
+"""LoRA on linears that GPTQ or bitsandbytes has quantized."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_an_adapter_is_trained_saved_and_reloaded_in_a_new_process(base, tmp_pat
 def test_merging_gives_a_checkpoint_of_the_same_forms_or_is_refused_in_words(base, tmp_path, caplog):
     key, folder = base
     model = adapted(folder)
-    assert ("train and merge before quantising" in caplog.text) == (key == "gptq"), "told before the training"
+    assert ("train and merge before quantizing" in caplog.text) == (key == "gptq"), "told before the training"
     with torch.no_grad():
         for name, value in model.named_parameters():
             if "lora_B" in name:
@@ -86,7 +86,7 @@ def test_merging_gives_a_checkpoint_of_the_same_forms_or_is_refused_in_words(bas
     assert_reloaded_alike(tmp_path, {"merged": logits(merged)})
 
 
-def test_a_quantised_model_is_not_cast(base):
+def test_a_quantized_model_is_not_cast(base):
     model = AutoModelForCausalLM.from_pretrained(base[1])
     if base[0] == "llm_int8":
         pytest.skip("transformers lets 8-bit models of bitsandbytes be cast")

@@ -169,16 +169,16 @@ def test_a_map_that_turns_out_to_offload_is_refused_in_words(tmp_path):
     wide("llama", torch.bfloat16).save_pretrained(tmp_path / "dense")
     stacked(tmp_path / "dense", "gptq", torch.bfloat16).save_pretrained(tmp_path / "out")
     little = {"cpu": (tmp_path / "out" / "model.safetensors").stat().st_size // 2}
-    with pytest.raises(ValueError, match="linears quantised by GPTQ cannot be offloaded"):
+    with pytest.raises(ValueError, match="linears quantized by GPTQ cannot be offloaded"):
         AutoModelForCausalLM.from_pretrained(
             tmp_path / "out", device_map="auto", max_memory=little, offload_folder=str(tmp_path / "offload")
         )
 
 
 @pytest.mark.parametrize("key", [pytest.param("gptq", marks=needs_gptq), pytest.param("nf4", marks=needs_bnb)])
-def test_an_offloaded_model_is_not_quantised(key):
+def test_an_offloaded_model_is_not_quantized(key):
     """Neither a dense one, before it is calibrated, nor a low-rank one."""
-    words = r"self_attn.q_proj is offloaded, and GPTQ and bitsandbytes quantise only what is in memory"
+    words = r"self_attn.q_proj is offloaded, and GPTQ and bitsandbytes quantize only what is in memory"
     model = cpu_offload(wide("llama"), execution_device=torch.device("cpu"))
     config = DobiSVDConfig(method="output_pca", ratio=0.2, dataset=tokens(6, 24), inner=INNER[key]())
     with pytest.raises(ValueError, match=words):
@@ -204,7 +204,7 @@ def test_a_checkpoint_whose_config_was_tampered_with_is_refused(tmp_path):
             AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
     name = next(n for n, e in original["quantization_config"]["modules"].items() if e["storage"] == "nf4")
-    refused("does not say how they were quantised", lambda config: config.pop("inner"))
+    refused("does not say how they were quantized", lambda config: config.pop("inner"))
     refused(name, lambda config: config["modules"][name].update(rank=128))
     refused("to another compression|lacks", lambda config: config["modules"][name].update(rank=None))
 

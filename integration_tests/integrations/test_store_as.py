@@ -114,7 +114,7 @@ def test_there_and_back_keeps_what_8_bits_stand_for(dense: Path) -> None:
         assert all(module.first.weight.grad is not None for module in low_rank(model).values())
 
 
-def test_what_another_library_quantised_is_refused_before_anything_is_changed(dense: Path) -> None:
+def test_what_another_library_quantized_is_refused_before_anything_is_changed(dense: Path) -> None:
     model = compressed(dense / "llama")
     before = matrices(model)
     list(low_rank(model).values())[-1].storage = "nf4"

@@ -45,7 +45,7 @@ for rank in range(1, 601):
     check(Int8LowRankLinear(52, 40, rank, bias=False, dtype=torch.bfloat16), range(1, 65))
     # Its factors lie where the slots begin and where the first of them ends: at any address.
     check(RemappedLinear(36, 44, rank, bias=False, dtype=torch.bfloat16), (2, 5, 64))
-    if rank > 16:  # where two rounded parts are added, a single value may lose more by cancelling
+    if rank > 16:  # where two rounded parts are added, a single value may lose more by canceling
         check(RemappedLinear(52, 40, rank, bias=False, dtype=torch.bfloat16), (1, 4, 40))
 assert KERNEL_CALLS == {"cpu_int8": products}, KERNEL_CALLS
 print(worst)

@@ -161,7 +161,7 @@ def test_directions_of_other_statistics_are_refused_before_any_work(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_directions_of_kfac_are_not_taken_for_those_of_another_factoriser() -> None:
+def test_directions_of_kfac_are_not_taken_for_those_of_another_factorizer() -> None:
     plan = learned(tiny("llama")).plan
     with pytest.raises(ValueError, match=r"names directions of kfac for .*, and the factors are made by 'svd_llm'"):
         learned(tiny("llama"), method="svd_llm", allocation=None, training={}, plan=plan)

@@ -11,7 +11,7 @@ from optimum_dobisvd.calibration.layout import find_layout
 
 # Inputs per block, each shared by the linears that are given the same tensor: usually q/k/v, o, gate/up and down.
 INPUTS = dict.fromkeys(MODEL_TYPES, 4) | {
-    "phi": 3,  # fc1 reads the same normalised states as q/k/v
+    "phi": 3,  # fc1 reads the same normalized states as q/k/v
     "mixtral": 2,  # the experts are no linears
 }
 

@@ -117,7 +117,7 @@ def open_budget(
         storage: name of a storage for the factors.
         size: bytes for all targets together.
         alternatives: other storages that allocators may choose for a matrix which know what each costs the loss.
-        dense_storage: how matrices may be stored that are not factorised: `dense` (as they are), or `dense_int8`, and
+        dense_storage: how matrices may be stored that are not factorized: `dense` (as they are), or `dense_int8`, and
             as they are where the budget is enough. None: what goes with the storage.
         overrides: `{target name: Override}`, as `resolve_overrides` returns it.
         rank_multiple: at least 1. None: what the kernels of the storage like.
@@ -125,7 +125,7 @@ def open_budget(
 
     Raises:
         ValueError: a bad argument; a `rank_multiple` that the storage cannot take; an override for an unknown matrix,
-            or one that cannot be honoured; or a budget too small for the overrides and the minimum ranks (the message
+            or one that cannot be honored; or a budget too small for the overrides and the minimum ranks (the message
             gives the smallest reachable one).
     """
     known = targets_by_name(targets)
@@ -148,7 +148,7 @@ def open_budget(
     if settled_bytes + smallest > budget:
         dense = sum(target.dense_bytes for target in targets)
         raise ValueError(
-            f"{_asked(ratio, budget)} of {dense} bytes, but overrides and matrices too small to factorise take "
+            f"{_asked(ratio, budget)} of {dense} bytes, but overrides and matrices too small to factorize take "
             f"{settled_bytes} and the other {len(free)} need {smallest} at their lowest ranks; raise "
             f"{_reachable(ratio, settled_bytes + smallest, dense)}, the smallest reachable, or lower "
             f"{'' if form.form else 'rank_multiple, '}min_rank or what the overrides ask"

@@ -37,7 +37,7 @@ Roundings = Mapping[str, Mapping[str, Rounding]]
 def global_prices(
     budget: Budget, spectra: Mapping[str, Tensor] | None = None, roundings: Roundings | None = None
 ) -> dict[str, PlannedModule]:
-    """Minimises the sum over all matrices of `tail_j(k_j) = sum_{i > k_j} s_i^2` within the byte budget.
+    """Minimizes the sum over all matrices of `tail_j(k_j) = sum_{i > k_j} s_i^2` within the byte budget.
 
     A dense matrix has no tail and its own bytes, so the error of a matrix is not convex in its bytes at the rank where
     the factors outgrow it. The choice runs along the lower convex hull of each matrix's (bytes, tail) points, steepest
@@ -171,7 +171,7 @@ def level_tails(ladder: Ladder, worth: Tensor, roundings: Roundings | None = Non
 def allocate_by_tails(
     budget: Budget, tails: Mapping[str, Sequence[float]], ladders: Mapping[str, Menu]
 ) -> dict[str, PlannedModule]:
-    """Levels of these menus that minimise the sum of `tails` (by name and level, not rising) within the budget."""
+    """Levels of these menus that minimize the sum of `tails` (by name and level, not rising) within the budget."""
     levels = dict.fromkeys(ladders, 0)
     left = budget.free_bytes - sum(ladder.bytes_at(0) for ladder in ladders.values())
     edges = {name: _hull(ladder, tails[name]) for name, ladder in ladders.items()}

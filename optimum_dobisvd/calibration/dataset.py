@@ -1,6 +1,6 @@
 """Calibration text → windows of token ids.
 
-The draw is the published one: the whole text is tokenised at once and cut into consecutive windows that do not
+The draw is the published one: the whole text is tokenized at once and cut into consecutive windows that do not
 overlap; `torch.randperm` with a CPU generator seeded by `seed` orders them, and the first `nsamples` are taken.
 """
 
@@ -135,9 +135,9 @@ def load_windows(
 
 
 def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
-    """Class name, vocabulary size, and a sha256 that changes when the tokenisation does, as JSON-able data.
+    """Class name, vocabulary size, and a sha256 that changes when the tokenization does, as JSON-able data.
 
-    For a fast tokenizer the digest is over its serialised pipeline (vocabulary, merges, normaliser, special tokens);
+    For a fast tokenizer the digest is over its serialized pipeline (vocabulary, merges, normalizer, special tokens);
     its padding and truncation are left out, because ordinary calls change them. For a Python tokenizer it is over the
     vocabulary and the ids of a short probe text. Raises TypeError if it is no tokenizer.
     """
@@ -180,7 +180,7 @@ def _draw(text: str, name: str, tokenizer: Any, counts: tuple[int, int], seqlen:
 
 def _windows_from_tokens(dataset: Any, tokenizer: Any, nsamples: int) -> CalibrationWindows:
     """Take the first `nsamples` rows as they are, padded on the right to the longest."""
-    by_name = isinstance(tokenizer, (str, os.PathLike))  # not worth loading: nothing is tokenised
+    by_name = isinstance(tokenizer, (str, os.PathLike))  # not worth loading: nothing is tokenized
     rows = _token_rows(dataset)
     taken = rows[:nsamples]
     seqlen = max(len(ids) for ids, _ in taken)

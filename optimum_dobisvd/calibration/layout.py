@@ -87,13 +87,13 @@ def find_layout(model: nn.Module, modules_to_not_convert: Iterable[str] = (), mi
 
     Raises:
         ValueError: no block or no eligible linear; a pattern of `modules_to_not_convert` that matches nothing; a
-            coverage below `min_coverage`; a model that is quantised already.
+            coverage below `min_coverage`; a model that is quantized already.
     """
     blocks = find_blocks(model)
     if not blocks:
         raise ValueError(
             f"{type(model).__name__} has no repeated blocks with nn.Linear layers; there is nothing to compress. "
-            "A model that is quantised already must be loaded dense first"
+            "A model that is quantized already must be loaded dense first"
         )
     shared = _shared_parameters(model)
     eligible: dict[str, nn.Module] = {}

@@ -12,14 +12,14 @@ from torch.nn.functional import cross_entropy
 Fisher = Literal["empirical", "sampled"]
 
 
-def labelled(mask: Tensor) -> Tensor:
+def labeled(mask: Tensor) -> Tensor:
     """Which positions have a label, `batch x (seqlen - 1)`: text that is followed by text."""
     return mask[:, 1:] & mask[:, :-1]
 
 
 def require_labels(mask: Tensor, what: str) -> None:
     """Raise ValueError if no token under a mask (`N x seqlen`) has a label."""
-    _require_some(int(labelled(mask).sum()), what)
+    _require_some(int(labeled(mask).sum()), what)
 
 
 def require_logits(model: Any, output: Any, ids: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class NextTokenLoss:
 
         Raises NotFiniteError if the loss is NaN or infinite.
         """
-        wanted = labelled(mask)
+        wanted = labeled(mask)
         rows = logits[:, :-1][wanted.to(logits.device)]
         rows = rows if rows.dtype == torch.float64 else rows.float()
         if not bool(torch.isfinite(rows.detach()).all()):

@@ -90,7 +90,7 @@ def _compressed(
     """The row of one compressed matrix, its tensors checked against what config.json says of it."""
     expected = empty_compressed(dense, entry["storage"], entry["rank"], device="meta")
     if inner_form_named(entry["storage"]) is not None:
-        return _quantised(name, entry, expected, dense, shapes)
+        return _quantized(name, entry, expected, dense, shapes)
     for key, parameter in expected.named_parameters():
         header = shapes.get(f"{name}.{key}")
         if header is None:
@@ -106,7 +106,7 @@ def _compressed(
     return module_report(target, PlannedModule(entry["rank"], entry["storage"]), None)
 
 
-def _quantised(
+def _quantized(
     name: str, entry: dict[str, Any], shell: Any, dense: Any, shapes: dict[str, tuple[list[int], int]]
 ) -> ModuleReport:
     """The row of a matrix in another library's form; its tensors must be as large as that form says."""

@@ -99,8 +99,8 @@ def memory_need(model: nn.Module, layout: Layout, config: DobiSVDConfig, *, coll
     element = linears[0].element_size()
     gram_sizes = inputs[widest]
 
-    factorising = 8 * _EIGEN_COPIES * sum(size**2 for size in gram_sizes)
-    factorising += 8 * _SVD_COPIES * max(weight.numel() for weight in linears)
+    factorizing = 8 * _EIGEN_COPIES * sum(size**2 for size in gram_sizes)
+    factorizing += 8 * _SVD_COPIES * max(weight.numel() for weight in linears)
     calibrating: dict[str, int] = {}
     at_loss: dict[str, int] = {}
     hidden = 0
@@ -129,7 +129,7 @@ def memory_need(model: nn.Module, layout: Layout, config: DobiSVDConfig, *, coll
         calibrating = {"one block's activations": activations, "one block's Grams": grams}
         if widened:
             calibrating["one block in float32"] = 2 * model_bytes(layout.blocks[widest].parameters())
-    work = _larger(calibrating, {"one block's factorisation": factorising})
+    work = _larger(calibrating, {"one block's factorization": factorizing})
     store = store_bytes(layout, config) if needs_text(config) else 0
     host = {"Python and libraries": _LIBRARIES, "model": model_bytes(model.parameters())}
     if hidden:
@@ -197,7 +197,7 @@ def seconds_need(
     if needs_text(config):
         # A symmetric eigenproblem takes about a third of the SVD of the same size.
         decompositions += sum(size**3 for size in inputs) // 3
-    seconds["factorisation"] = decompositions / speed.float64_svds
+    seconds["factorization"] = decompositions / speed.float64_svds
     if not priced:
         seconds["pricing ranks"] = decompositions / speed.float64_svds
     if config.plan is None and config.resolved_method().learns:

@@ -19,7 +19,7 @@ def load_dense(
 ) -> Any:
     """The dense causal language model, in evaluation mode, its weights in a floating-point dtype.
 
-    A GGUF file is unpacked, and the marks of its quantisation taken off: transformers would refuse to save the model.
+    A GGUF file is unpacked, and the marks of its quantization taken off: transformers would refuse to save the model.
 
     Args:
         source: where from.

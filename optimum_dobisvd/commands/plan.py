@@ -241,5 +241,5 @@ def _print_needs(needs: dict[str, Any], console: Console) -> None:
     console.print(
         f"\nstatistics: {bytes_text(needs['statistics_bytes'])}, an upper bound (q/k/v and gate/up are counted as "
         "sharing their input, no others). Times are operations over the best speed "
-        "measured just now; those of inner quantisation are not among them."
+        "measured just now; those of inner quantization are not among them."
     )

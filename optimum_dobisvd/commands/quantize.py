@@ -16,7 +16,7 @@ _GROUPS = {
     "checkpoint": (
         Option("model", "folder of a low-rank checkpoint", positional=True, required=True, metavar="OUT"),
         Option("inner", f"{INNER.help}; or int8, remap: our own 8 bits, without text", required=True, metavar="FORM"),
-        Option("out", "folder of the quantised checkpoint (default: OUT-FORM)", metavar="DIR"),
+        Option("out", "folder of the quantized checkpoint (default: OUT-FORM)", metavar="DIR"),
         Option(
             "overwrite", "replace that folder even if it holds other files", kind=bool, default=False, transient=True
         ),
@@ -52,7 +52,7 @@ _OWN = ("int8", "remap")
 
 
 def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Quantise and save; returns sizes before and after as JSON values.
+    """Quantize and save; returns sizes before and after as JSON values.
 
     Raises whatever a bad option, checkpoint or text raises; then nothing is written.
     """
@@ -72,7 +72,7 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     target = check_target(options["out"] or _default_folder(options), options["overwrite"])
     config = read_config(Path(options["model"]))
     if config.inner_is_applied:
-        raise ValueError(f"{options['model']} is quantised already ({config.inner_forms}): give the checkpoint before")
+        raise ValueError(f"{options['model']} is quantized already ({config.inner_forms}): give the checkpoint before")
     if inner is not None:
         require_backend(inner)
     made_with = compress_options(Path(options["model"])) or {}
@@ -109,7 +109,7 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
 
 SPEC = CommandSpec(
     name="quantize",
-    summary="Quantise a low-rank checkpoint with GPTQ, bitsandbytes, or to our own 8 bits.",
+    summary="Quantize a low-rank checkpoint with GPTQ, bitsandbytes, or to our own 8 bits.",
     groups=_GROUPS,
     examples=_EXAMPLES,
     execute=execute,

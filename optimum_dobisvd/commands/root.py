@@ -31,7 +31,7 @@ class DobiSVDCommand(BaseOptimumCLICommand):
     """`optimum-cli dobisvd`."""
 
     COMMAND = CommandInfo(
-        name="dobisvd", help="Compress language models by low-rank factorisation (SVD-LLM, Dobi-SVD)."
+        name="dobisvd", help="Compress language models by low-rank factorization (SVD-LLM, Dobi-SVD)."
     )
     SUBCOMMANDS = tuple(
         _subcommand(spec) for spec in (compress.SPEC, quantize.SPEC, plan.SPEC, eval.SPEC, inspect.SPEC, run.SPEC)

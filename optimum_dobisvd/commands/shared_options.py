@@ -28,8 +28,8 @@ MODEL = (
 
 INNER = Option(
     "inner",
-    "quantisation on top: gptq4 (2, 3, 4, 8 bits; gptq4_g32 for groups of 32), nf4, fp4 (nf4_dq: double "
-    "quantisation), llm_int8, or a GPTQConfig or BitsAndBytesConfig as JSON",
+    "quantization on top: gptq4 (2, 3, 4, 8 bits; gptq4_g32 for groups of 32), nf4, fp4 (nf4_dq: double "
+    "quantization), llm_int8, or a GPTQConfig or BitsAndBytesConfig as JSON",
     metavar="FORM",
 )
 
@@ -58,7 +58,7 @@ METHOD = (
         "form costs the loss least for every matrix (default: the method's own)",
     ),
     INNER,
-    Option("dense_storage", "form of matrices that are not factorised: dense or dense_int8 (default: the storage's)"),
+    Option("dense_storage", "form of matrices that are not factorized: dense or dense_int8 (default: the storage's)"),
     Option(
         "training",
         'settings of allocations that learn ranks, such as {"steps": 24, "windows": 2}',

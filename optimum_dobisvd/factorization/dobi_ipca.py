@@ -1,6 +1,6 @@
 """Dobi-SVD Algorithm 2: one basis for the outputs of all calibration samples, by incremental PCA.
 
-Two things differ from the listing, each on purpose. The samples' bases are not mean-centred: singular vectors have
+Two things differ from the listing, each on purpose. The samples' bases are not mean-centered: singular vectors have
 arbitrary signs, so their mean means nothing. The running basis carries its singular values: without them the last
 sample weighs as much as all earlier ones together. Memory is one `m x k` basis whatever the number of samples.
 """
@@ -33,7 +33,7 @@ def sample_basis(outputs: Tensor, rank: int) -> Tensor:
 
 
 class IncrementalBasis:
-    """Running rank-`k` approximation of the stacked bases `[V_1, V_2, ...]`, maximising `sum_i ||V^T V_i||_F^2`."""
+    """Running rank-`k` approximation of the stacked bases `[V_1, V_2, ...]`, maximizing `sum_i ||V^T V_i||_F^2`."""
 
     def __init__(self, width: int, rank: int) -> None:
         if not 1 <= rank <= width:

@@ -1,4 +1,4 @@
-"""The two small types every factoriser returns."""
+"""The two small types every factorizer returns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Factors:
     def balanced(self) -> Factors:
         """Same product, with column `i` of `second` and row `i` of `first` of equal norm.
 
-        Undoing a whitening makes one side huge and the other tiny; fine-tuning and quantising both want them equal.
+        Undoing a whitening makes one side huge and the other tiny; fine-tuning and quantizing both want them equal.
         A rank whose product is zero becomes zero on both sides.
         """
         outer = torch.linalg.vector_norm(self.second, dim=0)
@@ -39,7 +39,7 @@ class Factors:
     def mixed(self) -> Factors:
         """Same product, with the ranks mixed by a rotation: `second Q`, `Q^T first`.
 
-        Ranks differ in size by orders of magnitude, and the 4-bit forms give a scale to a run of neighbours, of which
+        Ranks differ in size by orders of magnitude, and the 4-bit forms give a scale to a run of neighbors, of which
         the largest then sets the step. After the rotation all are alike, and the outer factor's inputs are correlated,
         so that rounding one rank can be made up for by the next ones (GPTQ); in their own basis they are not. The
         rotation is random, and the same for every matrix of that rank.
@@ -55,7 +55,7 @@ class Decomposition:
     """A whole matrix written as a sum of rank-one terms, best first, so that every rank is a prefix.
 
     `left` is `m x p`, `right` is `p x n`; `singular_values` (`p`, descending) are those of the weight in the metric of
-    the factoriser: what truncating at rank `k` costs there is the norm of `singular_values[k:]`.
+    the factorizer: what truncating at rank `k` costs there is the norm of `singular_values[k:]`.
     """
 
     left: Tensor
@@ -84,5 +84,5 @@ class Decomposition:
         return Factors(second, first)
 
     def tail(self, rank: int) -> float:
-        """Error at a rank in the factoriser's own metric (SVD-LLM V2, Theorem 3.1): `sqrt(sum_{i>rank} s_i^2)`."""
+        """Error at a rank in the factorizer's own metric (SVD-LLM V2, Theorem 3.1): `sqrt(sum_{i>rank} s_i^2)`."""
         return float(torch.linalg.vector_norm(self.singular_values[rank:]))

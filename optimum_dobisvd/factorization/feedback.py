@@ -31,7 +31,7 @@ class ErrorFeedback:
         """Scales with which rounding to a code loses less than with those of the largest values.
 
         Of an input's error only that part counts which no input rounded after it makes up for, so that a large value
-        of an input that others stand in for need not stretch the code for its neighbours.
+        of an input that others stand in for need not stretch the code for its neighbors.
 
         Args:
             weight, code, scales: as for `round`.
@@ -61,7 +61,7 @@ class ErrorFeedback:
         Args:
             weight: `W`, m x n.
             code: the values a weight may have in units of its scale, ascending.
-            scales: m x (n / g): one for every g neighbouring inputs of an output.
+            scales: m x (n / g): one for every g neighboring inputs of an output.
 
         Returns:
             Which value of the code each weight became (int64, m x n), and the matrix they stand for (float64).

@@ -45,7 +45,7 @@ def output_root(gram: Tensor, damping: float = DAMPING) -> OutputRoot:
 
 
 def kfac(weight: Tensor, metric: tuple[Tensor, OutputRoot]) -> Decomposition:
-    """Minimises `||G^1/2 (W - W') H^1/2||_F` at every rank.
+    """Minimizes `||G^1/2 (W - W') H^1/2||_F` at every rank.
 
     `output_pca` of `root^T W`, with the root undone on the left: an eigendecomposition of the smaller side, and no
     root or inverse of `H`.

@@ -1,4 +1,4 @@
-"""The factorisers by name: what each needs to know of the inputs, and the function that does it."""
+"""The factorizers by name: what each needs to know of the inputs, and the function that does it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Factorization:
     `needs` names the statistic of the input it reads (None: no data). `prepare` turns that statistic into whatever is
     shared by all linears with the same input (q/k/v, gate/up); `decompose` takes the weight and that, and so does
     `spectrum`, which finds the singular values alone, for pricing ranks. Where `prepare_output` is given the
-    factoriser reads the gradient Gram of the linear's output, too: it is prepared by that, and both functions take the
-    pair `(prepared input, prepared output)`. `per_sample` marks a factoriser that reads each calibration sample's
+    factorizer reads the gradient Gram of the linear's output, too: it is prepared by that, and both functions take the
+    pair `(prepared input, prepared output)`. `per_sample` marks a factorizer that reads each calibration sample's
     outputs in a second pass, after the ranks are known.
     """
 
@@ -46,7 +46,7 @@ FACTORIZATIONS: dict[str, Factorization] = {}
 
 
 def register_factorization(row: Factorization) -> None:
-    """Add a factoriser. A second one of the same name is refused."""
+    """Add a factorizer. A second one of the same name is refused."""
     if row.name in FACTORIZATIONS:
         raise ValueError(f"a factorization named {row.name!r} is already registered")
     FACTORIZATIONS[row.name] = row

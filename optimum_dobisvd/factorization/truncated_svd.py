@@ -1,4 +1,4 @@
-"""Closed-form factorisers: truncated SVDs of the weight in one metric or another (svd, asvd, svd_llm, ...).
+"""Closed-form factorizers: truncated SVDs of the weight in one metric or another (svd, asvd, svd_llm, ...).
 
 All take the weight `W` (`m x n`, any float dtype) and return a `Decomposition` in float64.
 """
@@ -15,7 +15,7 @@ from .whitening import Whitening
 def whitened_svd(weight: Tensor, whitening: Whitening | None) -> Decomposition:
     """SVD of `W S`, with `S` undone on the right (SVD-LLM V2, Algorithm 2, with the `V` its listing drops).
 
-    With `whitening=None` this is the plain SVD of the weight. Minimises `||(W - W') S||_F` at every rank.
+    With `whitening=None` this is the plain SVD of the weight. Minimizes `||(W - W') S||_F` at every rank.
     """
     left, values, right = torch.linalg.svd(_whitened(weight, whitening), full_matrices=False)
     right = right if whitening is None else whitening.undo(right)
@@ -33,7 +33,7 @@ def output_pca(weight: Tensor, gram: Tensor) -> Decomposition:
     """Optimal truncation of the stacked activations (Dobi-SVD's premise in closed form, no inverse of anything).
 
     `U` = eigenvectors of `W H W^T` (`m x m`), `W' = U_k U_k^T W`. With `m > n` the same eigenvectors come from
-    the `n x n` problem `R H R^T`, `W = Q R`. Same minimiser of `||(W - W')X||_F` as SVD-LLM V2; outside the range of
+    the `n x n` problem `R H R^T`, `W = Q R`. Same minimizer of `||(W - W')X||_F` as SVD-LLM V2; outside the range of
     `H` the two differ. `gram` is `H`, `n x n`. ValueError if it is zero.
     """
     outer, inner, energy = _output_energy(weight, gram)

@@ -1,6 +1,6 @@
 """Changes of basis of a linear's input: `W -> W S`, and back.
 
-Truncating `W S` instead of `W` makes the SVD minimise `||(W - W') S||_F`; with `S S^T = X X^T` that is the error of
+Truncating `W S` instead of `W` makes the SVD minimize `||(W - W') S||_F`; with `S S^T = X X^T` that is the error of
 the layer's output over the calibration tokens.
 """
 
@@ -67,7 +67,7 @@ def cholesky_whitening(gram: Tensor) -> Whitening:
 
 
 def eigen_whitening(gram: Tensor, floor: float = EIGENVALUE_FLOOR) -> Whitening:
-    """SVD-LLM V2: `S` with `S S^T = H` from an eigendecomposition, and a generalised inverse instead of an inverse.
+    """SVD-LLM V2: `S` with `S S^T = H` from an eigendecomposition, and a generalized inverse instead of an inverse.
 
     The channels are first brought to one scale: `H = D C D` with `D = sqrt(diag H)`, `C = U C_s U^T`,
     `S = D U sqrt(C_s)`. Any such `S` has the same optimum, but eigenvalues of `H` itself are only known to about 1e-16

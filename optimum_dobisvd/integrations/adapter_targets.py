@@ -22,7 +22,7 @@ def adapter_targets(model: nn.Module, names: Sequence[str] | None = None) -> lis
     """Full names for `target_modules` of a `LoraConfig`: both factors of low-rank linears, dense linears as they are.
 
     `target_modules=["q_proj"]` would fail at the first `q_proj` that is low-rank, and `["first", "second"]` leave out
-    those that compression kept dense; `"all-linear"` does not find those that GPTQ quantised. Linears in our own
+    those that compression kept dense; `"all-linear"` does not find those that GPTQ quantized. Linears in our own
     8 bits take no adapter; they are left out with a warning. PEFT merges no adapter into GPTQ's linears, of which a
     warning tells, too: before the training, and not after it.
 
@@ -40,7 +40,7 @@ def adapter_targets(model: nn.Module, names: Sequence[str] | None = None) -> lis
     if any(isinstance(each, CompressedLinear) and gptq_bits_of(each.storage) for each in linears.values()):
         logger.warning(
             "adapters beside GPTQ's linears stay there, merge_and_unload is refused: to have one checkpoint, train "
-            "and merge before quantising"
+            "and merge before quantizing"
         )
     if names is None:
         head = getattr(model, "get_output_embeddings", lambda: None)()

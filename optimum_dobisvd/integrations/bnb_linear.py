@@ -32,7 +32,7 @@ def is_bnb_form(storage: str) -> bool:
 
 
 def empty_bnb_children(shell: CompressedLinear, inner: BitsAndBytesConfig) -> None:
-    """bitsandbytes' linears on meta in the place of a shell's plain ones, to load quantised weights into."""
+    """bitsandbytes' linears on meta in the place of a shell's plain ones, to load quantized weights into."""
     from transformers.integrations import replace_with_bnb_linear
 
     replace_with_bnb_linear(shell, quantization_config=inner, pre_quantized=True)

@@ -1,4 +1,4 @@
-"""Quantising linears with bitsandbytes, through transformers' own quantizers."""
+"""Quantizing linears with bitsandbytes, through transformers' own quantizers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class BnbRounder:
         return is_bnb_form(storage)
 
     def round(self, linear: Any, gram: Tensor, storage: str) -> tuple[nn.Module, Tensor]:
-        """The quantised linear, and the matrix it stands for, `m x n`."""
+        """The quantized linear, and the matrix it stands for, `m x n`."""
         new = quantized_alike(linear, self._inner, self._operation)
         state = new.weight.quant_state
         matrix = linear.weight.detach()
@@ -61,7 +61,7 @@ def _scales(state: Any) -> Tensor:
 
 
 def _set_scales(state: Any, scales: Tensor) -> None:
-    """As bitsandbytes stores them, which for double quantisation is as near as 8 bits come."""
+    """As bitsandbytes stores them, which for double quantization is as near as 8 bits come."""
     if not state.nested:
         state.absmax = scales
         return
@@ -72,7 +72,7 @@ def _set_scales(state: Any, scales: Tensor) -> None:
 
 
 def quantize_bnb(model: nn.Module, inner: BitsAndBytesConfig) -> None:
-    """Quantise the linears inside every shell whose storage is one of bitsandbytes' forms, in place, value by value.
+    """Quantize the linears inside every shell whose storage is one of bitsandbytes' forms, in place, value by value.
 
     Raises ImportError if bitsandbytes is missing.
     """

@@ -29,7 +29,7 @@ class GPTQRounder:
         return gptq_bits_of(storage) is not None
 
     def round(self, linear: Any, gram: Tensor, storage: str) -> tuple[nn.Module, Tensor]:
-        """The quantised linear, and the matrix it stands for, `m x n`."""
+        """The quantized linear, and the matrix it stands for, `m x n`."""
         bits, group_size = gptq_bits_of(storage) or (0, 0)
         return quantized_linear(linear, gram, bits, group_size, self._inner)
 

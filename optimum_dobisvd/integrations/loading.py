@@ -49,12 +49,12 @@ def adapted_modules(model: Any) -> list[str]:
 class LowRankLoader(HfQuantizer):
     """Builds the modules on meta from the ranks in config.json, and checks the files' headers before reading.
 
-    What another library has quantised, that library's own reader loads: for bitsandbytes this hands on to the
+    What another library has quantized, that library's own reader loads: for bitsandbytes this hands on to the
     quantizer that transformers has for it.
     """
 
     stacks_inner = False
-    """Whether this loader quantises what was saved without; the one bundled with checkpoints cannot."""
+    """Whether this loader quantizes what was saved without; the one bundled with checkpoints cannot."""
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -66,7 +66,7 @@ class LowRankLoader(HfQuantizer):
         if forms and (self.inner is None or isinstance(self.inner, BitsAndBytesConfig) == self._has_gptq):
             raise ValueError(
                 f"config.json lists matrices in the form {sorted(forms)[0]}, and its 'inner' does not say how they "
-                "were quantised: copy config.json again"
+                "were quantized: copy config.json again"
             )
         self._bnb: Any = bnb_quantizer(self.inner) if self._has_bnb else None
 
@@ -104,7 +104,7 @@ class LowRankLoader(HfQuantizer):
 
     @property
     def _is_to_be_stacked(self) -> bool:
-        """Whether the linears are to be quantised once they are loaded."""
+        """Whether the linears are to be quantized once they are loaded."""
         return self.inner is not None and not (self._has_gptq or self._has_bnb)
 
     def _process_model_before_weight_loading(
@@ -112,7 +112,7 @@ class LowRankLoader(HfQuantizer):
     ) -> Any:
         if self._is_to_be_stacked and not self.stacks_inner:
             raise ValueError(
-                "the quantization config asks for inner quantisation of a checkpoint that was saved without, which "
+                "the quantization config asks for inner quantization of a checkpoint that was saved without, which "
                 "needs the package: pip install optimum-dobisvd"
             )
         modules = self.quantization_config.modules  # type: ignore[attr-defined]
@@ -156,7 +156,7 @@ class LowRankLoader(HfQuantizer):
         return model
 
     def _empty_children(self, shell: CompressedLinear) -> None:
-        """Places for quantised weights in a shell's children, on meta."""
+        """Places for quantized weights in a shell's children, on meta."""
         if is_bnb_form(shell.storage):
             empty_bnb_children(shell, self.inner)
         gptq = gptq_bits_of(shell.storage)
@@ -204,7 +204,7 @@ class LowRankLoader(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         modules = self.quantization_config.modules or {}  # type: ignore[attr-defined]
-        return all(entry["storage"] == "plain" for entry in modules.values())  # quantised factors cannot be trained
+        return all(entry["storage"] == "plain" for entry in modules.values())  # quantized factors cannot be trained
 
     @property
     def is_compileable(self) -> bool:
@@ -217,7 +217,7 @@ def _refuse_offloading(device_map: Any) -> None:
         kinds = {str(place).split(":")[0] for place in device_map.values()}
         if "disk" in kinds or ("cpu" in kinds and len(kinds) > 1):
             raise ValueError(
-                "linears quantised by GPTQ cannot be offloaded to disk, or to the CPU beside a GPU: gptqmodel "
+                "linears quantized by GPTQ cannot be offloaded to disk, or to the CPU beside a GPU: gptqmodel "
                 "computes where its tensors are; give a device_map of GPUs, or device_map='cpu'"
             )
 

@@ -86,7 +86,7 @@ class DobiSVDHfQuantizer(LowRankLoader):
 
 
 def stack_inner(model: Any, inner: InnerConfig, windows: CalibrationWindows | None) -> Any:
-    """Quantise a loaded low-rank model whose linears are not quantised yet; its config says so afterwards.
+    """Quantize a loaded low-rank model whose linears are not quantized yet; its config says so afterwards.
 
     Args:
         model: as it was loaded.
@@ -133,7 +133,7 @@ def _forget_compression(model: Any) -> None:
 def attach(model: Any, config: DobiSVDConfig) -> None:
     """Make a compressed model one that transformers treats as such: its config, its quantizer, its safe save."""
     model.hf_quantizer = DobiSVDHfQuantizer(config, pre_quantized=True)
-    # transformers and PEFT look here for what a quantised model allows: no cast of its linears, no merging into GPTQ.
+    # transformers and PEFT look here for what a quantized model allows: no cast of its linears, no merging into GPTQ.
     model.quantization_method = config.inner.quant_method if config.inner_is_applied else config.quant_method
     model.is_quantized = True
     model.config.quantization_config = config

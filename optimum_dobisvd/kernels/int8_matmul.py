@@ -1,6 +1,6 @@
 """`y = x (Q / 128)^T * scale` for an int8 matrix `Q`: one function, and a table of kernels to compute it with.
 
-The first kernel of the table that takes the operands computes; none quantises the activations. Bundled with every
+The first kernel of the table that takes the operands computes; none quantizes the activations. Bundled with every
 checkpoint (see `integrations.saving`): nothing but torch, and Triton where there is one.
 """
 

@@ -1,4 +1,4 @@
-"""Dobi-SVD's optimiser: Adam on real ranks, within a byte budget."""
+"""Dobi-SVD's optimizer: Adam on real ranks, within a byte budget."""
 
 from __future__ import annotations
 

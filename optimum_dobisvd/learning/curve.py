@@ -15,7 +15,7 @@ CURVE_NAME = "dobisvd_training.json"
 
 @dataclass
 class Step:
-    """One optimiser step: the loss on its windows, and the real ranks it was taken at, None for a dense matrix."""
+    """One optimizer step: the loss on its windows, and the real ranks it was taken at, None for a dense matrix."""
 
     loss: float
     ranks: list[float | None]

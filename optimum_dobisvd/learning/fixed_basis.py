@@ -1,6 +1,6 @@
 """The loss as a function of real ranks, in the basis that is deployed.
 
-With a matrix written as `W = L R` (best rank-one terms first, as its factoriser gives them), `W(k) = L diag(t(k)) R`
+With a matrix written as `W = L R` (best rank-one terms first, as its factorizer gives them), `W(k) = L diag(t(k)) R`
 is the very weight that truncation at `k` ships. So no singular value decomposition has to be differentiated: the
 weights are rebuilt, the model takes one ordinary forward and backward pass, and `dLoss/dt_i = l_i^T (dLoss/dW) r_i`.
 """

@@ -55,8 +55,8 @@ def learn_ranks(
         budget: what the ranks may weigh.
         mode: `fixed_basis` truncates the weights in the basis of `row`; `activation`, the paper's, every output.
         metric: what the ranks of the start were priced in.
-        row: the factoriser that the plan is for.
-        spectra: singular values in that metric, for the optimiser that corrects prices.
+        row: the factorizer that the plan is for.
+        spectra: singular values in that metric, for the optimizer that corrects prices.
         store: its statistics.
         windows: to train on; taken from the last to the first, since the first ones are those of the gradients.
         held_out: to judge whole ranks on.

@@ -1,4 +1,4 @@
-"""What the training loop asks of an optimiser of ranks."""
+"""What the training loop asks of an optimizer of ranks."""
 
 from __future__ import annotations
 

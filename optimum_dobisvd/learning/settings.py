@@ -9,7 +9,7 @@ from typing import Any, Literal
 Mode = Literal["fixed_basis", "activation"]
 
 DIRECTIONS_OF = "kfac"
-"""The factoriser whose squared singular values are nats per token, so that directions can be priced one by one."""
+"""The factorizer whose squared singular values are nats per token, so that directions can be priced one by one."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class RankTraining:
         optimizer: `adam`, the paper's, which slides ranks; or `prices`, which measures what every singular direction
             is worth and chooses among them (see `DirectionMover`). None: `prices` for the allocation
             `dobi_fixed_basis` of kfac factors, `adam` elsewhere.
-        steps: how many optimiser steps.
+        steps: how many optimizer steps.
         windows: calibration windows a step, cut to `seqlen` tokens where that is given.
         seqlen: tokens in a window; None: those of the calibration.
         learning_rate: of `adam`, in shares of each matrix's largest useful rank, by default 0.02; falls along a
@@ -65,7 +65,7 @@ class RankTraining:
         object.__setattr__(self, "width", tuple(float(value) for value in self.width))
 
     def optimizer_for(self, mode: Mode, metric: str, factorization: str) -> Literal["adam", "prices"]:
-        """The optimiser for ranks priced in a metric and factors of a factoriser; their own if none was asked for.
+        """The optimizer for ranks priced in a metric and factors of a factorizer; their own if none was asked for.
 
         Raises:
             ValueError: it cannot serve there, or a setting is one of the other's.

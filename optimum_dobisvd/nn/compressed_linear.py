@@ -20,7 +20,7 @@ class CompressedLinear(nn.Module, ABC):
 
     `weight` is empty, and is saved under the dense weight's old name. A reader that does not know the format would
     build the dense model, find no weights, and fill them at random with a warning; with it, it finds a weight of the
-    wrong size and stops. Modelling code can still ask it for dtype and device.
+    wrong size and stops. Modeling code can still ask it for dtype and device.
     """
 
     storage: str
@@ -70,7 +70,7 @@ class CompressedLinear(nn.Module, ABC):
 
 @torch.no_grad()
 def matrix_of(linear: nn.Module) -> Tensor:
-    """The `m x n` weight of a linear in float32; of one that another library has quantised, what it computes with."""
+    """The `m x n` weight of a linear in float32; of one that another library has quantized, what it computes with."""
     if type(linear) is nn.Linear:
         return linear.weight.detach().float()
     device = next(tensor.device for tensor in (*linear.parameters(), *linear.buffers()))

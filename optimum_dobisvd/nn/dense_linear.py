@@ -33,7 +33,7 @@ def as_matrix(module: nn.Module, stored: Tensor) -> Tensor:
 def compressed_class(storage: str, rank: int | None = None) -> type[CompressedLinear]:
     """The module that computes from a storage. ValueError lists the known ones.
 
-    For a form of another library it is the shell whose children that library quantises.
+    For a form of another library it is the shell whose children that library quantizes.
     """
     if inner_form_named(storage) is not None:
         return WholeLinear if rank is None else LowRankLinear

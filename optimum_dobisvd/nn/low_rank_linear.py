@@ -14,7 +14,7 @@ class LowRankLinear(CompressedLinear):
     Both children are exactly `nn.Linear`, because bitsandbytes, GPTQ and PEFT find their layers by that type.
     """
 
-    storage = "plain"  # an instance's own where another library has quantised its children
+    storage = "plain"  # an instance's own where another library has quantized its children
     bias_key = "second.bias"
     adapters = "two factors: name these, as in target_modules=['q_proj.first', 'q_proj.second'], or 'all-linear'"
     rank: int

@@ -1,4 +1,4 @@
-"""A linear layer left whole, for another library to quantise."""
+"""A linear layer left whole, for another library to quantize."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .compressed_linear import CompressedLinear, matrix_of
 
 
 class WholeLinear(CompressedLinear):
-    """`y = whole(x)`, with one child that is an `nn.Linear` until it is quantised.
+    """`y = whole(x)`, with one child that is an `nn.Linear` until it is quantized.
 
-    A shell of ours around it, because a checkpoint whose matrices were all quantised in place would be taken for a
+    A shell of ours around it, because a checkpoint whose matrices were all quantized in place would be taken for a
     dense one by a reader that knows neither format.
     """
 
-    storage = "dense"  # an instance's own once its child is quantised
+    storage = "dense"  # an instance's own once its child is quantized
     bias_key = "whole.bias"
     adapters = "left whole: name its child, as in target_modules=['q_proj.whole']"
     rank: None

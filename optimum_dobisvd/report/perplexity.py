@@ -24,7 +24,7 @@ def perplexity(
 ) -> float:
     """exp of the mean negative log-likelihood per predicted token, in float32.
 
-    The whole text is tokenised at once and cut into consecutive windows of `seqlen` tokens without overlap; what is
+    The whole text is tokenized at once and cut into consecutive windows of `seqlen` tokens without overlap; what is
     left over at the end is not used. The first token of a window is not predicted. Nothing else is left out.
 
     Args:

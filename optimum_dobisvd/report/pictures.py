@@ -31,7 +31,7 @@ def matplotlib_is_installed() -> bool:
 def ranks_picture(report: CompressionReport, path: str | os.PathLike[str]) -> Path:
     """A heat map, layers along x and types along y, of the kept rank over the full rank `min(m, n)`.
 
-    Cells hold the rank itself where there is room; matrices left dense are grey and hatched.
+    Cells hold the rank itself where there is room; matrices left dense are gray and hatched.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -47,7 +47,7 @@ def ranks_picture(report: CompressionReport, path: str | os.PathLike[str]) -> Pa
         path,
         title="rank kept, by layer and type of matrix",
         scale="rank / full rank min(m, n)",
-        colours="viridis",
+        colors="viridis",
     )
 
 
@@ -75,7 +75,7 @@ def errors_picture(report: CompressionReport, path: str | os.PathLike[str]) -> P
         path,
         title="relative error of the output, by layer and type of matrix",
         scale="‖(W − W′)X‖ / ‖WX‖  in %",
-        colours="magma_r",
+        colors="magma_r",
     )
 
 
@@ -104,12 +104,12 @@ def _heat_map(
     *,
     title: str,
     scale: str,
-    colours: str,
+    colors: str,
 ) -> Path:
     figure, axes = _canvas(len(grid.layers), len(grid.types))
     rows = [[_or_nan(values.get((kind, layer))) for layer in grid.layers] for kind in grid.types]
     low, high = _limits(values)
-    image = axes.imshow(rows, aspect="auto", cmap=colours, interpolation="nearest", vmin=low, vmax=high)
+    image = axes.imshow(rows, aspect="auto", cmap=colors, interpolation="nearest", vmin=low, vmax=high)
     for y, kind in enumerate(grid.types):
         for x, layer in enumerate(grid.layers):
             modules = grid.cells.get((kind, layer))
@@ -146,7 +146,7 @@ def _limits(values: dict[tuple[str, int], float | None]) -> tuple[float, float]:
     if not known:
         return 0.0, 1.0
     low, high = min(known), max(known)
-    # Nearly equal values must look equal, not be blown up to both ends of the colour scale.
+    # Nearly equal values must look equal, not be blown up to both ends of the color scale.
     margin = max(0.0, 0.1 * high - (high - low)) / 2
     return low - margin, high + margin or 1.0
 

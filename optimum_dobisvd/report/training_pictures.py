@@ -113,7 +113,7 @@ def prices_picture(
         axes.annotate(label, (predicted, measured), textcoords="offset points", xytext=(6, -3), fontsize=8)
     values = [value for _, *pair in points for value in pair]
     ends = (min(values) * 0.8, max(values) * 1.25)
-    axes.plot(ends, ends, "--", color="grey", linewidth=1, label="as predicted")
+    axes.plot(ends, ends, "--", color="gray", linewidth=1, label="as predicted")
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):

@@ -1,4 +1,4 @@
-"""The second pass of Dobi-SVD's IPCA factoriser: every sample's outputs, once the ranks are known."""
+"""The second pass of Dobi-SVD's IPCA factorizer: every sample's outputs, once the ranks are known."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SampleBasisVisitor:
     """A block visitor that runs Algorithm 2 on the outputs of each linear and hands the block's factors to `finished`.
 
     Args:
-        linears_of: block name -> its linears to factorise, by full name.
+        linears_of: block name -> its linears to factorize, by full name.
         ranks: linear name -> rank.
         finished: called with block name and factors by linear name.
     """

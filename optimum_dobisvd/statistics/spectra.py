@@ -18,10 +18,10 @@ from .store import StatisticsStore, full_gram
 
 
 class PreparedInputs:
-    """What a factoriser makes of a block's statistics (an eigendecomposition, say), once for all that share an input.
+    """What a factorizer makes of a block's statistics (an eigendecomposition, say), once for all that share an input.
 
     Args:
-        row: the factoriser.
+        row: the factorizer.
         store: the statistics, None where there are none.
         block: the block's name.
         device: where to compute.
@@ -39,7 +39,7 @@ class PreparedInputs:
         self._grams: dict[str, Tensor] = {}
 
     def of(self, linear: str) -> Any:
-        """What the factoriser's functions take beside the weight; None for one that reads no data."""
+        """What the factorizer's functions take beside the weight; None for one that reads no data."""
         if self._row.needs is None:
             return None
         statistics, leader = self._found(linear)

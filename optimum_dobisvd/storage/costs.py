@@ -22,7 +22,7 @@ class Storage:
             is out_features, `n` is in_features, `element_size` is the bytes of one element of the dense weight.
         rank_multiple: what ranks are multiples of unless the user says otherwise: what its kernels take without
             copying.
-        dense_storage: what a matrix that is not factorised is stored as, unless the user says otherwise.
+        dense_storage: what a matrix that is not factorized is stored as, unless the user says otherwise.
         lost_share: the share of the kept energy that rounding the factors takes, for allocators that know no better.
         form: the other library's form that both factors have, None for our own.
     """
@@ -122,7 +122,7 @@ def dense_storage_named(name: str) -> DenseStorage:
     raise ValueError(f"unknown dense storage {name!r}; known: {', '.join(DENSE_STORAGES)}, {_INNER_EXAMPLES}")
 
 
-_INNER_EXAMPLES = "and with inner quantisation such as gptq4_g32, nf4 or llm_int8"
+_INNER_EXAMPLES = "and with inner quantization such as gptq4_g32, nf4 or llm_int8"
 
 
 def dense_levels(name: str, out_features: int, in_features: int, element_size: int) -> tuple[DenseStorage, ...]:

@@ -92,7 +92,7 @@ def unpack_int8(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 def pack_remapped(second: Tensor, first: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """The first min(m, n) rows of both factors to 8 bits, the rest kept, in units of its factor's per-rank scale.
 
-    Which two values share a slot is ours: neighbours of one factor, so that the two factors lie in the slots as plain
+    Which two values share a slot is ours: neighbors of one factor, so that the two factors lie in the slots as plain
     int8 matrices (`second` before `first`) and products can be computed from them where they lie.
     """
     small = min(len(second), first.shape[1])

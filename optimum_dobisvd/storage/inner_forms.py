@@ -1,7 +1,7 @@
-"""What one linear weighs in the forms of the quantisers stacked on low rank: GPTQ's and bitsandbytes'.
+"""What one linear weighs in the forms of the quantizers stacked on low rank: GPTQ's and bitsandbytes'.
 
 A form is named by all that decides its bytes: `gptq4_g32` (4 bits, a scale for 32 inputs), `nf4`, `fp4`, `nf4_dq`
-(scales quantised once more), `llm_int8`. In a plan such a storage means both factors of a matrix that has a rank, and
+(scales quantized once more), `llm_int8`. In a plan such a storage means both factors of a matrix that has a rank, and
 the whole matrix where it has none. Bundled with every checkpoint: nothing but the standard library.
 """
 
@@ -75,7 +75,7 @@ def gptq_form(bits: int, group_size: int) -> InnerForm:
 
 
 def four_bit_form(kind: str, nested: bool) -> InnerForm:
-    """bitsandbytes' 4 bits, `nf4` or `fp4`; `nested` quantises the scales, too."""
+    """bitsandbytes' 4 bits, `nf4` or `fp4`; `nested` quantizes the scales, too."""
 
     def size(out_features: int, in_features: int, element_size: int) -> int:
         count = out_features * in_features

@@ -16,7 +16,7 @@ def pack(storage: str, second: Tensor, first: Tensor, dtype: torch.dtype) -> dic
     """The tensors that factors become, by their names in the module.
 
     Args:
-        storage: `plain`, `remap`, `int8`, or a form of another library, which quantises plain factors in its turn.
+        storage: `plain`, `remap`, `int8`, or a form of another library, which quantizes plain factors in its turn.
         second: m x k, balanced.
         first: k x n.
         dtype: of the model.
@@ -48,7 +48,7 @@ def _pack_plain(second: Tensor, first: Tensor, dtype: torch.dtype) -> dict[str, 
 def pack_dense(storage: str, weight: Tensor, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
     """The tensors that a whole matrix becomes in a storage other than `dense`, and the matrix they stand for.
 
-    What another library quantises in its turn is not rounded yet.
+    What another library quantizes in its turn is not rounded yet.
     """
     if dense_storage_named(storage).form is not None:
         return {"whole.weight": weight.to(dtype)}, weight

@@ -1,6 +1,6 @@
 """What values become in every storage when each is rounded on its own: the starting point for prices of rounding.
 
-The quantisers that ship do better (GPTQ passes errors on) or the same; `statistics.roundings` accounts for that.
+The quantizers that ship do better (GPTQ passes errors on) or the same; `statistics.roundings` accounts for that.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _rounded_in_groups(weight: Tensor, bits: int, group_size: int) -> Tensor:
 
 
 def _rounded_to_code(weight: Tensor, code: tuple[float, ...]) -> Tensor:
-    """The nearest value of a code, in units of the largest magnitude of 64 neighbours."""
+    """The nearest value of a code, in units of the largest magnitude of 64 neighbors."""
     values = torch.tensor(sorted(code), dtype=weight.dtype, device=weight.device)
     flat = torch.nn.functional.pad(weight.reshape(-1), (0, -weight.numel() % _BLOCK)).view(-1, _BLOCK)
     scale = flat.abs().amax(-1, keepdim=True)

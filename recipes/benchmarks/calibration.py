@@ -3,7 +3,7 @@
     python recipes/benchmarks/calibration.py --model DIR_OR_ID --dataset FILE_OR_NAME [--nsamples 64] [--seqlen 1024]
 
 Forward passes and statistics passes alternate (F S F S ...), because machines are noisy, and the last statistics pass
-goes on to factorise every matrix. Prints one JSON object: seconds, the ratio of medians, and the peak memory of each
+goes on to factorize every matrix. Prints one JSON object: seconds, the ratio of medians, and the peak memory of each
 stage above what the model takes.
 """
 

@@ -2,7 +2,7 @@
 
     python recipes/benchmarks/gradients.py --model DIR_OR_ID --dataset FILE_OR_NAME [--nsamples 8] [--rounds 3]
 
-Plain passes (all weights' gradients, as a fine-tuning step without its optimiser), gradient statistics over the same
+Plain passes (all weights' gradients, as a fine-tuning step without its optimizer), gradient statistics over the same
 windows, and steps of the rank training in both modes take turns, because machines are noisy. Prints one JSON object:
 seconds of every round, and ratios of medians.
 """

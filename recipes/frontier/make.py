@@ -91,7 +91,7 @@ def heal(row: Row, work: Path, settings: Settings) -> None:
 
 
 def load_in(folder: str | Path, dtype: torch.dtype, device: str) -> Any:
-    """A checkpoint with everything that is not quantised in `dtype`; transformers leaves it as saved beside
+    """A checkpoint with everything that is not quantized in `dtype`; transformers leaves it as saved beside
     bitsandbytes' linears, whatever it is asked for."""
     # Not on CPUs: with a map that names one, transformers saves a model as if it were offloaded.
     where = {} if device == "cpu" else {"device_map": device}
@@ -180,7 +180,7 @@ def _compress(row: Row, base: str, work: Path, settings: Settings, plan: Plan | 
 
 
 def _whole(row: Row, base: str, work: Path, settings: Settings) -> Any:
-    """Every matrix whole, in the form of the inner quantisation."""
+    """Every matrix whole, in the form of the inner quantization."""
     inner: Any = inner_config(row.options["inner"])
     form = inner_storage(inner)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
@@ -191,7 +191,7 @@ def _whole(row: Row, base: str, work: Path, settings: Settings) -> Any:
 
 
 def _stack(row: Row, base: str, work: Path, settings: Settings) -> Any:
-    """A quantisation on another row's checkpoint."""
+    """A quantization on another row's checkpoint."""
     below = checkpoint_of(row_named(row.options["on"]), work)
     model = load_in(below, torch.bfloat16, settings.device)
     windows = calibration_windows(AutoTokenizer.from_pretrained(below), settings)

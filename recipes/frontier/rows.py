@@ -17,7 +17,7 @@ class Row:
 
     Attributes:
         name: in the table; unique.
-        family: its colour in the picture.
+        family: its color in the picture.
         make: how; see `make.py`.
         options: of that.
         base: which dense model it is made of.

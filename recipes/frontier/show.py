@@ -75,7 +75,7 @@ _HIGHEST = 8
 def _panel(axis: Any, results: Results, title: str, value: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
     """One measure against bytes, both logarithmic, with the border of what no other row beats.
 
-    Returns the points of every row, the one to be labelled first.
+    Returns the points of every row, the one to be labeled first.
     """
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
@@ -102,7 +102,7 @@ def _panel(axis: Any, results: Results, title: str, value: Sequence[str]) -> dic
             points += pair
     border = _border(points)
     if border:
-        axis.plot(*zip(*border, strict=True), color="grey", linewidth=0.8, linestyle="--", drawstyle="steps-post")
+        axis.plot(*zip(*border, strict=True), color="gray", linewidth=0.8, linestyle="--", drawstyle="steps-post")
     axis.set(xscale="log", yscale="log", xlabel="weights on disk, MB", title=title)
     for each in (axis.xaxis, axis.yaxis):
         each.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))

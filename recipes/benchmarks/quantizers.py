@@ -1,11 +1,11 @@
-"""What rounding factors to 8 bits costs, by quantiser and by type of matrix: the tables in the README.
+"""What rounding factors to 8 bits costs, by quantizer and by type of matrix: the tables in the README.
 
-    python recipes/benchmarks/quantisers.py --model DIR_OR_ID --dataset TRAIN_TEXT [--eval-dataset TEXT ...] \
+    python recipes/benchmarks/quantizers.py --model DIR_OR_ID --dataset TRAIN_TEXT [--eval-dataset TEXT ...] \
         [--method global] [--ratio 0.6] [--work DIR] [--out results.jsonl]
 
-One plan in the remapped storage (Dobi-SVD, Alg. 3), one set of factors; every quantiser rounds these in turn, and the
+One plan in the remapped storage (Dobi-SVD, Alg. 3), one set of factors; every quantizer rounds these in turn, and the
 products are judged in float32 on windows of the training text that calibration does not see (and on other texts, if
-some are named; choose by the former). Quantisers:
+some are named; choose by the former). Quantizers:
 
 * none: the same ranks in 16 bits, so the effect of ranks alone (Table 4's 16-bit row)
 * absmax: linear, one scale per rank
@@ -139,9 +139,9 @@ def main() -> None:
     parser.add_argument("--eval-dataset", nargs="+", default=[])
     parser.add_argument("--method", default="global")
     parser.add_argument("--ratio", type=float, default=0.6)
-    parser.add_argument("--quantisers", nargs="+", default=list(QUANTISERS), choices=list(QUANTISERS))
-    parser.add_argument("--work", default="quantisers-work", help="statistics, kept")
-    parser.add_argument("--out", type=Path, default=Path("quantisers.jsonl"))
+    parser.add_argument("--quantizers", nargs="+", default=list(QUANTISERS), choices=list(QUANTISERS))
+    parser.add_argument("--work", default="quantizers-work", help="statistics, kept")
+    parser.add_argument("--out", type=Path, default=Path("quantizers.jsonl"))
     parser.add_argument("--nsamples", type=int, default=96)
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--held-out", type=int, default=8)
@@ -161,37 +161,37 @@ def main() -> None:
     store = collect_statistics(model, layout, config, windows, fingerprint(model, windows))
     plan = make_plan(config, layout, store)
     row = factorization_named(config.resolved_method().factorization)
-    found: dict[str, dict[str, Tensor]] = {name: {} for name in args.quantisers}
-    errors: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in args.quantisers}
-    seconds: dict[str, float] = dict.fromkeys(args.quantisers, 0.0)
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in args.quantizers}
+    errors: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in args.quantizers}
+    seconds: dict[str, float] = dict.fromkeys(args.quantizers, 0.0)
     ranked = [name for name, module in plan.modules.items() if module.rank is not None]
     for name, decomposition, gram in decompositions(layout, row, store, None, ranked):
         weight = layout.linears[name].weight.detach().double()
         factors = decomposition.keep(plan.modules[name].kept).balanced()
-        for quantiser in args.quantisers:
+        for quantizer in args.quantizers:
             started = time.perf_counter()
-            second, first = QUANTISERS[quantiser](factors.second.double(), factors.first.double(), weight, gram)
-            seconds[quantiser] += time.perf_counter() - started
+            second, first = QUANTISERS[quantizer](factors.second.double(), factors.first.double(), weight, gram)
+            seconds[quantizer] += time.perf_counter() - started
             product = second.double() @ first.double()
             lost, total = output_error(factors.product().double(), product, gram)
-            errors[quantiser][name.rsplit(".", 1)[-1]].append(lost / total)
-            found[quantiser][name] = product.float()
+            errors[quantizer][name.rsplit(".", 1)[-1]].append(lost / total)
+            found[quantizer][name] = product.float()
     model = model.to(torch.float32)
     texts = {Path(name).name: read_text(name, "test") for name in args.eval_dataset}
-    for quantiser in args.quantisers:
-        for name, product in found[quantiser].items():
+    for quantizer in args.quantizers:
+        for name, product in found[quantizer].items():
             layout.linears[name].weight.copy_(product)
         result = {
             "method": args.method,
             "ratio": args.ratio,
-            "quantiser": quantiser,
+            "quantizer": quantizer,
             "held_out_loss": held_out_loss(model, held_out.input_ids),
             "perplexity": {
                 name: round(perplexity(model, tokenizer, text, seqlen=1024, windows=8), 3)
                 for name, text in texts.items()
             },
-            "error": {kind: sum(values) / len(values) for kind, values in errors[quantiser].items()},
-            "seconds": round(seconds[quantiser], 1),
+            "error": {kind: sum(values) / len(values) for kind, values in errors[quantizer].items()},
+            "seconds": round(seconds[quantizer], 1),
         }
         with open(args.out, "a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
