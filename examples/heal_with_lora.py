@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 
 from optimum_dobisvd import DobiSVDConfig, LowRankLinear, adapter_targets
 from optimum_dobisvd.calibration.dataset import read_text
-from optimum_dobisvd.report.perplexity import perplexity, window_ids
+from optimum_dobisvd.evaluation.perplexity import perplexity, window_ids
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="smollm2-0.6", help="a compressed checkpoint, or a dense model")

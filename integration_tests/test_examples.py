@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from integration_tests.tiny_models import tiny
 from optimum_dobisvd import DobiSVDQuantizer, LowRankLinear
 from optimum_dobisvd.calibration.dataset import load_windows
-from optimum_dobisvd.integrations.transformers_quantizer import stack_inner
+from optimum_dobisvd.checkpoint.hf_quantizer import stack_inner
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = ["--nsamples", "4", "--seqlen", "32"]

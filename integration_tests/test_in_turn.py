@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from integration_tests.statistics.collecting import assert_gram_close, inputs_by_linear, windows_of
 from integration_tests.tiny_models import tiny, tokens
-from optimum_dobisvd.calibration.layout import find_layout
+from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.calibration.runner import BlockRunner
-from optimum_dobisvd.in_turn import quantize_in_turn
+from optimum_dobisvd.pipeline.sequential import quantize_in_turn
 from optimum_dobisvd.nn.placement import dense_weight, replace_with
 from optimum_dobisvd.statistics.collect import InputCollector
 from optimum_dobisvd.statistics.store import full_gram

@@ -17,7 +17,7 @@ from integration_tests.tiny_models import MODEL_TYPES, tiny, tokens
 from optimum_dobisvd import METHODS, DobiSVDConfig, DobiSVDQuantizer, LowRankLinear, Plan
 from optimum_dobisvd.allocation.plan import PlannedModule
 from optimum_dobisvd.calibration.dataset import tokenizer_identity
-from optimum_dobisvd.calibration.layout import find_layout
+from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.calibration.runner import BlockRunner
 from optimum_dobisvd.nn.compressed_linear import CompressedLinear
 from optimum_dobisvd.nn.dense_linear import weight_matrix

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from integration_tests.processes import run_python
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
-from optimum_dobisvd.calibration.layout import find_layout
+from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.commands.load_dense import load_dense, load_tokenizer
 from optimum_dobisvd.commands.sources import model_source
-from optimum_dobisvd.planning import make_plan
-from optimum_dobisvd.report.perplexity import perplexity
+from optimum_dobisvd.pipeline.allocate import make_plan
+from optimum_dobisvd.evaluation.perplexity import perplexity
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 pytestmark = [

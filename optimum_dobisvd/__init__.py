@@ -16,12 +16,12 @@ _NAMES = {
     "DobiSVDConfig": "config",
     "DobiSVDQuantizer": "quantizer",
     "load_quantized_model": "quantizer",
-    "LowRankLinear": "nn.low_rank_linear",
+    "LowRankLinear": "structures.low_rank",
     "METHODS": "methods",
     "Plan": "allocation.plan",
     "adapter_targets": "integrations.adapter_targets",
     "stable_svd": "factorization.stable_svd",
-    "store_as": "integrations.transformers_quantizer",
+    "convert": "checkpoint.convert",
 }
 
 __all__ = [
@@ -31,9 +31,9 @@ __all__ = [
     "LowRankLinear",
     "Plan",
     "adapter_targets",
+    "convert",
     "load_quantized_model",
     "stable_svd",
-    "store_as",
 ]
 
 

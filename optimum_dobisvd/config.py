@@ -6,28 +6,35 @@ import copy
 import difflib
 import os
 import re
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from accelerate.utils import convert_file_size_to_int
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .inner import as_applied, inner_config, inner_storage, other_storages, remembered
+from .encodings.base import QUANT_METHOD, Encoding
+from .encodings.registry import encoding_named, encoding_of
 from .learning.settings import RankTraining
 from .methods import Method, method_named
-from .storage.costs import DENSE_INT8, STORAGES, dense_storage_named
-from .storage.inner_forms import inner_form_named
+from .structures.format import Format, format_named
+from .structures.registry import STRUCTURES
 
 if TYPE_CHECKING:
     from .allocation.plan import Plan
 
-QUANT_METHOD = "dobi_svd"
-MIXED = "mixed"
-"""The storage that is none: every matrix gets its own."""
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of what is written to config.json and of the tensors; raised when an old reader would misread it."""
 
+RENAMED = {
+    "storage": "quantization ('int8', 'remap'), or mixed=True for every matrix its own",
+    "inner": "quantization",
+    "dense_storage": "quantization: 'int8' stores matrices that are not factorized in 8 bits, too",
+}
+"""Options of earlier versions, and what says the same now."""
+
 # Inputs of a compression run: they may hold tensors, tokenizers or paths of one machine, and mean nothing to a reader.
+_ENTRY = ("structure", "rank", "encoding")
 _RUN_ONLY = ("tokenizer", "batch_size", "statistics", "plan", "device")
 
 
@@ -42,14 +49,14 @@ class DobiSVDConfig(QuantizationConfigMixin):
             default 0.8, or what `budget` leaves.
         budget: size of the whole checkpoint's tensors instead of a ratio, in bytes or as `"2.8GB"`, `"500MiB"`. (Files
             have a head besides, some hundred bytes a matrix.)
-        allocation, factorization, storage: replace one column of the method's row. Storages: `plain` (two factors in
-            the model's dtype), `remap` (Dobi-SVD's 8+16 bit), `int8` (both factors in 8 bits), `mixed` (for every
-            matrix whichever of all forms, `inner` ones at any bits included, costs the loss least; `global` only).
-        inner: quantization stacked on low rank, a `GPTQConfig` or a `BitsAndBytesConfig`: linears, factors and whole
-            matrices alike, are stored so. `ratio` and `budget` count its bits, and one of them must be given.
-        dense_storage: what becomes of matrices that are not factorized: `dense` (left as they are) or `dense_int8` (in
-            8 bits, as far as the budget asks for it). By default what goes with the storage: `dense_int8` with `int8`,
-            else `dense`.
+        allocation, factorization: replace one column of the method's row.
+        structure: how matrices are written: `low_rank`, two factors where they are smaller than the matrix, or `dense`.
+            By default the method's own.
+        quantization: how factors and whole matrices are stored: None (the model's dtype; what the method says),
+            `"int8"`, `"remap"` (Dobi-SVD's 8+16 bit), a `GPTQConfig` or a `BitsAndBytesConfig`, or the names of these
+            (`"gptq4_g32"`, `"nf4"`, `"llm_int8"`). `ratio` and `budget` count its bits.
+        mixed: every matrix takes whichever encoding costs the loss least: that of `quantization`, with GPTQ at any
+            bits, `int8` or 16 bits (`global` only).
         dataset: calibration text: a name (`wikitext2`, `c4`, `ptb`), a path to .txt/.jsonl/.parquet (gz too), a list
             of strings, or token tensors. Not needed by `svd`.
         tokenizer: a tokenizer, its name or path; by default the model's own.
@@ -63,15 +70,15 @@ class DobiSVDConfig(QuantizationConfigMixin):
         training: settings of the allocations that learn ranks (`dobi_activation`, `dobi_fixed_basis`), as
             `RankTraining` has them, e.g. `{"steps": 24, "windows": 2}`.
         overrides: per-module settings by name or `re:` pattern, e.g. `{"re:.*down_proj": {"ratio": 0.9}}`; they count
-            against the same byte budget. With storage `mixed` such matrices take the form of `inner`, or `int8`.
+            against the same byte budget. With `mixed` such matrices take the encoding of `quantization`, or `int8`.
         modules_to_not_convert: names or `re:` patterns of linears to leave alone. They do not count as targets.
-        rank_multiple: ranks are multiples of this; by default what the storage's kernels like (1, in 8 bits 16).
+        rank_multiple: ranks are multiples of this; by default what the encoding's kernels like (1, in 8 bits 16).
         min_rank: no matrix gets a smaller rank.
         min_coverage: smallest accepted share of the blocks' weights that can be compressed at all (mixture-of-experts
             models keep theirs in fused tensors that are not linears); below it the run is refused.
         device: where calibration and factorization compute, e.g. `cuda`; by default where the weights are. (Rank
             training always runs where the weights are: load the model there.)
-        modules: set by `with_plan`: the rank and storage of every compressed matrix. What a loader reads.
+        modules: set by `with_plan`: structure, rank and encoding of every compressed matrix. What a loader reads.
     """
 
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]
@@ -80,9 +87,9 @@ class DobiSVDConfig(QuantizationConfigMixin):
     budget: int | str | None = None
     allocation: str | None = None
     factorization: str | None = None
-    storage: str | None = None
-    dense_storage: str | None = None
-    inner: Any = None
+    structure: str | None = None
+    quantization: Any = None
+    mixed: bool = False
     dataset: Any = field(default=None, repr=False, compare=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
     nsamples: int = 128
@@ -109,16 +116,11 @@ class DobiSVDConfig(QuantizationConfigMixin):
         _check_version(self.format_version)
         if self.ratio is not None and self.budget is not None:
             raise ValueError("ratio and budget both say how many bytes to keep: give one of them")
-        if self.inner is not None and all(each is None for each in (self.ratio, self.budget, self.plan, self.modules)):
-            raise ValueError(
-                "inner quantizes, and ratio counts its bits (4 bits alone are about 0.28), so the usual 0.8 would "
-                "leave it nothing to do: give ratio or budget"
-            )
+        self.quantization = self._quantization()
         if self.budget is not None:
             self.budget = _checked_budget(self.budget)
         else:
             self.ratio = _checked_ratio(0.8 if self.ratio is None else self.ratio)
-        self.inner = inner_config(self.inner, wished=not self.inner_is_applied)
         self.overrides = dict(self.overrides or {})
         self.training = dict(self.training or {})
         self.modules_to_not_convert = list(self.modules_to_not_convert or [])
@@ -131,14 +133,31 @@ class DobiSVDConfig(QuantizationConfigMixin):
         if self.modules is not None:
             _check_modules(self.modules)  # all a loader needs: the method may be one it has never heard of
         else:
-            self._check_wish()
+            self._check_request()
 
-    def _check_wish(self) -> None:
-        """What matters to a compression only; a compressed checkpoint may come from a version that knows more."""
+    def _quantization(self) -> Any:
+        """What was given, as a name or one of transformers' own configurations."""
+        if self.quantization is None:
+            return None
+        encoding = encoding_of(self.quantization, strict=False)
+        if not self._has_encoding_of(encoding):
+            encoding = encoding_of(self.quantization)  # still to be made: a misspelt option would be dropped silently
+        asked = (self.ratio, self.budget, self.plan, self.modules)
+        if encoding.settings is not None and all(each is None for each in asked):
+            raise ValueError(
+                f"ratio counts the bits of quantization ({encoding.name} alone may be about 0.28), so the usual 0.8 "
+                "would leave it nothing to do: give ratio or budget"
+            )
+        return encoding.settings if encoding.settings is not None else encoding.name
+
+    def _check_request(self) -> None:
+        """Check what matters to a compression only; a checkpoint may come from a version that knows more."""
         method = self.resolved_method()
-        if self.dense_storage is not None:
-            dense_storage_named(self.dense_storage)
-        self._check_storages(method)
+        if self.mixed and not method.weighs_loss:
+            raise ValueError(
+                "mixed weighs encodings against each other by what they cost the loss, which only method 'global' "
+                f"knows, not {self.method!r} with allocation {method.allocation!r}: take method='global'"
+            )
         if self.gradient_nsamples is not None:
             _check_integer("gradient_nsamples", self.gradient_nsamples, at_least=1)
         if self.fisher not in ("empirical", "sampled"):
@@ -153,51 +172,51 @@ class DobiSVDConfig(QuantizationConfigMixin):
             )
         self.rank_training.optimizer_for(method.learning_mode, method.metric, method.factorization)
 
-    def _check_storages(self, method: Method) -> None:
-        if self.storage == MIXED:
-            if method.allocation != "global" or method.metric != "kfac":
-                raise ValueError(
-                    "storage 'mixed' weighs forms against each other by what they cost the loss, which only method "
-                    f"'global' knows, not {self.method!r} with allocation {method.allocation!r}: take method='global'"
-                )
-            if self.dense_storage is not None:
-                raise ValueError("storage 'mixed' chooses every matrix's form: leave dense_storage out")
-        elif self.inner is not None and method.storage != "plain":
-            raise ValueError(
-                f"inner quantizes linears, and the factors of storage {method.storage!r} are none: leave storage out, "
-                "or take storage='mixed' to have both in one model"
-            )
-
     def resolved_method(self) -> Method:
-        """The method's row with the overridden columns put in; ValueError names an unknown name and the known ones."""
-        storage = None if self.storage == MIXED else self.storage
-        if storage is None and self.inner is not None:
-            storage = "plain"  # what the inner quantizer takes, whatever the method's own is
-        return method_named(self.method, allocation=self.allocation, factorization=self.factorization, storage=storage)
+        """Return the method's row with overridden columns put in; ValueError names an unknown name and the known."""
+        return method_named(
+            self.method, allocation=self.allocation, factorization=self.factorization, structure=self.structure
+        )
 
     @property
-    def storages(self) -> tuple[str, list[str]]:
-        """What factors and whole matrices are stored as by the allocation, and what else it may choose."""
-        chosen = inner_storage(self.inner) if self.inner is not None else None
-        if self.storage != MIXED:
-            return chosen or self.resolved_method().storage, []
-        return chosen or "int8", [*other_storages(self.inner), *(("int8",) if chosen else ()), "plain"]
+    def encoding(self) -> Encoding:
+        """How factors, and matrices that are not factorized, are stored."""
+        if self.quantization is not None:
+            return encoding_of(self.quantization, strict=False)
+        return encoding_named("int8" if self.mixed else self.resolved_method().encoding)
 
     @property
-    def inner_is_applied(self) -> bool:
-        """Whether some matrix is stored in the form of another library, so that it is not to be quantized again."""
-        return bool(self.inner_forms)
+    def formats(self) -> tuple[Format, ...]:
+        """The format of factors, and others that the allocation may choose for a matrix."""
+        encoding = self.encoding
+        structure = STRUCTURES.get(self.resolved_method().structure)
+        names = dict.fromkeys([encoding.name, *((*encoding.alternatives, "int8", "float") if self.mixed else ())])
+        return tuple(Format(structure, encoding_named(name, encoding.settings)) for name in names)
 
     @property
-    def inner_forms(self) -> str:
-        """The forms of other libraries that matrices are stored in, in words; empty where there is none."""
-        storages = {entry["storage"] for entry in (self.modules or {}).values()}
-        return ", ".join(sorted(name for name in storages if inner_form_named(name) is not None))
+    def is_quantized(self) -> bool:
+        """Whether some matrix is stored as `quantization` says, so that it is not to be quantized again."""
+        return self.quantization is not None and self._has_encoding_of(self.encoding)
+
+    def _has_encoding_of(self, encoding: Encoding) -> bool:
+        kinds = {encoding.name, *encoding.alternatives}
+        return any(entry["encoding"] in kinds for entry in (self.modules or {}).values())
+
+    @property
+    def foreign_encodings(self) -> tuple[str, ...]:
+        """Encodings of other libraries that matrices are stored in."""
+        names = sorted({entry["encoding"] for entry in (self.modules or {}).values()})
+        return tuple(name for name in names if encoding_named(name).quant_method != QUANT_METHOD)
 
     @property
     def rank_training(self) -> RankTraining:
         """The settings of the rank training, defaults filled in."""
         return RankTraining.from_dict(self.training)
+
+    @property
+    def draw(self) -> dict[str, int]:
+        """How windows are drawn from a text: how many, how long, with which seed."""
+        return {"nsamples": self.nsamples, "seqlen": self.seqlen, "seed": self.seed}
 
     @property
     def gradient_windows(self) -> int:
@@ -214,25 +233,18 @@ class DobiSVDConfig(QuantizationConfigMixin):
 
         `dataset` is the words by which the calibration text is remembered.
         """
-        modules = {
-            name: {"rank": planned.rank, "storage": planned.storage}
-            for name, planned in plan.modules.items()
-            if not planned.is_dense
-        }
+        modules = {name: module.to_dict() for name, module in plan.modules.items() if not module.leaves_as_is}
         blank: dict[str, Any] = {f.name: f.default for f in fields(self) if f.name in _RUN_ONLY}
+        described = replace(self, modules=modules, dataset=dataset, **blank)
         # One that was given no matrix is forgotten: at load it would be taken for one that is still to come.
-        applied = any(inner_form_named(planned.storage) is not None for planned in plan.modules.values())
-        inner = as_applied(self.inner) if applied else None
-        return replace(self, modules=modules, dataset=dataset, inner=inner, **blank)
+        quantization = described.encoding.as_applied() if described.is_quantized else None
+        return replace(described, quantization=quantization)
 
     def to_dict(self) -> dict[str, Any]:
-        """What goes into config.json: everything but the inputs of the run; a dataset by its name only."""
+        """Return what goes into config.json: everything but the inputs of the run; a dataset by its name only."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _RUN_ONLY}
-        for name in ("dense_storage", "inner", "budget"):
-            if values[name] is None:
-                del values[name]  # versions that do not know it can read the rest
-        if self.inner is not None:
-            values["inner"] = remembered(self.inner)
+        if self.quantization is not None:
+            values["quantization"] = self.encoding.remembered()
         dataset = values["dataset"]
         if isinstance(dataset, str | os.PathLike):
             values["dataset"] = os.path.basename(os.fspath(dataset))
@@ -243,23 +255,44 @@ class DobiSVDConfig(QuantizationConfigMixin):
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
 
+    def __new__(cls, *_: Any, **given: Any) -> DobiSVDConfig:
+        _check_names(given)  # in words, where a dataclass would only say "unexpected keyword argument"
+        return super().__new__(cls)
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
         """Build from a dictionary. An unknown key is an error: a misspelt option must not be ignored."""
         if "format_version" in config_dict:
             _check_version(config_dict["format_version"])
-        known = [f.name for f in fields(cls)]
-        for key in config_dict:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
-                raise ValueError(f"unknown key {key!r} in the dobi_svd quantization config{hint}")
+        _check_names(config_dict)
         return super().from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+
+def default_of(name: str) -> Any:
+    """Return the default of a field."""
+    found = next(field for field in fields(DobiSVDConfig) if field.name == name)
+    return found.default if found.default_factory is MISSING else found.default_factory()
+
+
+def _check_names(given: Iterable[str]) -> None:
+    known = [field.name for field in fields(DobiSVDConfig)]
+    for key in given:
+        if key in RENAMED:
+            raise ValueError(f"the dobi_svd quantization config has no {key!r} any more; write {RENAMED[key]}")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+            raise ValueError(f"unknown key {key!r} in the dobi_svd quantization config{hint}")
 
 
 def _check_version(version: Any) -> None:
     if not isinstance(version, int) or version < 1:
         raise ValueError(f"format_version must be a positive integer, got {version!r}")
+    if version < FORMAT_VERSION:
+        raise ValueError(
+            f"this checkpoint has dobi_svd format {version}, of a version that was never released: it named 'storage' "
+            "and 'inner' where there are 'structure', 'encoding' and 'quantization' now; compress the model again"
+        )
     if version > FORMAT_VERSION:
         raise ValueError(
             f"this checkpoint has dobi_svd format {version}, and the installed optimum-dobisvd reads up to "
@@ -308,18 +341,21 @@ def _check_modules(modules: dict[str, dict[str, Any]]) -> None:
     if not isinstance(modules, dict):
         raise ValueError(f"quantization_config.modules must map names to ranks, got {type(modules).__name__}")
     for name, entry in modules.items():
-        if not isinstance(entry, dict) or set(entry) != {"rank", "storage"}:
-            raise ValueError(f"quantization_config.modules: {name}: expected a rank and a storage, got {entry!r}")
-        inner = isinstance(entry["storage"], str) and inner_form_named(entry["storage"]) is not None
-        known = [*STORAGES, DENSE_INT8]
-        if not inner and entry["storage"] not in known:
+        if not isinstance(entry, dict) or not {"structure", "encoding"} <= set(entry) <= {*_ENTRY}:
             raise ValueError(
-                f"{name}: storage {entry['storage']!r} is not known to this version, which reads "
-                f"{', '.join(known)}; upgrade it (pip install -U optimum-dobisvd), or mend config.json"
+                f"quantization_config.modules: {name}: expected a structure, an encoding and perhaps a rank, got "
+                f"{entry!r}"
             )
-        if inner and entry["rank"] is None:
-            continue
-        if entry["storage"] != DENSE_INT8:
-            _check_integer(f"{name}: rank", entry["rank"], at_least=1)
-        elif entry["rank"] is not None:
-            raise ValueError(f"{name}: storage 'dense_int8' has no rank, config.json says {entry['rank']!r}; mend it")
+        try:
+            format = format_named(entry["structure"], entry["encoding"])
+        except ValueError as error:
+            raise ValueError(
+                f"{name}: {error}; this version cannot read it: upgrade (pip install -U optimum-dobisvd), or mend "
+                "config.json"
+            ) from error
+        if format.structure.has_rank:
+            _check_integer(f"{name}: rank", entry.get("rank"), at_least=1)
+        elif entry.get("rank") is not None:
+            raise ValueError(
+                f"{name}: structure {entry['structure']!r} has no rank, config.json says {entry['rank']!r}; mend it"
+            )

@@ -1,13 +1,15 @@
-"""The compression methods, one row each: which metric prices ranks, who allocates, who factorizes, what is stored."""
+"""The compression methods, one row each: what prices ranks, who allocates, who factorizes, what is stored how."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .allocation import allocation_named
-from .factorization.registry import factorization_named
-from .storage.costs import storage_named
+from .allocation.registry import ALLOCATIONS, Allocation
+from .encodings.registry import encoding_named
+from .factorization.registry import FACTORIZATIONS, Factorization
+from .registry import Registry
+from .structures.registry import STRUCTURES
 
 
 @dataclass(frozen=True)
@@ -16,28 +18,55 @@ class Method:
 
     `metric` names the factorizer whose singular values price the ranks; it matters only to an allocation that reads
     spectra. The statistics to collect follow from the columns (`statistics`).
+
+    Raises:
+        ValueError: a column names nothing registered.
     """
 
     metric: str
     allocation: str
     factorization: str
-    storage: str
+    structure: str = "low_rank"
+    encoding: str = "float"
+
+    def __post_init__(self) -> None:
+        for registry, name in (
+            (FACTORIZATIONS, self.metric),
+            (FACTORIZATIONS, self.factorization),
+            (ALLOCATIONS, self.allocation),
+            (STRUCTURES, self.structure),
+        ):
+            registry.get(name)
+        encoding_named(self.encoding)
+
+    @property
+    def allocator(self) -> Allocation:
+        """The row of the allocation."""
+        return ALLOCATIONS.get(self.allocation)
+
+    @property
+    def factorizer(self) -> Factorization:
+        """The row of the factorization."""
+        return FACTORIZATIONS.get(self.factorization)
+
+    @property
+    def prices(self) -> Factorization:
+        """The row of the metric."""
+        return FACTORIZATIONS.get(self.metric)
+
+    @property
+    def _rows(self) -> list[Factorization]:
+        return [self.factorizer, *([self.prices] if self.allocator.needs_spectra else [])]
 
     @property
     def statistics(self) -> frozenset[str]:
         """Names of the input statistics this row reads: none, `gram`, `abs_mean`, or both."""
-        rows = [factorization_named(self.factorization)]
-        if allocation_named(self.allocation).needs_spectra:
-            rows.append(factorization_named(self.metric))
-        return frozenset(row.needs for row in rows if row.needs is not None)
+        return frozenset(row.needs for row in self._rows if row.needs is not None)
 
     @property
     def needs_gradients(self) -> bool:
         """Whether gradients of the loss are to be collected, too."""
-        rows = [factorization_named(self.factorization)]
-        if allocation_named(self.allocation).needs_spectra:
-            rows.append(factorization_named(self.metric))
-        return any(row.needs_gradients for row in rows)
+        return any(row.needs_gradients for row in self._rows)
 
     @property
     def learns(self) -> bool:
@@ -47,53 +76,37 @@ class Method:
     @property
     def learning_mode(self) -> Literal["fixed_basis", "activation"] | None:
         """In which way, see `learning.learn`."""
-        return allocation_named(self.allocation).learns
+        return self.allocator.learns
 
     @property
     def needs_data(self) -> bool:
         """Whether calibration text is needed at all."""
-        return bool(self.statistics) or factorization_named(self.factorization).per_sample or self.learns
+        return bool(self.statistics) or self.factorizer.per_sample or self.learns
+
+    @property
+    def weighs_loss(self) -> bool:
+        """Whether ranks are priced in units of the loss, by an allocation that compares matrices."""
+        return self.allocator.weighs_loss and self.prices.in_units_of_loss
 
 
-METHODS: dict[str, Method] = {}
-
-
-def register_method(name: str, method: Method) -> None:
-    """Add a row. A second row of the same name, or a column that names nothing registered, is refused."""
-    if name in METHODS:
-        raise ValueError(f"a method named {name!r} is already registered")
-    factorization_named(method.metric)
-    factorization_named(method.factorization)
-    allocation_named(method.allocation)
-    storage_named(method.storage)
-    METHODS[name] = method
+METHODS: Registry[Method] = Registry("method")
+METHODS.register("global", Method("kfac", "global", "kfac"))
+METHODS.register("dobi", Method("output_pca", "dobi_activation", "dobi_ipca", encoding="remap"))
+METHODS.register("dobi_no_remap", Method("output_pca", "dobi_activation", "dobi_ipca"))
+METHODS.register("svd", Method("svd", "uniform", "svd"))
+METHODS.register("asvd", Method("asvd", "uniform", "asvd"))
+METHODS.register("svd_llm", Method("svd_llm", "uniform", "svd_llm"))
+METHODS.register("svd_llm_v2", Method("svd_llm_v2", "svd_llm_v2", "svd_llm_v2"))
+METHODS.register("output_pca", Method("output_pca", "uniform", "output_pca"))
+METHODS.register("dobi_ipca", Method("dobi_ipca", "uniform", "dobi_ipca"))
 
 
 def method_named(
-    name: str, *, allocation: str | None = None, factorization: str | None = None, storage: str | None = None
+    name: str, *, allocation: str | None = None, factorization: str | None = None, structure: str | None = None
 ) -> Method:
-    """The row of that name with any column replaced. ValueError lists the names there are."""
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
-    method = METHODS[name]
-    if factorization is not None:
-        method = replace(method, factorization=factorization_named(factorization).name, metric=factorization)
-    if allocation is not None:
-        method = replace(method, allocation=allocation_named(allocation).name)
-    if storage is not None:
-        method = replace(method, storage=storage_named(storage).name)
-    return method
+    """Return the row of that name with any column replaced; naming a factorization changes the metric, too.
 
-
-register_method("global", Method(metric="kfac", allocation="global", factorization="kfac", storage="plain"))
-register_method("dobi", Method("output_pca", "dobi_activation", "dobi_ipca", "remap"))
-register_method("dobi_no_remap", Method("output_pca", "dobi_activation", "dobi_ipca", "plain"))
-for _name, _allocation in (
-    ("svd", "uniform"),
-    ("asvd", "uniform"),
-    ("svd_llm", "uniform"),
-    ("svd_llm_v2", "svd_llm_v2"),
-    ("output_pca", "uniform"),
-    ("dobi_ipca", "uniform"),
-):
-    register_method(_name, Method(metric=_name, allocation=_allocation, factorization=_name, storage="plain"))
+    ValueError lists the names there are.
+    """
+    given = {"allocation": allocation, "structure": structure, "factorization": factorization, "metric": factorization}
+    return replace(METHODS.get(name), **{column: value for column, value in given.items() if value is not None})

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from integration_tests.tiny_models import MODEL_TYPES, tiny
-from optimum_dobisvd.calibration.layout import EXCLUDED, find_blocks, find_layout
+from optimum_dobisvd.model.layout import EXCLUDED, find_blocks, find_layout
 from optimum_dobisvd.nn.dense_linear import weight_matrix
 
 LLAMA_LIKE = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -18,7 +18,7 @@ from integration_tests.statistics.collecting import (
     windows_of,
 )
 from integration_tests.tiny_models import tiny, tokens
-from optimum_dobisvd.calibration.layout import find_layout
+from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.calibration.runner import BlockRunner, hidden_of
 
 FALLBACK = "passes state between its blocks"

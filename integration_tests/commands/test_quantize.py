@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from integration_tests.commands.in_process import dobisvd
 from integration_tests.tiny_models import tiny, tokens
-from optimum_dobisvd.calibration.layout import checkpoint_bytes
+from optimum_dobisvd.model.layout import checkpoint_bytes
 
 COMPRESS = ("compress", "--model", "wide", "--dataset", "text.txt", "--nsamples", "4", "--seqlen", "32")
 DRAW = ("--nsamples", "4", "--seqlen", "32")

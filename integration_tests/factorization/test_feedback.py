@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_dobisvd.factorization.factors import Factors
-from optimum_dobisvd.factorization.feedback import ErrorFeedback
+from optimum_dobisvd.encodings.error_feedback import ErrorFeedback
 
 CODE = torch.linspace(-1, 1, 15, dtype=torch.float64)
 

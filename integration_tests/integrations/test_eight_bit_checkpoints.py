@@ -17,9 +17,9 @@ from integration_tests.processes import run_python
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer, Plan
 from optimum_dobisvd.allocation.plan import PlannedModule
-from optimum_dobisvd.calibration.layout import find_layout
-from optimum_dobisvd.integrations.transformers_quantizer import attach
-from optimum_dobisvd.kernels.int8_matmul import KERNEL_CALLS
+from optimum_dobisvd.model.layout import find_layout
+from optimum_dobisvd.checkpoint.hf_quantizer import attach
+from optimum_dobisvd.encodings.int8_matmul import KERNEL_CALLS
 from optimum_dobisvd.nn.dense_linear import empty_compressed
 from optimum_dobisvd.nn.eight_bit_linear import EightBitLinear
 

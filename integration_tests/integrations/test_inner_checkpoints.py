@@ -15,11 +15,11 @@ from integration_tests.processes import run_python
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer, Plan
 from optimum_dobisvd.allocation.plan import PlannedModule
-from optimum_dobisvd.calibration.layout import checkpoint_bytes, find_layout
-from optimum_dobisvd.integrations.transformers_quantizer import stack_inner
+from optimum_dobisvd.model.layout import checkpoint_bytes, find_layout
+from optimum_dobisvd.checkpoint.hf_quantizer import stack_inner
 from optimum_dobisvd.nn.compressed_linear import CompressedLinear, matrix_of
 from optimum_dobisvd.nn.low_rank_linear import LowRankLinear
-from optimum_dobisvd.planning import make_plan
+from optimum_dobisvd.pipeline.allocate import make_plan
 from optimum_dobisvd.report.report import resident_bytes
 from optimum_dobisvd.storage.inner_forms import inner_form_named
 from optimum_dobisvd.storage.rounding import rounded
@@ -478,7 +478,7 @@ def test_dequantizing_gives_a_dense_model_of_the_same_function(tmp_path):
 @pytest.mark.parametrize("key", ["nf4", "nf4_dq", "fp4"])
 def test_scales_that_bitsandbytes_is_given_are_the_fitted_ones(key):
     """They lose clearly less than its own, and its tensors stand for the matrix that was returned."""
-    from optimum_dobisvd.factorization.feedback import ErrorFeedback
+    from optimum_dobisvd.encodings.error_feedback import ErrorFeedback
     from optimum_dobisvd.integrations.inner_bnb import BnbRounder, quantized_alike
 
     rounder = BnbRounder(INNER[key]())

@@ -21,7 +21,7 @@ from integration_tests.processes import run_python
 from integration_tests.tiny_models import tokens
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
 from optimum_dobisvd.inner import inner_config, inner_from_name
-from optimum_dobisvd.integrations.transformers_quantizer import stack_inner, store_as
+from optimum_dobisvd.checkpoint.hf_quantizer import stack_inner, store_as
 
 
 def refusal(match, error=ValueError, model=None, **config):

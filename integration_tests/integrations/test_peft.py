@@ -12,7 +12,7 @@ from integration_tests.processes import run_python
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd import LowRankLinear, Plan, adapter_targets
 from optimum_dobisvd.allocation.plan import PlannedModule
-from optimum_dobisvd.calibration.layout import find_layout
+from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.nn.eight_bit_linear import EightBitLinear
 
 peft = pytest.importorskip("peft", reason="peft is not installed")

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from integration_tests.integrations.test_round_trip import assert_reloaded_alike, logits
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer, LowRankLinear, adapter_targets
-from optimum_dobisvd.allocation.patterns import matching_names
-from optimum_dobisvd.integrations.transformers_quantizer import store_as
+from optimum_dobisvd.model.patterns import matching_names
+from optimum_dobisvd.checkpoint.hf_quantizer import store_as
 from optimum_dobisvd.nn.compressed_linear import CompressedLinear
 
 ARCHITECTURES = ("llama", "qwen2", "gpt2")

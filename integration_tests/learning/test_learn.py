@@ -12,7 +12,7 @@ from torch import nn
 
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
-from optimum_dobisvd.calibration.layout import find_layout
+from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.learning.curve import TrainingCurve
 from optimum_dobisvd.learning.training import RankLearner
 from optimum_dobisvd.report.report import is_compressed

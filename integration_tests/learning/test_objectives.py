@@ -10,14 +10,14 @@ from torch.nn.functional import cross_entropy
 from integration_tests.statistics.collecting import collect, collect_gradients
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd.allocation import PlannedModule
-from optimum_dobisvd.calibration.layout import find_layout
+from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.factorization.registry import factorization_named
 from optimum_dobisvd.learning import activation
 from optimum_dobisvd.learning.activation import ActivationTruncation
 from optimum_dobisvd.learning.fixed_basis import FixedBasis
 from optimum_dobisvd.learning.gates import gates, reach, slopes
 from optimum_dobisvd.nn.dense_linear import weight_matrix
-from optimum_dobisvd.statistics.spectra import decompositions
+from optimum_dobisvd.factorization.decompositions import decompositions
 
 IDS = tokens(3, 20)
 MASK = torch.ones_like(IDS, dtype=torch.bool)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from integration_tests.tiny_models import tiny
-from optimum_dobisvd.report.perplexity import perplexity
+from optimum_dobisvd.evaluation.perplexity import perplexity
 
 TEXT = "The president spoke to both houses while the dog ran over the hill. " * 40
 

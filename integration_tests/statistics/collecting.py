@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from optimum_dobisvd.calibration.backward import BackwardRunner
 from optimum_dobisvd.calibration.dataset import CalibrationWindows
-from optimum_dobisvd.calibration.layout import find_layout
+from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.calibration.loss import NextTokenLoss
 from optimum_dobisvd.calibration.runner import BlockRunner
 from optimum_dobisvd.statistics.collect import InputCollector

@@ -7,7 +7,7 @@ from torch import nn
 from integration_tests.statistics.collecting import assert_gram_close, collect, grams_of, inputs_by_linear
 from integration_tests.tiny_models import MODEL_TYPES, tiny, tokens
 from optimum_dobisvd.calibration import temporarily
-from optimum_dobisvd.calibration.layout import find_layout
+from optimum_dobisvd.model.layout import find_layout
 
 # Inputs per block, each shared by the linears that are given the same tensor: usually q/k/v, o, gate/up and down.
 INPUTS = dict.fromkeys(MODEL_TYPES, 4) | {

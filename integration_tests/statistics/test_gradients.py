@@ -15,7 +15,7 @@ from integration_tests.calibration.stateful_models import STATEFUL, Plain, Skips
 from integration_tests.statistics.collecting import assert_gram_close, collect_gradients, windows_of
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd.calibration.backward import BackwardRunner
-from optimum_dobisvd.calibration.layout import find_layout
+from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.calibration.loss import NextTokenLoss
 from optimum_dobisvd.nn.dense_linear import weight_matrix
 from optimum_dobisvd.statistics.gradients import GradientCollector, GradientStatistics

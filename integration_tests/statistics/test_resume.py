@@ -14,7 +14,7 @@ from torch import nn
 
 from integration_tests.statistics.collecting import collect
 from integration_tests.tiny_models import tiny, tokens
-from optimum_dobisvd.calibration.layout import find_layout
+from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.statistics.store import StatisticsStore
 
 REPOSITORY = Path(__file__).parents[2]

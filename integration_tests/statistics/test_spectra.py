@@ -9,10 +9,10 @@ from torch import Tensor
 
 from integration_tests.statistics.collecting import collect, collect_gradients, inputs_by_linear
 from integration_tests.tiny_models import tiny, tokens
-from optimum_dobisvd.calibration.layout import find_layout
+from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.factorization.registry import Factorization, factorization_named
 from optimum_dobisvd.nn.dense_linear import weight_matrix
-from optimum_dobisvd.statistics.spectra import PreparedInputs, compute_spectra
+from optimum_dobisvd.factorization.decompositions import PreparedInputs, compute_spectra
 from optimum_dobisvd.statistics.store import full_gram
 
 METRICS = ("svd", "asvd", "svd_llm_v2", "output_pca")

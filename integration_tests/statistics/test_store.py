@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from integration_tests.statistics.collecting import collect
 from integration_tests.tiny_models import tiny, tokens
-from optimum_dobisvd.calibration.layout import find_layout
+from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.statistics.store import INDEX_NAME, StatisticsStore
 
 BLOCKS = [f"model.layers.{index}" for index in range(3)]

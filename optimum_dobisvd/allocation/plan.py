@@ -1,4 +1,4 @@
-"""The plan: which rank and which storage every matrix gets, as a JSON file that a person can read and edit."""
+"""The plan: what every matrix becomes, as a JSON file that a person can read and edit."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..storage.atomic import write_text_atomically
-from ..storage.costs import DENSE, DENSE_STORAGES, dense_storage_named, storage_named
-from ..storage.inner_forms import inner_form_named
-from .patterns import is_keep_ratio, near_names
+from ..atomic_files import write_text_atomically
+from ..model.patterns import is_keep_ratio, near_names
+from ..model.target import Target, targets_by_name
+from ..structures.format import Format, format_named
 from .ranges import read_ranges, write_ranges
-from .target import Target, targets_by_name
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _NEEDED_KEYS = ("format_version", "method", "allocation", "ratio", "modules")
 _PLAN_KEYS = (*_NEEDED_KEYS, "basis")
-_MODULE_KEYS = ("rank", "storage", "directions")
+_MODULE_KEYS = ("structure", "rank", "encoding", "directions")
+_OLD_KEYS = {"storage": "structure and encoding"}
 
 
 @dataclass(frozen=True)
 class PlannedModule:
-    """What one matrix becomes: a rank in a storage of factors, or rank None in a storage of whole matrices.
-
-    These are "dense" (left as it is), "dense_int8", and the forms of `storage.inner_forms`, which hold either.
+    """What one matrix becomes.
 
     Attributes:
-        rank: how many of its singular directions are kept; None: it stays whole.
-        storage: how the factors, or the whole matrix, are stored.
+        structure: how it is written as linears, `dense` or `low_rank`.
+        encoding: how these are stored; `dense` in `float` is left as it is.
+        rank: how many of its singular directions are kept; None for a structure without rank.
         directions: which ones, counted from 0, ascending; None: the leading ones. In a plan's file they are counted
             from 1, as `"1-40,43,45-50"`.
 
     Raises:
-        ValueError: unknown storage, a rank that is not a whole number of at least 1, a rank on a dense matrix, or
-            directions that are not `rank` ascending numbers.
+        ValueError: an unknown structure or encoding, a rank that is not a whole number of at least 1, a rank for a
+            structure that has none, or directions that are not `rank` ascending numbers.
     """
 
-    rank: int | None
-    storage: str
+    structure: str
+    encoding: str
+    rank: int | None = None
     directions: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -49,20 +49,16 @@ class PlannedModule:
             self._check_directions(self.directions)
             if self.directions == tuple(range(len(self.directions))):
                 object.__setattr__(self, "directions", None)
-        if isinstance(self.storage, str) and self.storage in DENSE_STORAGES:
+        if not self.format.structure.has_rank:
             if self.rank is not None:
                 raise ValueError(
-                    f"storage {self.storage!r} has no rank, got {self.rank!r}; remove the rank or name a low-rank "
-                    "storage"
+                    f"structure {self.structure!r} has no rank, got {self.rank!r}; remove the rank or name a low-rank "
+                    "structure"
                 )
-            return
-        storage_named(self.storage)
-        if self.rank is None and inner_form_named(self.storage) is not None:
-            return
-        if type(self.rank) is not int or self.rank < 1:
+        elif type(self.rank) is not int or self.rank < 1:
             raise ValueError(
-                f"rank is {self.rank!r}; storage {self.storage!r} needs a whole number of at least 1 "
-                "(to leave the matrix dense, write only storage 'dense')"
+                f"rank is {self.rank!r}; structure {self.structure!r} needs a whole number of at least 1 "
+                "(to leave the matrix as it is, write structure 'dense' and encoding 'float')"
             )
 
     def _check_directions(self, directions: tuple[int, ...]) -> None:
@@ -75,21 +71,31 @@ class PlannedModule:
             )
 
     @property
-    def is_dense(self) -> bool:
+    def format(self) -> Format:
+        """Structure and encoding."""
+        return format_named(self.structure, self.encoding)
+
+    @property
+    def leaves_as_is(self) -> bool:
         """Whether the matrix is left as it is."""
-        return self.storage == DENSE
+        return self.format.leaves_as_is
 
     @property
     def kept(self) -> Sequence[int]:
-        """The kept directions, counted from 0. ValueError for a dense matrix, which keeps all."""
+        """The kept directions, counted from 0. ValueError for a structure without rank, which keeps all."""
         if self.rank is None:
-            raise ValueError("a dense matrix has no rank")
+            raise ValueError("a matrix that is not factorized has no rank")
         return range(self.rank) if self.directions is None else self.directions
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values, as an entry of `modules` in config.json has them: structure, rank if any, encoding."""
+        rank = {} if self.rank is None else {"rank": self.rank}
+        return {"structure": self.structure, **rank, "encoding": self.encoding}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A rank and a storage for every matrix.
+    """What every matrix becomes.
 
     Attributes:
         modules: `{module name: PlannedModule}`.
@@ -190,7 +196,7 @@ class Plan:
             raise ValueError(f"{path}: {error}") from error
 
     def check(self, targets: Sequence[Target]) -> None:
-        """Makes sure that the plan is for exactly these matrices and that every rank is possible and worth having.
+        """Make sure that the plan is for exactly these matrices and that every entry is possible and worth having.
 
         Raises:
             ValueError: naming the module, for one that is not among the targets, a target that is not planned, or a
@@ -203,10 +209,7 @@ class Plan:
                     f"the plan names {name!r}, which is not one of the {len(known)} matrices of this model; "
                     f"{near_names(name, known)}; rename or remove the entry"
                 )
-            if module.rank is not None:
-                check_rank(known[name], module.rank, module.storage)
-            else:
-                check_whole(known[name], module.storage)
+            check_possible(known[name], module)
             if module.directions is not None:
                 most = min(known[name].out_features, known[name].in_features)
                 if module.directions[-1] >= most:
@@ -218,8 +221,8 @@ class Plan:
         if missing:
             others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ValueError(
-                f"the plan says nothing about {missing[0]!r}{others}; add a rank and a storage, "
-                'or {"storage": "dense"} to leave the matrix as it is'
+                f"the plan says nothing about {missing[0]!r}{others}; add a structure, a rank and an encoding, "
+                'or {"structure": "dense", "encoding": "float"} to leave the matrix as it is'
             )
 
     def bytes(self, targets: Sequence[Target]) -> int:
@@ -232,47 +235,50 @@ class Plan:
         return self.bytes(targets) / sum(target.dense_bytes for target in targets)
 
 
-def check_rank(target: Target, rank: int, storage: str) -> None:
-    """Makes sure that factors of this rank exist for the matrix and are smaller than it.
+def check_possible(target: Target, module: PlannedModule) -> None:
+    """Make sure that the matrix can become that, and that factors of that rank are smaller than it.
 
     Raises:
         ValueError: naming the module, the limit and the remedy.
     """
-    m, n = target.out_features, target.in_features
-    if rank > min(m, n):
+    m, n, format, rank = target.out_features, target.in_features, module.format, module.rank
+    if rank is not None and rank > min(m, n):
         raise ValueError(f"{target.name}: rank {rank} is above {min(m, n)}, the most a {m}x{n} matrix has; lower it")
-    obstacle = storage_named(storage).obstacle(m, n, rank)
-    if obstacle is not None:
-        raise ValueError(f"{target.name}: {obstacle}; change the rank, or leave the matrix dense")
-    largest = storage_named(storage).largest_rank_below(target.dense_bytes, m, n, target.element_size)
+    reason = format.unsupported_reason(m, n, rank)
+    if reason is not None:
+        remedy = "take another encoding" if rank is None else "change the rank"
+        raise ValueError(f"{target.name}: {reason}; {remedy}, or leave the matrix as it is")
+    if rank is None:
+        return
+    largest = format.largest_rank_below(target.dense_bytes, m, n, target.element_size)
     if rank > largest:
         remedy = f"use at most {largest}, or " if largest else ""
         raise ValueError(
-            f"{target.name}: at rank {rank} the factors of a {m}x{n} matrix in storage {storage!r} are not smaller "
-            f"than the dense matrix; {remedy}leave it dense (storage 'dense' in a plan, dense: true in an override)"
+            f"{target.name}: at rank {rank} the factors of a {m}x{n} matrix in encoding {module.encoding!r} are not "
+            f"smaller than the dense matrix; {remedy}leave it as it is (structure 'dense' and encoding 'float' in a "
+            "plan, dense: true in an override)"
         )
 
 
-def check_whole(target: Target, storage: str) -> None:
-    """Makes sure that a storage can hold the whole matrix. ValueError names the module."""
-    form = dense_storage_named(storage).form
-    obstacle = None if form is None else form.obstacle(target.out_features, target.in_features)
-    if obstacle is not None:
-        raise ValueError(f"{target.name}: {obstacle}; leave the matrix dense, or take another form")
+def bytes_as(target: Target, format: Format, rank: int | None) -> int:
+    """Return the bytes on disk of one matrix in a format."""
+    return format.bytes(target.out_features, target.in_features, rank, target.element_size)
 
 
 def planned_bytes(target: Target, module: PlannedModule) -> int:
-    """Bytes on disk of one matrix in its planned form."""
-    m, n, element_size = target.out_features, target.in_features, target.element_size
-    if module.rank is None:
-        return dense_storage_named(module.storage).bytes_of(m, n, element_size)
-    return storage_named(module.storage).bytes_at(m, n, module.rank, element_size)
+    """Return the bytes on disk of one matrix as planned."""
+    return bytes_as(target, module.format, module.rank)
 
 
 def _check_version(data: dict[str, Any]) -> None:
     version = data.get("format_version")
     if type(version) is not int or version < 1:
         raise ValueError(f"the plan's format_version is {version!r}; expected {FORMAT_VERSION}; make the plan again")
+    if version < FORMAT_VERSION:
+        raise ValueError(
+            f"the plan's format_version is {version}, which had 'storage' where version {FORMAT_VERSION} has "
+            "'structure' and 'encoding'; make the plan again"
+        )
     if version > FORMAT_VERSION:
         raise ValueError(
             f"the plan's format_version is {version}, newer than the {FORMAT_VERSION} this version reads; "
@@ -287,6 +293,8 @@ def _check_object(data: object, what: str) -> None:
 
 def _check_keys(data: dict[str, Any], known: tuple[str, ...], needed: tuple[str, ...], what: str) -> None:
     for key in data:
+        if key in _OLD_KEYS and key not in known:
+            raise ValueError(f"{what} has the old key {key!r}; write {_OLD_KEYS[key]} instead")
         if key not in known:
             raise ValueError(f"{what} has an unknown key {key!r}; {near_names(str(key), known)}; correct or remove it")
     for key in needed:
@@ -296,18 +304,16 @@ def _check_keys(data: dict[str, Any], known: tuple[str, ...], needed: tuple[str,
 
 def _module_from_dict(name: str, entry: Any) -> PlannedModule:
     _check_object(entry, f"module {name!r}")
-    _check_keys(entry, _MODULE_KEYS, ("storage",), f"module {name!r}")
+    _check_keys(entry, _MODULE_KEYS, ("structure", "encoding"), f"module {name!r}")
     try:
         directions = read_ranges(entry["directions"]) if "directions" in entry else None
-        return PlannedModule(rank=entry.get("rank"), storage=entry["storage"], directions=directions)
+        return PlannedModule(entry["structure"], entry["encoding"], entry.get("rank"), directions)
     except ValueError as error:
         raise ValueError(f"module {name!r}: {error}") from error
 
 
 def _module_to_dict(module: PlannedModule) -> dict[str, Any]:
-    if module.rank is None:
-        return {"storage": module.storage}
-    entry = {"rank": module.rank, "storage": module.storage}
+    entry = module.to_dict()
     return entry if module.directions is None else {**entry, "directions": write_ranges(module.directions)}
 
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from .budget import Budget, Ladder, proportional_shares, spend
+from .budget import Budget, proportional_shares, spend
+from .global_allocation import QuantizationLosses
+from .options import SizeOptions
 from .plan import PlannedModule
 from .spectra import check_spectrum
 
@@ -15,14 +17,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def svd_llm_v2(budget: Budget, spectra: Mapping[str, Tensor] | None = None) -> dict[str, PlannedModule]:
-    """Shares the bytes to remove among the matrices of one kind by how little each would lose (Alg. 1, SVD-LLM V2).
+def svd_llm_v2(
+    budget: Budget, spectra: Mapping[str, Tensor] | None = None, losses: QuantizationLosses | None = None
+) -> dict[str, PlannedModule]:
+    """Share the bytes to remove among the matrices of one kind by how little each would lose (Alg. 1, SVD-LLM V2).
 
     Args:
         budget: what `open_budget` returned.
         spectra: for every matrix to allocate, its min(m, n) singular values in the whitened metric, descending: those
-            of `W H^½` with `H = Σ x xᵀ`, the raw *sum* over the calibration tokens (see `wished_bytes`). An overridden
+            of `W H^½` with `H = Σ x xᵀ`, the raw *sum* over the calibration tokens (see `target_bytes`). An overridden
             matrix needs none.
+        losses: accepted, as by every allocator, and not used.
 
     Returns:
         A planned module for every target, in order.
@@ -30,11 +35,11 @@ def svd_llm_v2(budget: Budget, spectra: Mapping[str, Tensor] | None = None) -> d
     Raises:
         ValueError: a spectrum is missing, not of min(m, n) values, not finite, negative or not descending.
     """
-    return spend(budget, wished_bytes(budget, spectra or {}))
+    return spend(budget, target_bytes(budget, spectra or {}))
 
 
-def wished_bytes(budget: Budget, spectra: Mapping[str, Tensor]) -> dict[str, int | Fraction]:
-    """Bytes that Algorithm 1 wants each free matrix to keep, before they are rounded to ranks.
+def target_bytes(budget: Budget, spectra: Mapping[str, Tensor]) -> dict[str, int | Fraction]:
+    """Return the bytes that Algorithm 1 wants each free matrix to keep, before they are rounded to ranks.
 
     Every kind (all `q_proj`, ...) keeps the same fraction of its bytes, as far as minimum ranks allow. Inside a kind
     of N matrices, with R the fraction to remove, matrix j loses the fraction `R_j = N·R·g_j / Σg` of its bytes, where
@@ -54,27 +59,27 @@ def wished_bytes(budget: Budget, spectra: Mapping[str, Tensor]) -> dict[str, int
         spectra: as in `svd_llm_v2`.
 
     Returns:
-        Bytes for every name in `budget.ladders`; they sum to `budget.free_bytes` exactly, unless all fit dense.
+        Bytes for every name in `budget.options`; they sum to `budget.free_bytes` exactly, unless all fit dense.
 
     Raises:
         ValueError: as in `svd_llm_v2`.
     """
-    for ladder in budget.ladders.values():
-        check_spectrum(ladder.target, spectra, "svd_llm_v2")
-    kinds: dict[str, list[Ladder]] = {}
-    for ladder in budget.ladders.values():
-        kinds.setdefault(ladder.target.kind, []).append(ladder)
-    dense = [sum(ladder.target.dense_bytes for ladder in ladders) for ladders in kinds.values()]
-    smallest = [sum(ladder.bytes_at(0) for ladder in ladders) for ladders in kinds.values()]
+    for each in budget.options.values():
+        check_spectrum(each.target, spectra, "svd_llm_v2")
+    kinds: dict[str, list[SizeOptions]] = {}
+    for each in budget.options.values():
+        kinds.setdefault(each.target.kind, []).append(each)
+    dense = [sum(each.target.dense_bytes for each in members) for members in kinds.values()]
+    smallest = [sum(each.bytes_at(0) for each in members) for members in kinds.values()]
     kept = proportional_shares(dense, smallest, dense, budget.free_bytes)
-    wishes: dict[str, int | Fraction] = {}
-    for ladders, kept_bytes in zip(kinds.values(), kept, strict=True):
-        wishes |= _wishes_of_kind(ladders, kept_bytes, spectra)
-    return wishes
+    targets: dict[str, int | Fraction] = {}
+    for members, kept_bytes in zip(kinds.values(), kept, strict=True):
+        targets |= _target_bytes_of_kind(members, kept_bytes, spectra)
+    return targets
 
 
 def truncation_loss(spectrum: Tensor, rank: int) -> float:
-    """`‖(W − W')X‖_F` of the best rank-k W': the norm of the singular values beyond the k-th (Theorem 3.1).
+    """Return `‖(W − W')X‖_F` of the best rank-k W': the norm of the singular values beyond the k-th (Theorem 3.1).
 
     Args:
         spectrum: min(m, n) singular values in the whitened metric, descending.
@@ -83,25 +88,21 @@ def truncation_loss(spectrum: Tensor, rank: int) -> float:
     return float(spectrum[rank:].detach().cpu().double().norm())
 
 
-def _wishes_of_kind(
-    ladders: list[Ladder], kept_bytes: int | Fraction, spectra: Mapping[str, Tensor]
+def _target_bytes_of_kind(
+    members: list[SizeOptions], kept_bytes: int | Fraction, spectra: Mapping[str, Tensor]
 ) -> dict[str, int | Fraction]:
-    dense = [ladder.target.dense_bytes for ladder in ladders]
+    dense = [each.target.dense_bytes for each in members]
     keep = Fraction(kept_bytes) / sum(dense)
-    weights = [
-        _removal_weight(ladder, keep, spectra[ladder.target.name]) * ladder.target.dense_bytes for ladder in ladders
-    ]
-    least = [max(Fraction(ladder.bytes_at(0)), keep * ladder.target.dense_bytes / 2) for ladder in ladders]
+    weights = [_removal_weight(each, keep, spectra[each.target.name]) * each.target.dense_bytes for each in members]
+    least = [max(Fraction(each.bytes_at(0)), keep * each.target.dense_bytes / 2) for each in members]
     removable = [size - kept for size, kept in zip(dense, least, strict=True)]
-    removed = proportional_shares(weights, [0] * len(ladders), removable, sum(dense) - kept_bytes)
-    return {
-        ladder.target.name: ladder.target.dense_bytes - share for ladder, share in zip(ladders, removed, strict=True)
-    }
+    removed = proportional_shares(weights, [0] * len(members), removable, sum(dense) - kept_bytes)
+    return {each.target.name: each.target.dense_bytes - share for each, share in zip(members, removed, strict=True)}
 
 
-def _removal_weight(ladder: Ladder, keep: Fraction, spectrum: Tensor) -> Fraction:
+def _removal_weight(options: SizeOptions, keep: Fraction, spectrum: Tensor) -> Fraction:
     """g = 1 / ln L at the rank that keeping the fraction `keep` of this matrix gives."""
-    level = max(0, ladder.level_within(keep * ladder.target.dense_bytes))
-    rank = ladder.module_at(level).rank
+    option = max(0, options.option_within(keep * options.target.dense_bytes))
+    rank = options.module_at(option).rank
     loss = truncation_loss(spectrum, len(spectrum) if rank is None else rank)
     return Fraction(1 / math.log(max(loss, math.e)))

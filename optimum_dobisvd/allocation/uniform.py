@@ -6,20 +6,23 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .budget import Budget, spend
+from .global_allocation import QuantizationLosses
 from .plan import PlannedModule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def uniform(budget: Budget, spectra: Mapping[str, Tensor] | None = None) -> dict[str, PlannedModule]:
-    """Keeps the same fraction of the bytes of every matrix that has no override, up to the rounding of ranks.
+def uniform(
+    budget: Budget, spectra: Mapping[str, Tensor] | None = None, losses: QuantizationLosses | None = None
+) -> dict[str, PlannedModule]:
+    """Keep the same fraction of the bytes of every matrix that has no override, up to the rounding of ranks.
 
     Args:
         budget: what `open_budget` returned.
-        spectra: accepted, as by every allocator, and not used.
+        spectra, losses: accepted, as by every allocator, and not used.
 
     Returns:
         A planned module for every target, in order.
     """
-    return spend(budget, {name: ladder.target.dense_bytes for name, ladder in budget.ladders.items()})
+    return spend(budget, {name: each.target.dense_bytes for name, each in budget.options.items()})

@@ -114,7 +114,7 @@ class BlockRunner:
             self._hidden, self._arguments = [], []
 
     @torch.no_grad()
-    def run_in_turn(
+    def run_sequentially(
         self, change: Callable[[str, nn.Module, Callable[[BlockVisitor], None]], None], description: str
     ) -> None:
         """Change the blocks one after the other, each on the outputs of the changed ones before it.

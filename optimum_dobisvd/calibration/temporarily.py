@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..kernels.int8_matmul import has_bf16_products, using_kernel
+from ..model.compute import WIDENED_FOR_SPEED, has_bf16_products
 
 
 def is_dispatched(module: nn.Module) -> bool:
@@ -50,12 +50,13 @@ def in_float32(module: nn.Module, without: Iterable[nn.Module] = ()) -> Iterator
     left = {id(tensor) for each in without for tensor in _tensors(each)}
     held = [tensor for tensor in _tensors(module) if tensor.dtype is torch.bfloat16 and id(tensor) not in left]
     values = [tensor.data for tensor in held]
+    widened = WIDENED_FOR_SPEED.set(True)
     try:
         for tensor in held:
             tensor.data = tensor.data.float()
-        with using_kernel("dequantize"):  # the one for 8-bit weights and float32
-            yield
+        yield
     finally:
+        WIDENED_FOR_SPEED.reset(widened)
         for tensor, value in zip(held, values, strict=True):
             tensor.data = value
 

@@ -10,15 +10,15 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..allocation.plan import PlannedModule
-from ..allocation.target import Target
-from ..calibration.layout import find_layout
-from ..config import QUANT_METHOD, DobiSVDConfig
-from ..nn.dense_linear import empty_compressed
+from ..config import DobiSVDConfig
+from ..encodings.base import QUANT_METHOD
+from ..model.layout import find_layout
+from ..model.linears import weight_matrix
+from ..model.target import Target
 from ..report.report import CompressionReport, ModuleReport, module_report
-from ..storage import DENSE
-from ..storage.inner_forms import inner_form_named
-from .load_dense import load_skeleton
-from .outline_report import outline_report
+from ..structures.format import AS_IS
+from .dry_run_report import dry_run_report
+from .load_dense import load_meta_model
 from .sources import ModelSource
 
 _ELEMENT_SIZES = {"F64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1}
@@ -34,17 +34,19 @@ def report_from_files(folder: Path, *, trust_remote_code: bool = False) -> Compr
     config = read_config(folder)
     modules = config.modules or {}
     shapes, stored_bytes = _headers(folder)
-    skeleton = load_skeleton(ModelSource(folder.name, str(folder), None), trust_remote_code=trust_remote_code)
-    layout = find_layout(skeleton, config.modules_to_not_convert, min_coverage=0.0)
-    left = {target.name: module_report(target, PlannedModule(None, DENSE), None) for target in layout.targets}
+    meta_model = load_meta_model(ModelSource(folder.name, str(folder), None), trust_remote_code=trust_remote_code)
+    layout = find_layout(meta_model, config.modules_to_not_convert, min_coverage=0.0)
+    left = {target.name: module_report(target, PlannedModule(*AS_IS.key), None) for target in layout.targets}
     compressed = {}
     for name, entry in modules.items():
         if name not in layout.linears:
-            raise ValueError(f"config.json lists {name}, which {type(skeleton).__name__} does not have; copy it again")
+            raise ValueError(
+                f"config.json lists {name}, which {type(meta_model).__name__} does not have; copy it again"
+            )
         compressed[name] = _compressed(name, entry, layout.linears[name], shapes)
     rows = list({**left, **compressed}.values())
     dense_bytes = stored_bytes + sum(row.dense_bytes - row.bytes for row in rows)
-    return outline_report(folder.resolve().name, config, skeleton, layout, rows, dense_bytes)
+    return dry_run_report(folder.resolve().name, config, meta_model, layout, rows, dense_bytes)
 
 
 def read_config(folder: Path) -> DobiSVDConfig:
@@ -88,39 +90,28 @@ def _compressed(
     name: str, entry: dict[str, Any], dense: Any, shapes: dict[str, tuple[list[int], int]]
 ) -> ModuleReport:
     """The row of one compressed matrix, its tensors checked against what config.json says of it."""
-    expected = empty_compressed(dense, entry["storage"], entry["rank"], device="meta")
-    if inner_form_named(entry["storage"]) is not None:
-        return _quantized(name, entry, expected, dense, shapes)
-    for key, parameter in expected.named_parameters():
+    planned = PlannedModule(entry["structure"], entry["encoding"], entry.get("rank"))
+    out_features, in_features = weight_matrix(dense).shape
+    # The size of an element of the dense weight: that of a tensor in the model's own dtype.
+    size = shapes[f"{name}.weight"][1] if f"{name}.weight" in shapes else dense.weight.element_size()
+    row = module_report(Target(name, out_features, in_features, size), planned, None)
+    expected = planned.format.tensors(out_features, in_features, planned.rank, dense.bias is not None)
+    for key, (shape, _) in expected.items():
         header = shapes.get(f"{name}.{key}")
         if header is None:
             raise ValueError(f"the checkpoint lacks {name}.{key}, which config.json promises; copy it again")
-        if header[0] != list(parameter.shape):
+        if header[0] != shape:
             raise ValueError(
-                f"{name}.{key} has shape {header[0]} and by config.json {list(parameter.shape)}; files of two "
-                "compressions were mixed"
+                f"{name}.{key} has shape {header[0]} and by config.json {shape}; files of two compressions were mixed"
             )
-    # The size of an element of the dense weight: that of a tensor in the model's own dtype.
-    size = shapes[f"{name}.weight"][1] if f"{name}.weight" in shapes else dense.weight.element_size()
-    target = Target(name, expected.out_features, expected.in_features, size)
-    return module_report(target, PlannedModule(entry["rank"], entry["storage"]), None)
-
-
-def _quantized(
-    name: str, entry: dict[str, Any], shell: Any, dense: Any, shapes: dict[str, tuple[list[int], int]]
-) -> ModuleReport:
-    """The row of a matrix in another library's form; its tensors must be as large as that form says."""
-    size = shapes[f"{name}.weight"][1] if f"{name}.weight" in shapes else dense.weight.element_size()
-    target = Target(name, shell.out_features, shell.in_features, size)
-    row = module_report(target, PlannedModule(entry["rank"], entry["storage"]), None)
     found = sum(
         math.prod(shape) * element
         for key, (shape, element) in shapes.items()
         if key.startswith(f"{name}.") and not key.endswith(".bias")
     )
-    if not 0.9 * row.bytes <= found <= row.bytes:
+    if not 0.9 * row.bytes <= found <= row.bytes:  # bitsandbytes writes down what it can be read with, in words
         raise ValueError(
-            f"{name} takes {found} bytes in the checkpoint and {row.bytes} as {entry['storage']} by config.json; "
+            f"{name} takes {found} bytes in the checkpoint and {row.bytes} as {entry['encoding']} by config.json; "
             "files of two compressions were mixed"
         )
     return row

@@ -85,8 +85,8 @@ SPEC = CommandSpec(
 
 def _compress_into(folder: Path, config: Any, options: dict[str, Any]) -> tuple[CompressionReport, str]:
     """Write everything of the checkpoint but its recipe; returns the report, and the dtype in words."""
+    from ..pipeline.stages import Stages
     from ..quantizer import DobiSVDQuantizer
-    from ..report.measure import Stages
     from ..report.write import write_beside
     from .load_dense import load_dense, load_tokenizer
     from .sources import model_source
@@ -130,7 +130,7 @@ def _evaluation_texts(options: dict[str, Any]) -> dict[str, str]:
 def _perplexities(
     model: nn.Module, tokenizer: Any, texts: dict[str, str], options: dict[str, Any]
 ) -> dict[str, float]:
-    from ..report.perplexity import perplexity
+    from ..evaluation.perplexity import perplexity
 
     return {
         name: perplexity(

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GPTQConfig
 
-from ..calibration.layout import Layout
 from ..calibration.temporarily import computes_in_float32
 from ..config import DobiSVDConfig
-from ..nn.dense_linear import weight_matrix
-from ..report.report import macs_per_token, model_bytes
+from ..model.footprint import macs_per_token, model_bytes
+from ..model.layout import Layout
+from ..model.linears import weight_matrix
+from ..pipeline.job import Job
 from ..statistics.packing import packed_length
 from .machine import Speed
 
@@ -77,66 +77,49 @@ def needs_text(config: DobiSVDConfig) -> bool:
     return config.resolved_method().needs_data
 
 
-def _rounds_on_text(config: DobiSVDConfig) -> bool:
-    """Whether another library's rounding is calibrated, block by block as statistics are collected."""
-    if isinstance(config.inner, GPTQConfig):
-        return True
-    return config.inner is not None and config.inner.load_in_4bit and config.dataset is not None
+def _quantizes_on_text(config: DobiSVDConfig) -> bool:
+    """Whether quantization is calibrated, block by block as statistics are collected."""
+    encoding = config.encoding
+    return encoding.needs_text or (encoding.uses_text and config.dataset is not None)
 
 
-def memory_need(model: nn.Module, layout: Layout, config: DobiSVDConfig, *, collected: bool) -> Need:
-    """Bytes at the peak of the run.
+@dataclass(frozen=True)
+class Known:
+    """What is there already: the statistics, and the spectra that the allocation reads (or none are read)."""
+
+    collected: bool
+    priced: bool
+
+
+def memory_need(model: nn.Module, job: Job, known: Known) -> Need:
+    """Return the bytes at the peak of the run.
 
     Args:
         model: the dense model, on meta.
-        layout: its targets.
-        config: the compression.
-        collected: whether the statistics are there already.
+        job: the compression.
+        known: what is there already.
     """
+    config, layout = job.config, job.layout
     inputs = distinct_inputs(layout)
     widest = max(layout.blocks, key=lambda block: sum(size**2 for size in inputs[block]))
     linears = [weight_matrix(module) for module in layout.linears_of(widest).values()]
     element = linears[0].element_size()
-    gram_sizes = inputs[widest]
-
-    factorizing = 8 * _EIGEN_COPIES * sum(size**2 for size in gram_sizes)
+    factorizing = 8 * _EIGEN_COPIES * sum(size**2 for size in inputs[widest])
     factorizing += 8 * _SVD_COPIES * max(weight.numel() for weight in linears)
+    collecting = needs_text(config) and not known.collected
     calibrating: dict[str, int] = {}
     at_loss: dict[str, int] = {}
-    hidden = 0
-    collecting = needs_text(config) and not collected
-    if collecting or _rounds_on_text(config):
-        hidden = config.nsamples * config.seqlen * _hidden_size(model) * element
-        tokens = config.batch_size * config.seqlen
-        widened = computes_in_float32(torch.device(config.device or "cpu"), linears[0].dtype)
-        # Every linear's output and its input in float32; attention itself adds little with the fused kernels.
-        activations = tokens * (
-            sum(len(weight) for weight in linears) * (4 if widened else element) + 4 * max(gram_sizes)
-        )
-        grams = 8 * sum(size**2 for size in gram_sizes) + 4 * max(gram_sizes) ** 2
-        if collecting and config.resolved_method().needs_gradients:
-            outputs = [len(weight) for weight in linears]
-            grams = max(grams, 8 * sum(size**2 for size in outputs) + 4 * max(outputs) ** 2)
-            activations *= 2  # every activation and its gradient
-            windows = min(config.gradient_windows, config.nsamples)
-            boundaries = windows * config.seqlen * _hidden_size(model) * element * (len(layout.blocks) + 1)
-            hidden = max(hidden, boundaries)
-            at_loss["one window's logits"] = _logits_bytes(model, config.seqlen)
-            if computes_in_float32(torch.device("cpu"), linears[0].dtype):
-                around = model_bytes(model.parameters())
-                around -= sum(model_bytes(block.parameters()) for block in layout.blocks.values())
-                at_loss["embeddings and head in float32"] = 2 * around
-        calibrating = {"one block's activations": activations, "one block's Grams": grams}
-        if widened:
-            calibrating["one block in float32"] = 2 * model_bytes(layout.blocks[widest].parameters())
+    host = {"Python and libraries": _LIBRARIES, "model": model_bytes(model.parameters())}
+    if collecting or _quantizes_on_text(config):
+        with_gradients = collecting and job.method.needs_gradients
+        calibrating = _calibration_bytes(layout, config, widest, inputs[widest], with_gradients)
+        at_loss = _loss_bytes(model, layout, config, linears[0].dtype) if with_gradients else {}
+        host["hidden states of all windows"] = _hidden_bytes(model, layout, config, element, with_gradients)
     work = _larger(calibrating, {"one block's factorization": factorizing})
     store = store_bytes(layout, config) if needs_text(config) else 0
-    host = {"Python and libraries": _LIBRARIES, "model": model_bytes(model.parameters())}
-    if hidden:
-        host["hidden states of all windows"] = hidden
     if store and config.statistics is None:
         host["statistics, kept in memory"] = store
-    if config.plan is None and config.resolved_method().learns:
+    if job.given_plan is None and job.method.learns:
         shapes = [weight_matrix(module).shape for module in layout.linears.values()]
         # Both factors of every matrix at full rank, a copy of its dense weight, and its gradient.
         host["rank training"] = sum(((m + n) * min(m, n) + 2 * m * n) * element for m, n in shapes)
@@ -146,6 +129,46 @@ def memory_need(model: nn.Module, layout: Layout, config: DobiSVDConfig, *, coll
     block = model_bytes(layout.blocks[widest].parameters())
     # What lies around the blocks, the head among it, stays where the model is.
     return Need({**host, **at_loss}, {"one block": block, **work}, store)
+
+
+def _calibration_bytes(
+    layout: Layout, config: DobiSVDConfig, widest: str, gram_sizes: list[int], with_gradients: bool
+) -> dict[str, int]:
+    """While windows go through the widest block."""
+    linears = [weight_matrix(module) for module in layout.linears_of(widest).values()]
+    element, outputs = linears[0].element_size(), [len(weight) for weight in linears]
+    widened = computes_in_float32(torch.device(config.device or "cpu"), linears[0].dtype)
+    # Every linear's output and its input in float32; attention itself adds little with the fused kernels.
+    activations = (
+        config.batch_size * config.seqlen * (sum(outputs) * (4 if widened else element) + 4 * max(gram_sizes))
+    )
+    grams = 8 * sum(size**2 for size in gram_sizes) + 4 * max(gram_sizes) ** 2
+    if with_gradients:
+        grams = max(grams, 8 * sum(size**2 for size in outputs) + 4 * max(outputs) ** 2)
+        activations *= 2  # every activation and its gradient
+    found = {"one block's activations": activations, "one block's Grams": grams}
+    if widened:
+        found["one block in float32"] = 2 * model_bytes(layout.blocks[widest].parameters())
+    return found
+
+
+def _hidden_bytes(model: nn.Module, layout: Layout, config: DobiSVDConfig, element: int, with_gradients: bool) -> int:
+    """Hidden states at one boundary between blocks; with gradients, at all of them, of fewer windows."""
+    hidden = config.nsamples * config.seqlen * _hidden_size(model) * element
+    if not with_gradients:
+        return hidden
+    windows = min(config.gradient_windows, config.nsamples)
+    return max(hidden, windows * config.seqlen * _hidden_size(model) * element * (len(layout.blocks) + 1))
+
+
+def _loss_bytes(model: nn.Module, layout: Layout, config: DobiSVDConfig, dtype: torch.dtype) -> dict[str, int]:
+    """While the loss is taken."""
+    found = {"one window's logits": _logits_bytes(model, config.seqlen)}
+    if computes_in_float32(torch.device("cpu"), dtype):
+        around = model_bytes(model.parameters())
+        around -= sum(model_bytes(block.parameters()) for block in layout.blocks.values())
+        found["embeddings and head in float32"] = 2 * around
+    return found
 
 
 def _larger(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
@@ -169,14 +192,13 @@ def _training_activations(model: nn.Module, layout: Layout, config: DobiSVDConfi
     return kept
 
 
-def seconds_need(
-    model: nn.Module, layout: Layout, config: DobiSVDConfig, speed: Speed, *, collected: bool, priced: bool
-) -> dict[str, float]:
-    """Seconds by stage. `priced`: the spectra the allocation reads are there already, or none are read."""
+def seconds_need(model: nn.Module, job: Job, speed: Speed, known: Known) -> dict[str, float]:
+    """Return seconds by stage."""
+    config, layout = job.config, job.layout
     seconds: dict[str, float] = {}
     tokens = config.nsamples * config.seqlen
     inputs = [size for sizes in distinct_inputs(layout).values() for size in sizes]
-    if needs_text(config) and not collected:
+    if needs_text(config) and not known.collected:
         forward = 2 * macs_of_blocks(layout) * tokens + 4 * len(layout.blocks) * tokens * config.seqlen * _hidden_size(
             model
         )
@@ -198,9 +220,9 @@ def seconds_need(
         # A symmetric eigenproblem takes about a third of the SVD of the same size.
         decompositions += sum(size**3 for size in inputs) // 3
     seconds["factorization"] = decompositions / speed.float64_svds
-    if not priced:
+    if not known.priced:
         seconds["pricing ranks"] = decompositions / speed.float64_svds
-    if config.plan is None and config.resolved_method().learns:
+    if job.given_plan is None and job.method.learns:
         training = config.rank_training
         length = min(training.seqlen or config.seqlen, config.seqlen)
         judged = (training.steps // training.evaluate_every + 1) * training.held_out * config.seqlen

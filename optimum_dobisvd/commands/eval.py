@@ -191,7 +191,7 @@ def _measure(
 ) -> _Measured:
     """Everything of one model; it is gone from memory afterwards."""
     from ..evaluation.harness import judge
-    from ..report.perplexity import perplexity
+    from ..evaluation.perplexity import perplexity
     from .load_dense import load_dense, load_tokenizer
 
     trust = options["trust_remote_code"]

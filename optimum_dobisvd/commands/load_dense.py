@@ -1,4 +1,4 @@
-"""Dense models, and their outlines without weights, ready to be compressed and saved."""
+"""Dense models, and the same on meta, ready to be compressed and saved."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
         return AutoTokenizer.from_pretrained(source.location, trust_remote_code=trust_remote_code, **gguf)
 
 
-def load_skeleton(source: ModelSource, *, dtype: str = "auto", trust_remote_code: bool = False) -> nn.Module:
+def load_meta_model(source: ModelSource, *, dtype: str = "auto", trust_remote_code: bool = False) -> nn.Module:
     """The same model on the meta device, built from its config alone: shapes and dtypes, no memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -36,6 +36,8 @@ class Option:
         choices: the values allowed, if they can be listed.
         metavar: the value's name in the help.
         item_flag: for a `dict`, a second, repeatable flag that adds one entry, written `KEY:JSON`.
+        from_config: the default is that of the `DobiSVDConfig` field of this name; None stands for it until the config
+            is made.
         transient: says where results go or how a run behaves, not what is computed; left out of saved recipes.
     """
 
@@ -50,6 +52,7 @@ class Option:
     metavar: str | None = None
     item_flag: str | None = None
     transient: bool = False
+    from_config: bool = False
 
     @property
     def flag(self) -> str:
@@ -65,6 +68,9 @@ _KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "true or false"),
     dict: ((dict,), "a mapping"),
 }
+
+RENAMED = {"storage": "quantization", "inner": "quantization", "dense_storage": "quantization"}
+"""Options of earlier versions, and what says the same now."""
 
 OptionGroups = Mapping[str, tuple[Option, ...]]
 
@@ -100,6 +106,10 @@ def add_options(parser: argparse.ArgumentParser, spec: CommandSpec) -> None:
         group = parser.add_argument_group(title)
         for option in options:
             _add_option(group, option)
+    known = {option.key for option in spec.options}
+    for old, new in RENAMED.items():
+        if new in known:
+            parser.add_argument(f"--{old.replace('_', '-')}", action=_Refuse, nargs="?", help=argparse.SUPPRESS)
 
 
 def from_command_line(spec: CommandSpec, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -116,6 +126,8 @@ def from_recipe(spec: CommandSpec, given: Mapping[str, Any]) -> dict[str, Any]:
     known = {option.key: option for option in spec.options}
     values = {str(key).replace("-", "_"): value for key, value in given.items()}
     for key in values:
+        if key in RENAMED and key not in known:
+            raise UsageError(f"{spec.name}: there is no option {key!r} any more; write {RENAMED[key]!r}")
         if key not in known:
             raise UsageError(f"{spec.name}: unknown option {key!r}; {near_or_all(key, known)}")
     result = {}
@@ -162,13 +174,37 @@ def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
     )
 
 
+class _HelpWithDefault(str):
+    """A help text that looks its default up in `DobiSVDConfig` when it is printed: that imports transformers."""
+
+    key: str
+
+    def __mod__(self, values: Any) -> str:
+        from ..config import default_of
+
+        default = default_of(self.key)
+        return super().__mod__(values) + ("" if default in (None, [], {}) else f" (default: {default})")
+
+
 def _help(option: Option) -> str:
+    if option.from_config:
+        found = _HelpWithDefault(option.help.replace("%", "%%"))
+        found.key = option.key
+        return found
     text = option.help.replace("%", "%%")
     if option.required and not option.positional:
         return f"{text} (required)"
     if option.kind is bool or option.default in (None, [], {}):
         return text
     return f"{text} (default: {option.default})"
+
+
+class _Refuse(argparse.Action):
+    """A flag of an earlier version."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        old = str(option_string)
+        parser.error(f"there is no {old} any more; write --{RENAMED[old.strip('-').replace('-', '_')]}")
 
 
 class _Merge(argparse.Action):

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..storage.folder import staging_folder
+from ..checkpoint.folder import staging_folder
 from .saved_recipe import RECIPE_NAME, files_listed
 
 

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..allocation.plan import Plan
-    from ..calibration.layout import Layout
     from ..config import DobiSVDConfig
+    from ..model.layout import Layout
+    from ..pipeline.job import Job
     from ..statistics.store import StatisticsStore
 
 _GROUPS = {
@@ -40,26 +41,28 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
         Refused: the machine cannot do it; the message has the numbers and a remedy.
         ValueError: a model, plan or setting that cannot work.
     """
-    from ..checking import check_model
-    from ..report.report import model_bytes, module_report
+    from ..model.footprint import model_bytes
+    from ..pipeline.job import Job
+    from ..pipeline.validate import budget_of, check_encoding, check_model, given_plan
+    from ..report.report import module_report
     from ..report.table import coverage_line, kind_table, slower_line, summary_table
-    from ..stacking import check_inner
-    from .load_dense import load_skeleton
-    from .outline_report import outline_report
+    from .dry_run_report import dry_run_report
+    from .load_dense import load_meta_model
     from .sources import model_source
 
     options = with_method_resolved(options)
     config = compression_config(options, options["dataset"])
     source = model_source(options["model"], options["gguf_file"])
-    skeleton = load_skeleton(source, dtype=options["dtype"], trust_remote_code=options["trust_remote_code"])
-    layout = check_model(skeleton, config)
-    if config.inner is not None:
-        check_inner(config.inner, layout, config.min_coverage)
-    store = _open_store(config, layout, skeleton)
-    plan, note = _plan(config, layout, store)
+    meta_model = load_meta_model(source, dtype=options["dtype"], trust_remote_code=options["trust_remote_code"])
+    layout = check_model(meta_model, config)
+    check_encoding(config.encoding, layout, config.min_coverage)
+    given = given_plan(config, layout)
+    job = Job(config, layout, budget_of(config, layout) if given is None else None, given)
+    store = _open_store(config, layout, meta_model)
+    plan, note = _plan(job, store)
     rows = [module_report(target, plan.modules[target.name], None) for target in layout.targets]
     name = source.typed.rstrip("/").rpartition("/")[2]
-    report = outline_report(name, config, skeleton, layout, rows, model_bytes(skeleton.parameters()))
+    report = dry_run_report(name, config, meta_model, layout, rows, model_bytes(meta_model.parameters()))
     for printed in (kind_table(report), summary_table(report), coverage_line(report), slower_line(report), note):
         if not printed:
             continue
@@ -68,7 +71,7 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     if options["save_plan"] is not None:
         plan.save(options["save_plan"])
         console.print(f"plan written to {options['save_plan']}\n")
-    needs = _needs(config, skeleton, layout, store, report.compressed_model_bytes, options["out"])
+    needs = _needs(job, meta_model, store, {options["out"]: report.compressed_model_bytes})
     _print_needs(needs, console)
     result = {**report.to_dict(), "allocation": plan.allocation, "note": note, "needs": needs}
     if needs["lacking"]:
@@ -99,7 +102,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
-def _open_store(config: DobiSVDConfig, layout: Layout, skeleton: nn.Module) -> StatisticsStore | None:
+def _open_store(config: DobiSVDConfig, layout: Layout, meta_model: nn.Module) -> StatisticsStore | None:
     """The statistics, if the folder has some; checked as far as that can be done without weights and text."""
     import json
     from pathlib import Path
@@ -113,73 +116,65 @@ def _open_store(config: DobiSVDConfig, layout: Layout, skeleton: nn.Module) -> S
         stored = dict(json.loads(path.read_text(encoding="utf-8"))["fingerprint"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete the folder to collect statistics again") from error
-    if stored.get("model_class") != type(skeleton).__name__:
+    if stored.get("model_class") != type(meta_model).__name__:
         raise ValueError(
             f"the statistics in {config.statistics} are of a {stored.get('model_class')}, not of a "
-            f"{type(skeleton).__name__}; name the folder that belongs to this model, or a new one"
+            f"{type(meta_model).__name__}; name the folder that belongs to this model, or a new one"
         )
     return StatisticsStore(stored, list(layout.blocks), config.statistics)
 
 
-def _plan(config: DobiSVDConfig, layout: Layout, store: StatisticsStore | None) -> tuple[Plan, str]:
+def _plan(job: Job, store: StatisticsStore | None) -> tuple[Plan, str]:
     """The ranks, and in words where they come from."""
     from dataclasses import replace
 
-    from ..allocation import allocation_named
-    from ..config import MIXED
-    from ..planning import given_plan, make_plan
+    from ..pipeline.allocate import allocate
+    from ..pipeline.validate import budget_of
 
-    given = given_plan(config, layout)
-    if given is not None:
-        return given, f"ranks: from {config.plan}"
-    method = config.resolved_method()
+    config, method = job.config, job.method
+    if job.given_plan is not None:
+        return job.given_plan, f"ranks: from {config.plan}"
     learned = ", before training" if method.learns else ""
-    if not allocation_named(method.allocation).needs_spectra:
-        return make_plan(config, layout, None), f"ranks: {method.allocation}{learned}"
+    if not method.allocator.needs_spectra:
+        return allocate(job, None), f"ranks: {method.allocation}{learned}"
     spectra = store.spectra(method.metric) if store is not None else None
-    if spectra is not None and all(name in spectra for name in layout.linears):
+    if spectra is not None and all(name in spectra for name in job.layout.linears):
         # What rounding costs is measured on the weights, which are not loaded here.
-        unpriced = (
-            "; compress weighs what inner's rounding costs, too, and may choose otherwise" if config.inner else ""
-        )
-        return make_plan(config, layout, store), (
+        measured = any(format.encoding.loss_is_measured for format in config.formats)
+        unpriced = "; compress weighs what rounding costs, too, and may choose otherwise" if measured else ""
+        return allocate(job, store), (
             f"ranks: {method.allocation}{learned}, from the spectra in {config.statistics}{unpriced}"
         )
-    storage = None if config.storage == MIXED else config.storage
-    return make_plan(replace(config, allocation="uniform", training={}, storage=storage), layout, None), (
+    uniform = replace(config, allocation="uniform", training={}, mixed=False)
+    return allocate(replace(job, config=uniform, budget=budget_of(uniform, job.layout)), None), (
         f"ranks: uniform, to give an idea; {method.allocation} needs spectra, which there are none of yet (the bytes "
         "come out the same; compress with --statistics once, then plan with the same folder)"
     )
 
 
-def _needs(
-    config: DobiSVDConfig,
-    skeleton: nn.Module,
-    layout: Layout,
-    store: StatisticsStore | None,
-    checkpoint_bytes: int,
-    out: str,
-) -> dict[str, Any]:
-    """Memory, disk and seconds needed, what there is, and under `lacking` what cannot be done."""
-    from ..allocation import allocation_named
-    from . import machine
-    from .estimate import memory_need, needs_text, seconds_need
+def _needs(job: Job, meta_model: nn.Module, store: StatisticsStore | None, disk: dict[str, int]) -> dict[str, Any]:
+    """Memory, disk and seconds needed, what there is, and under `lacking` what cannot be done.
 
-    method = config.resolved_method()
+    `disk` is what the checkpoint takes, by its folder.
+    """
+    from . import machine
+    from .estimate import Known, memory_need, needs_text, seconds_need
+
+    config, method = job.config, job.method
     collected = store is not None and store.is_complete
     if store is not None and method.needs_gradients:
-        collected = collected and all(store.has_gradients(block) for block in layout.blocks)
+        collected = collected and all(store.has_gradients(block) for block in job.layout.blocks)
     priced = (
-        config.plan is not None
-        or not allocation_named(method.allocation).needs_spectra
+        job.given_plan is not None
+        or not method.allocator.needs_spectra
         or (store is not None and store.spectra(method.metric) is not None)
     )
-    need = memory_need(skeleton, layout, config, collected=collected)
-    speed = machine.measure_speed(skeleton.dtype, config.device)  # type: ignore[arg-type]
-    seconds = seconds_need(skeleton, layout, config, speed, collected=collected, priced=priced)
-    disk = {out: checkpoint_bytes}
+    known = Known(collected, priced)
+    need = memory_need(meta_model, job, known)
+    speed = machine.measure_speed(meta_model.dtype, config.device)  # type: ignore[arg-type]
+    seconds = seconds_need(meta_model, job, speed, known)
     if config.statistics is not None and needs_text(config) and not collected:
-        disk[str(config.statistics)] = need.store
+        disk = {**disk, str(config.statistics): need.store}
     needs: dict[str, Any] = {
         "memory_bytes": need.host,
         "memory_available": machine.available_memory(),
@@ -241,5 +236,5 @@ def _print_needs(needs: dict[str, Any], console: Console) -> None:
     console.print(
         f"\nstatistics: {bytes_text(needs['statistics_bytes'])}, an upper bound (q/k/v and gate/up are counted as "
         "sharing their input, no others). Times are operations over the best speed "
-        "measured just now; those of inner quantization are not among them."
+        "measured just now; those of quantization are not among them."
     )

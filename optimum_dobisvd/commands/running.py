@@ -68,7 +68,7 @@ def _write_json(result: dict[str, Any], target: str | None) -> None:
     if target == STDOUT:
         print(text)
     elif target is not None:
-        from ..storage.atomic import write_text_atomically
+        from ..atomic_files import write_text_atomically
 
         write_text_atomically(target, text + "\n")
 

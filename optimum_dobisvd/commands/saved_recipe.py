@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ..storage.atomic import write_text_atomically
+from ..atomic_files import write_text_atomically
 from .options import CommandSpec
 
 RECIPE_NAME = "dobisvd_recipe.yaml"

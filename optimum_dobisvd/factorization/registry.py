@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ..registry import Registry
 from .factors import Decomposition
 from .kfac import kfac, kfac_spectrum, output_root
 from .truncated_svd import output_pca, output_spectrum, whitened_spectrum, whitened_svd
@@ -25,7 +26,8 @@ class Factorization:
     `spectrum`, which finds the singular values alone, for pricing ranks. Where `prepare_output` is given the
     factorizer reads the gradient Gram of the linear's output, too: it is prepared by that, and both functions take the
     pair `(prepared input, prepared output)`. `per_sample` marks a factorizer that reads each calibration sample's
-    outputs in a second pass, after the ranks are known.
+    outputs in a second pass, after the ranks are known. `in_units_of_loss` says that its squared singular values are
+    nats per token, so that those of different matrices can be compared.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Factorization:
     spectrum: Callable[[Tensor, Any], Tensor]
     per_sample: bool = False
     prepare_output: Callable[[Tensor], Any] | None = None
+    in_units_of_loss: bool = False
 
     @property
     def needs_gradients(self) -> bool:
@@ -42,21 +45,7 @@ class Factorization:
         return self.prepare_output is not None
 
 
-FACTORIZATIONS: dict[str, Factorization] = {}
-
-
-def register_factorization(row: Factorization) -> None:
-    """Add a factorizer. A second one of the same name is refused."""
-    if row.name in FACTORIZATIONS:
-        raise ValueError(f"a factorization named {row.name!r} is already registered")
-    FACTORIZATIONS[row.name] = row
-
-
-def factorization_named(name: str) -> Factorization:
-    """The row of that name; ValueError lists the names there are."""
-    if name not in FACTORIZATIONS:
-        raise ValueError(f"unknown factorization {name!r}; known: {', '.join(sorted(FACTORIZATIONS))}")
-    return FACTORIZATIONS[name]
+FACTORIZATIONS: Registry[Factorization] = Registry("factorization")
 
 
 def _as_is(statistic: Tensor) -> Tensor:
@@ -69,7 +58,7 @@ for _row in (
     Factorization("svd_llm", "gram", cholesky_whitening, whitened_svd, whitened_spectrum),
     Factorization("svd_llm_v2", "gram", eigen_whitening, whitened_svd, whitened_spectrum),
     Factorization("output_pca", "gram", _as_is, output_pca, output_spectrum),
-    Factorization("kfac", "gram", _as_is, kfac, kfac_spectrum, prepare_output=output_root),
+    Factorization("kfac", "gram", _as_is, kfac, kfac_spectrum, prepare_output=output_root, in_units_of_loss=True),
     Factorization("dobi_ipca", "gram", _as_is, output_pca, output_spectrum, per_sample=True),
 ):
-    register_factorization(_row)
+    FACTORIZATIONS.register(_row.name, _row)

@@ -1,1 +1,1 @@
-"""The only place that touches other libraries' private parts, few and commented."""
+"""Where this package meets transformers' registry, optimum's command line and PEFT."""

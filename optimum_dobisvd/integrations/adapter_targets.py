@@ -9,17 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from ..nn.compressed_linear import CompressedLinear
-from ..nn.dense_linear import is_dense_linear
-from ..nn.low_rank_linear import LowRankLinear
-from ..nn.whole_linear import WholeLinear
-from ..storage.inner_forms import gptq_bits_of
+from ..encodings.registry import encoding_named
+from ..model.linears import is_dense_linear
+from ..structures.base import CompressedLinear, compressed_linears
 
 logger = logging.getLogger(__name__)
 
 
 def adapter_targets(model: nn.Module, names: Sequence[str] | None = None) -> list[str]:
-    """Full names for `target_modules` of a `LoraConfig`: both factors of low-rank linears, dense linears as they are.
+    """Return full names for `target_modules` of a `LoraConfig`: what compressed linears are made of, and dense ones.
 
     `target_modules=["q_proj"]` would fail at the first `q_proj` that is low-rank, and `["first", "second"]` leave out
     those that compression kept dense; `"all-linear"` does not find those that GPTQ quantized. Linears in our own
@@ -37,10 +35,13 @@ def adapter_targets(model: nn.Module, names: Sequence[str] | None = None) -> lis
     if isinstance(names, str):
         raise TypeError(f"names is a list of names, got the string {names!r}: pass [{names!r}]")
     linears = _linears(model)
-    if any(isinstance(each, CompressedLinear) and gptq_bits_of(each.storage) for each in linears.values()):
+    encodings = [encoding_named(each.encoding) for each in linears.values() if isinstance(each, CompressedLinear)]
+    unmerged = {encoding.name for encoding in encodings if not encoding.merges_adapters}
+    if unmerged:
         logger.warning(
-            "adapters beside GPTQ's linears stay there, merge_and_unload is refused: to have one checkpoint, train "
-            "and merge before quantizing"
+            "adapters beside linears in %s stay there, merge_and_unload is refused: to have one checkpoint, train "
+            "and merge before quantizing",
+            ", ".join(sorted(unmerged)),
         )
     if names is None:
         head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -57,33 +58,32 @@ def adapter_targets(model: nn.Module, names: Sequence[str] | None = None) -> lis
 
 
 def _linears(model: nn.Module) -> dict[str, Any]:
-    """Compressed and dense linears by name; factors are not among them."""
-    shells = (module for module in model.modules() if isinstance(module, LowRankLinear | WholeLinear))
-    factors = {id(child) for shell in shells for child in shell.children()}
+    """Compressed and dense linears by name; what compressed ones are made of is not among them."""
+    parts = {id(child) for module in compressed_linears(model).values() for child in module.children()}
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, CompressedLinear) or (is_dense_linear(module) and id(module) not in factors)
+        if isinstance(module, CompressedLinear) or (is_dense_linear(module) and id(module) not in parts)
     }
 
 
 def _targets(linears: dict[str, Any], what: str) -> list[str]:
     """Names of the modules of these linears that take an adapter; ValueError if there are none, in `what`."""
-    found, left_out = [], 0
+    found, refusals = [], []
     for name, module in linears.items():
-        if isinstance(module, LowRankLinear):
-            found += [f"{name}.first", f"{name}.second"]
-        elif isinstance(module, WholeLinear):
-            found.append(f"{name}.whole")
-        elif isinstance(module, CompressedLinear):
-            left_out += 1
-        else:
+        if not isinstance(module, CompressedLinear):
             found.append(name)
+            continue
+        refusal = encoding_named(module.encoding).adapter_refusal
+        if refusal is None:
+            found += [f"{name}.{child}" for child, _ in module.named_children()]
+        else:
+            refusals.append(refusal)
     if not found:
         raise ValueError(
-            f"{what}: all {left_out} linears are stored in 8 bits, which take no adapter: call "
-            "optimum_dobisvd.store_as(model, 'plain') first, and store_as(model, 'int8') on the merged model"
+            f"{what}: all {len(refusals)} linears are stored in 8 bits, which take no adapter: call "
+            "optimum_dobisvd.convert(model) first, and convert(model, 'int8') on the merged model"
         )
-    if left_out:
-        logger.warning("%s: %d of %d linears are in 8 bits and get no adapter", what, left_out, len(linears))
+    if refusals:
+        logger.warning("%s: %d of %d linears are in 8 bits and get no adapter", what, len(refusals), len(linears))
     return found

@@ -39,7 +39,7 @@ def _register() -> bool:
         return False
     try:
         from ..config import QUANT_METHOD, DobiSVDConfig
-        from .transformers_quantizer import DobiSVDHfQuantizer
+        from .compress_on_load import CompressOnLoadQuantizer
     except Exception as error:
         if isinstance(error, ImportError) and "partially initialized module" in str(error):
             return False  # one of our own modules is being imported, and has set off this; the next moment will do
@@ -48,7 +48,7 @@ def _register() -> bool:
     if QUANT_METHOD not in table.AUTO_QUANTIZATION_CONFIG_MAPPING:
         table.register_quantization_config(QUANT_METHOD)(DobiSVDConfig)
     if QUANT_METHOD not in table.AUTO_QUANTIZER_MAPPING:
-        table.register_quantizer(QUANT_METHOD)(DobiSVDHfQuantizer)
+        table.register_quantizer(QUANT_METHOD)(CompressOnLoadQuantizer)
     return True
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..calibration.loss import NotFiniteError
 from ..factorization.stable_svd import stable_svd
 from ..statistics.collect import token_rows
-from .fixed_basis import FixedBasis, taken_back
+from .fixed_basis import FixedBasis, backward_loss
 from .gates import gates
 
 
@@ -48,7 +48,7 @@ class ActivationTruncation:
         for row in range(len(ids)):
             window, keep = ids[row : row + 1], mask[row : row + 1]
             with self._truncating(real, betas, keep):
-                loss = taken_back(deployed.model, window, keep)
+                loss = backward_loss(deployed.model, window, keep)
             total, tokens = total + loss.total, tokens + loss.tokens
         for name, rank in real.items():
             slopes[name] = 0.0 if rank.grad is None else float(rank.grad) / tokens

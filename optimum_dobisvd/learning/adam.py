@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..allocation.budget import Budget, Ladder, spend
+from ..allocation.budget import Budget, spend
+from ..allocation.options import SizeOptions
 from ..allocation.plan import PlannedModule, planned_bytes
-from .mover import check_gradient, require_ranks
+from .rank_optimizer import check_gradient, require_ranks
 from .settings import RankTraining
 
 SHARPEST = 10.0
@@ -32,7 +33,7 @@ class Objective(Protocol):
     ) -> tuple[float, dict[str, float]]: ...
 
 
-class AdamMover:
+class AdamRankOptimizer:
     """Dobi-SVD's: Adam with a cosine schedule on real ranks, projected onto the budget after every step.
 
     A matrix that starts dense stays so: between its largest useful rank and the dense weight there is nothing to slide
@@ -57,26 +58,26 @@ class AdamMover:
         self, objective: Objective, budget: Budget, start: Mapping[str, PlannedModule], settings: RankTraining
     ) -> None:
         self._objective, self._budget, self._settings = objective, budget, settings
-        self._fixed = {name: module.rank for name, module in start.items() if name not in budget.ladders}
+        self._fixed = {name: module.rank for name, module in start.items() if name not in budget.options}
         require_ranks(budget, start)
-        ranks = {name: start[name].rank for name in budget.ladders}
-        ladders = {name: ladder for name, ladder in budget.ladders.items() if ranks[name] is not None}
-        self._names = list(ladders)
-        self._largest = _vector(ladder.largest_rank for ladder in ladders.values())
-        self._cost = _vector(bytes_per_rank(ladder) for ladder in ladders.values())
-        self._lowest = _vector(each.lowest_rank for each in ladders.values()) / self._largest
+        ranks = {name: start[name].rank for name in budget.options}
+        options = {name: each for name, each in budget.options.items() if ranks[name] is not None}
+        self._names = list(options)
+        self._largest = _vector(each.ranks[-1] for each in options.values())
+        self._cost = _vector(bytes_per_rank(each) for each in options.values())
+        self._lowest = _vector(each.ranks[0] for each in options.values()) / self._largest
         dense = {name: start[name] for name, rank in ranks.items() if rank is None}
-        taken = sum(planned_bytes(budget.ladders[name].target, module) for name, module in dense.items())
+        taken = sum(planned_bytes(budget.options[name].target, module) for name, module in dense.items())
         self._sliding = replace(
-            budget, settled=budget.settled | dense, ladders=ladders, free_bytes=budget.free_bytes - taken
+            budget, fixed=budget.fixed | dense, options=options, free_bytes=budget.free_bytes - taken
         )
         self._bytes = float(self._sliding.free_bytes)
-        self._shares = self._held(_vector(ranks[name] or 0 for name in ladders) / self._largest)
+        self._shares = self._held(_vector(ranks[name] or 0 for name in options) / self._largest)
         self._first = torch.zeros_like(self._shares)
         self._second = torch.zeros_like(self._shares)
 
     def ranks(self) -> dict[str, float | None]:
-        real: dict[str, float | None] = dict.fromkeys(self._budget.ladders)
+        real: dict[str, float | None] = dict.fromkeys(self._budget.options)
         return real | dict(zip(self._names, (self._shares * self._largest).tolist(), strict=True))
 
     def step(self, step: int, ids: Tensor, mask: Tensor) -> float:
@@ -123,9 +124,9 @@ class AdamMover:
         return shifted(low)
 
 
-def bytes_per_rank(ladder: Ladder) -> float:
-    """The mean over the ladder: a storage's scales may make the first ranks dearer."""
-    return ladder.bytes_at(ladder.dense_level - 1) / ladder.largest_rank
+def bytes_per_rank(options: SizeOptions) -> float:
+    """Return the mean over all ranks: an encoding's scales may make the first ones dearer."""
+    return options.bytes_at(len(options.ranks) - 1) / options.ranks[-1]
 
 
 def betas_of(settings: RankTraining, step: int, largest: Tensor) -> list[float]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..storage.atomic import write_text_atomically
+from ..atomic_files import write_text_atomically
 
 CURVE_NAME = "dobisvd_training.json"
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..allocation.budget import Budget
+from ..allocation.global_allocation import allocate_by_importance
 from ..allocation.plan import PlannedModule
-from ..allocation.prices import allocate_by_worth
 from ..allocation.spectra import check_spectrum
-from .mover import NoGradientError, check_gradient, require_ranks
+from .rank_optimizer import NoGradientError, check_gradient, require_ranks
 
 
 class Measurable(Protocol):
@@ -24,12 +24,12 @@ class Measurable(Protocol):
     ) -> tuple[float, dict[str, Tensor]]: ...
 
 
-class DirectionMover:
+class DirectionOptimizer:
     """The price list of `global`, corrected direction by direction.
 
     K-FAC says that direction `i` of a matrix is worth `s_i` nats per token (its squared singular value). At a
     truncated model the loss tells better: `gain_i = -dLoss/dt_i` of a gate that is open (`t_i = 1`, kept) or shut is
-    what it is worth but for the curvature, `worth_i = gain_i + (2 t_i - 1) c s_i`. Here `c s_i` is the second-order
+    what it is worth but for the curvature, `score_i = gain_i + (2 t_i - 1) c s_i`. Here `c s_i` is the second-order
     term as K-FAC has it, and `c` what that is off by: where the kept directions of all matrices end, worth must not
     jump, and `c` is what makes it so.
 
@@ -37,7 +37,7 @@ class DirectionMover:
     directions near the border say (`f s_i`, with one factor `f` a matrix), corrected by its own mean as far as the
     spread of these means is more than their noise (empirical Bayes), and at most by `_TRUST`. What directions are
     worth depends on which others are kept; the limit keeps the choice where the measurements were taken, and older
-    ones fade away. Ranks and kept directions are then chosen anew from all worths, as `global` chooses them.
+    ones decay. Ranks and kept directions are then chosen anew from all worths, as `global` chooses them.
 
     Args:
         objective: gives losses and gains.
@@ -54,7 +54,7 @@ class DirectionMover:
     _FARTHEST = 16.0  # of a matrix's factor
     _TRUST = 0.5  # of the logarithm of a direction's worth, off its matrix's factor
     _LEAST = 0.02  # what directions must be worth on average, of K-FAC's price: less is noise
-    _MOST_IDLE = 5
+    _MOST_STALE_STEPS = 5
     _CURVATURE_STEPS = 4  # later the kept directions near the border are chosen for their gains, which hides the jump
 
     def __init__(
@@ -65,18 +65,18 @@ class DirectionMover:
         spectra: Mapping[str, Tensor],
     ) -> None:
         require_ranks(budget, start)
-        for ladder in budget.ladders.values():
-            check_spectrum(ladder.target, spectra, "dobi_fixed_basis")
+        for options in budget.options.values():
+            check_spectrum(options.target, spectra, "dobi_fixed_basis")
         self._objective, self._budget = objective, budget
-        self._prices = {name: spectra[name].detach().cpu().double().square() for name in budget.ladders}
-        self._largest = {name: ladder.largest_rank for name, ladder in budget.ladders.items()}
+        self._prices = {name: spectra[name].detach().cpu().double().square() for name in budget.options}
+        self._largest = {name: each.ranks[-1] if each.ranks else 0 for name, each in budget.options.items()}
         self._sums = {name: torch.zeros_like(prices) for name, prices in self._prices.items()}
         self._squares = {name: torch.zeros_like(prices) for name, prices in self._prices.items()}
         # By matrix, in the order of the budget: measured and expected worth of the directions near its border.
         self._borders = torch.zeros(2, len(self._prices), dtype=torch.float64)
         self._weights = torch.zeros(2, dtype=torch.float64)  # sums of the measurements' weights and of their squares
         self._curvature = torch.zeros(2, dtype=torch.float64)  # a sum and how many
-        self._idle = torch.zeros(1, dtype=torch.float64)  # steps in a row that said nothing
+        self._stale_steps = torch.zeros(1, dtype=torch.float64)  # steps in a row that said nothing
         self._planned = dict(start)
 
     def ranks(self) -> dict[str, float | None]:
@@ -94,28 +94,28 @@ class DirectionMover:
         if step < self._CURVATURE_STEPS:
             self._curvature += torch.tensor([self._jump(gains, kept), 1.0])
         curvature = min(max(float(self._curvature[0] / self._curvature[1]), 0.0), 1.0)
-        fade = 1 - 1 / self._HORIZON
-        self._weights = self._weights * torch.tensor([fade, fade**2], dtype=torch.float64) + 1
+        decay = 1 - 1 / self._HORIZON
+        self._weights = self._weights * torch.tensor([decay, decay**2], dtype=torch.float64) + 1
         borders = []
         for name, prices in self._prices.items():
             measured = gains[name] + curvature * (2 * kept[name] - 1) * prices
-            self._sums[name] = fade * self._sums[name] + measured
-            self._squares[name] = fade * self._squares[name] + measured.square()
+            self._sums[name] = decay * self._sums[name] + measured
+            self._squares[name] = decay * self._squares[name] + measured.square()
             border = self._border(name)
             borders.append([float(measured[border].mean()), float(prices[border].mean())])
-        self._borders = fade * self._borders + torch.tensor(borders, dtype=torch.float64).T
-        worth = self._worth()
-        if worth is not None:
-            self._planned = allocate_by_worth(self._budget, worth)
-        self._idle = torch.zeros_like(self._idle) if worth is not None else self._idle + 1
-        if float(self._idle) >= self._MOST_IDLE:
+        self._borders = decay * self._borders + torch.tensor(borders, dtype=torch.float64).T
+        scores = self._importance()
+        if scores is not None:
+            self._planned = allocate_by_importance(self._budget, scores)
+        self._stale_steps = torch.zeros_like(self._stale_steps) if scores is not None else self._stale_steps + 1
+        if float(self._stale_steps) >= self._MOST_STALE_STEPS:
             raise NoGradientError(
-                f"by {self._MOST_IDLE} batches in a row the directions at the border of what is kept are worth next "
-                "to nothing, so there is nothing to choose by; take more windows a step, or a ratio further from 1"
+                f"by {self._MOST_STALE_STEPS} batches in a row the directions at the border of what is kept are worth "
+                "next to nothing, so there is nothing to choose by; take more windows a step, or a ratio further from 1"
             )
         return loss
 
-    def _worth(self) -> dict[str, Tensor] | None:
+    def _importance(self) -> dict[str, Tensor] | None:
         """What every direction is worth, up to one scale; None where the measurements say that nothing is."""
         sizes = torch.tensor([float(size) for size in self._largest.values()], dtype=torch.float64)
         measured, expected = (self._borders * sizes).sum(1).tolist()
@@ -124,13 +124,13 @@ class DirectionMover:
         common = measured / expected
         total, squared = self._weights.tolist()
         count = total**2 / squared
-        worth = {}
+        scores = {}
         for place, (name, prices) in enumerate(self._prices.items()):
             border = self._border(name)
             found, listed = self._borders[:, place].tolist()
             price = float(prices[border].mean())
             if not price > 0:  # a matrix that calibration never excites
-                worth[name] = prices
+                scores[name] = prices
                 continue
             factor = (found / common + self._PRIOR * price) / (listed + self._PRIOR * price)
             factor = min(max(factor, 1 / self._FARTHEST), self._FARTHEST)
@@ -141,10 +141,10 @@ class DirectionMover:
                 noise = spread / (count - 1)
                 own = _own_share(mean, noise, prices, border)
                 limit = math.exp(self._TRUST)
-                worth[name] = (matrix + own * (mean - matrix)).clamp(matrix / limit, matrix * limit)
+                scores[name] = (matrix + own * (mean - matrix)).clamp(matrix / limit, matrix * limit)
             else:
-                worth[name] = matrix
-        return worth
+                scores[name] = matrix
+        return scores
 
     def _border(self, name: str) -> Tensor:
         """The directions among which a matrix's border lies; of a dense matrix those that it would lose first."""
@@ -173,11 +173,11 @@ class DirectionMover:
 
     def state(self) -> dict[str, Tensor]:
         found = {"borders": self._borders, "weights": self._weights, "curvature": self._curvature}
-        found["idle"] = self._idle
+        found["stale_steps"] = self._stale_steps
         for name, prices in self._prices.items():
             planned = self._planned[name]
             if planned.rank is None:
-                kept = prices.new_full((len(prices),), -1.0 - self._whole_forms(name).index(planned.storage))
+                kept = prices.new_full((len(prices),), -1.0 - self._dense_encodings(name).index(planned.encoding))
             else:
                 kept = _kept(planned, len(prices))
             found[name] = torch.stack([self._sums[name], self._squares[name], kept])
@@ -185,17 +185,17 @@ class DirectionMover:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self._borders, self._weights, self._curvature = (state[key] for key in ("borders", "weights", "curvature"))
-        self._idle = state["idle"]
-        for name, ladder in self._budget.ladders.items():
+        self._stale_steps = state["stale_steps"]
+        for name, options in self._budget.options.items():
             self._sums[name], self._squares[name], kept = state[name]
             if float(kept[0]) < 0:
-                self._planned[name] = PlannedModule(None, self._whole_forms(name)[-1 - int(kept[0])])
+                self._planned[name] = PlannedModule("dense", self._dense_encodings(name)[-1 - int(kept[0])])
             else:
                 chosen = tuple(kept.nonzero().flatten().tolist())
-                self._planned[name] = PlannedModule(len(chosen), ladder.storage.name, chosen)
+                self._planned[name] = PlannedModule(*options.format.key, len(chosen), chosen)
 
-    def _whole_forms(self, name: str) -> list[str]:
-        return [form.name for form in self._budget.ladders[name].dense_forms]
+    def _dense_encodings(self, name: str) -> list[str]:
+        return [format.encoding.name for format in self._budget.options[name].dense]
 
 
 def _kept(module: PlannedModule, count: int) -> Tensor:

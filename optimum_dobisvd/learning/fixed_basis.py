@@ -19,7 +19,7 @@ from ..allocation.plan import PlannedModule
 from ..calibration.loss import NextTokenLoss, require_logits
 from ..calibration.temporarily import evaluating, frozen, without_cache
 from ..factorization.factors import Decomposition
-from ..nn.dense_linear import as_matrix, weight_matrix
+from ..model.linears import as_matrix, weight_matrix
 from .gates import gates, reach, slopes
 
 
@@ -100,7 +100,7 @@ class FixedBasis:
             sums[name] -= ((left.T @ gradient) * right).sum(1).double().cpu()
 
         with self._reading_gradients(self.linears, read):
-            loss = taken_back(self.model, ids, mask)
+            loss = backward_loss(self.model, ids, mask)
         return loss.total / loss.tokens, {name: found / loss.tokens for name, found in sums.items()}
 
     def loss_and_slopes(
@@ -126,7 +126,7 @@ class FixedBasis:
             sums[name] += self._slope(name, real[name], betas[name], gradient)
 
         with self._reading_gradients(real, read):
-            loss = taken_back(self.model, ids, mask)
+            loss = backward_loss(self.model, ids, mask)
         return loss.total / loss.tokens, {name: slope / loss.tokens for name, slope in sums.items()}
 
     def loss(self, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -178,7 +178,7 @@ class FixedBasis:
         return float(by_gate.double().cpu() @ slope)
 
 
-def taken_back(model: Any, ids: Tensor, mask: Tensor) -> NextTokenLoss:
+def backward_loss(model: Any, ids: Tensor, mask: Tensor) -> NextTokenLoss:
     """The loss of a batch, summed, and taken back through the model window by window."""
     loss = NextTokenLoss()
     with torch.enable_grad():

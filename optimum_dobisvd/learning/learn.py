@@ -2,93 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from ..allocation.plan import PlannedModule
+from ..allocation.plan import Plan, PlannedModule
 from ..calibration.dataset import CalibrationWindows
-from ..calibration.layout import Layout
-from ..factorization.registry import Factorization
-from ..nn.dense_linear import weight_matrix
-from ..statistics.spectra import decompositions
+from ..factorization.decompositions import decompositions
 from .activation import ActivationTruncation
-from .adam import AdamMover
+from .adam import AdamRankOptimizer
 from .curve import TrainingCurve
-from .directions import DirectionMover
+from .directions import DirectionOptimizer
 from .fixed_basis import FixedBasis
-from .mover import Mover
-from .settings import Mode, RankTraining
+from .rank_optimizer import RankOptimizer
+from .settings import RankTraining
 from .training import Batch, RankLearner
 
 if TYPE_CHECKING:
-    from ..allocation.budget import Budget
+    from ..pipeline.job import Job
     from ..statistics.store import StatisticsStore
 
 
 def learn_ranks(
-    model: Any,
-    layout: Layout,
-    start: Mapping[str, PlannedModule],
-    budget: Budget,
-    *,
-    mode: Mode,
-    metric: str,
-    row: Factorization,
-    spectra: Mapping[str, Tensor] | None,
-    store: StatisticsStore | None,
-    windows: CalibrationWindows,
-    held_out: CalibrationWindows,
-    settings: RankTraining,
-    device: torch.device | None = None,
-    journal: Path | None = None,
+    model: Any, job: Job, start: Plan, store: StatisticsStore | None
 ) -> tuple[dict[str, PlannedModule], TrainingCurve]:
     """Learn the ranks of a dense model's linears; the model is given back as it was.
 
     Args:
         model: a dense causal language model, its weights in memory.
-        layout: its linears.
-        start: the untrained plan, a planned module for every target.
-        budget: what the ranks may weigh.
-        mode: `fixed_basis` truncates the weights in the basis of `row`; `activation`, the paper's, every output.
-        metric: what the ranks of the start were priced in.
-        row: the factorizer that the plan is for.
-        spectra: singular values in that metric, for the optimizer that corrects prices.
-        store: its statistics.
-        windows: to train on; taken from the last to the first, since the first ones are those of the gradients.
-        held_out: to judge whole ranks on.
-        settings: of the training.
-        device: where to decompose.
-        journal: a file to resume from.
+        job: what is to be done with it. Its windows are trained on, from the last to the first, since the first ones
+            are those of the gradients; whole ranks are evaluated on those held out. The method's mode `fixed_basis`
+            truncates the weights in the basis of its factorizer, `activation`, the paper's, every output.
+        start: the untrained plan.
+        store: the model's statistics.
+
+    Returns:
+        A planned module for every target, and the curve.
 
     Raises:
         ValueError: no rank to learn; whatever the loss raises at the start.
     """
+    method, settings, layout = job.method, job.config.rank_training, job.layout
+    if job.windows is None or job.held_out is None or method.learning_mode is None:
+        raise ValueError("ranks are learned on calibration text, and there is none")
+    row, mode = method.factorizer, method.learning_mode
     with torch.no_grad():
-        found = ((name, each) for name, each, _ in decompositions(layout, row, store, device, layout.linears))
+        found = ((name, each) for name, each, _ in decompositions(layout, row, store, job.device, layout.linears))
         basis = FixedBasis(model, layout.linears, found)
     with basis:
-        mover: Mover
-        if settings.optimizer_for(mode, metric, row.name) == "prices":
-            mover = DirectionMover(basis, budget, start, spectra or {})
+        optimizer: RankOptimizer
+        if settings.optimizer_for(mode, method.metric, row.name) == "prices":
+            spectra = store.spectra(method.metric) if store is not None else None
+            optimizer = DirectionOptimizer(basis, job.open_budget, start.modules, spectra or {})
         else:
             objective = basis if mode == "fixed_basis" else ActivationTruncation(basis)
-            mover = AdamMover(objective, budget, start, settings)
-        learner = RankLearner(basis, mover, start, settings, mode=mode, journal=journal)
-        return learner.run(_batches(windows, settings), list(held_out.batches(1)))
+            optimizer = AdamRankOptimizer(objective, job.open_budget, start.modules, settings)
+        learner = RankLearner(basis, optimizer, start.modules, settings, mode=mode, journal=_journal(job, start))
+        return learner.run(_batches(job.windows, settings), list(job.held_out.batches(1)))
 
 
-def check_learnable(layout: Layout) -> None:
-    """Raise ValueError, naming it, if a weight is offloaded."""
-    for name, module in layout.linears.items():
-        if weight_matrix(module).device.type == "meta":
-            raise ValueError(
-                f"{name}: its weight is offloaded, and learning ranks rebuilds every weight in every step; load the "
-                "model without offload, or use allocation='global', which needs no training"
-            )
+def _journal(job: Job, start: Plan) -> Path | None:
+    """Where a training notes its state: beside the statistics, under the name of all that decides it."""
+    if job.config.statistics is None:
+        return None
+    decides = [
+        start.to_dict(),
+        asdict(job.method),
+        job.config.to_dict(),
+        job.config.rank_training.to_dict(),
+        *(windows.sha256() for windows in (job.windows, job.held_out) if windows is not None),
+    ]
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(job.config.statistics) / f"training-{digest}.safetensors"
 
 
 def _batches(windows: CalibrationWindows, settings: RankTraining) -> Sequence[Batch]:

@@ -18,7 +18,7 @@ class RankTraining:
 
     Attributes:
         optimizer: `adam`, the paper's, which slides ranks; or `prices`, which measures what every singular direction
-            is worth and chooses among them (see `DirectionMover`). None: `prices` for the allocation
+            is worth and chooses among them (see `DirectionOptimizer`). None: `prices` for the allocation
             `dobi_fixed_basis` of kfac factors, `adam` elsewhere.
         steps: how many optimizer steps.
         windows: calibration windows a step, cut to `seqlen` tokens where that is given.

@@ -1,4 +1,4 @@
-"""The loop of the rank training: take the derivative, move, judge whole ranks on held-out text, note it all down."""
+"""The loop of the rank training: take the derivative, move, evaluate whole ranks on held-out text, note it down."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -15,11 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..allocation.plan import PlannedModule
+from ..atomic_files import write_atomically
 from ..calibration.loss import NotFiniteError
-from ..storage.atomic import write_atomically
 from .curve import Evaluation, Step, TrainingCurve
 from .fixed_basis import FixedBasis
-from .mover import Mover, NoGradientError
+from .rank_optimizer import NoGradientError, RankOptimizer
 from .settings import RankTraining
 
 logger = logging.getLogger(__name__)
@@ -31,8 +32,8 @@ class RankLearner:
     """Learns ranks; keeps those that were best on the held-out windows, the ones it started from among them.
 
     Args:
-        judge: the deployed weights; whole ranks are judged with it.
-        mover: measures, and follows what it measured within the budget.
+        deployed: the weights as whole ranks will make them, to evaluate whole ranks with.
+        optimizer: measures, and follows what it measured within the budget.
         start: a planned module for every target.
         settings: of the training.
         mode: what the curve calls it.
@@ -41,20 +42,20 @@ class RankLearner:
 
     def __init__(
         self,
-        judge: FixedBasis,
-        mover: Mover,
+        deployed: FixedBasis,
+        optimizer: RankOptimizer,
         start: Mapping[str, PlannedModule],
         settings: RankTraining,
         *,
         mode: str,
         journal: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._judge, self._mover, self._settings = judge, mover, settings
+        self._deployed, self._optimizer, self._settings = deployed, optimizer, settings
         self._journal = Path(journal) if journal is not None else None
         self._start = dict(start)
-        self._names = list(mover.ranks())
+        self._names = list(optimizer.ranks())
         self._best, self._best_loss, self._stale = self._start, math.inf, 0
-        self._curve = TrainingCurve(mode, self._names, [judge.count(name) for name in self._names])
+        self._curve = TrainingCurve(mode, self._names, [deployed.count(name) for name in self._names])
         self._resume()
 
     def run(
@@ -78,7 +79,7 @@ class RankLearner:
                     self._save()
                     break
                 if len(curve.steps) % settings.evaluate_every == 0 or len(curve.steps) == settings.steps:
-                    self._evaluate(self._mover.planned(), held_out)
+                    self._evaluate(self._optimizer.planned(), held_out)
                     if curve.stopped is None and self._stale >= settings.patience:
                         curve.stopped = f"no gain on the held-out windows in {settings.patience} evaluations"
                 self._save()
@@ -89,9 +90,9 @@ class RankLearner:
         return self._best, curve
 
     def _step(self, step: int, batch: Batch) -> None:
-        ranks = list(self._mover.ranks().values())
+        ranks = list(self._optimizer.ranks().values())
         try:
-            loss = self._mover.step(step, *batch)
+            loss = self._optimizer.step(step, *batch)
         except (NotFiniteError, NoGradientError) as error:
             told = f"step {step + 1}: {error}"
             if step == 0 and isinstance(error, NoGradientError):
@@ -102,9 +103,9 @@ class RankLearner:
 
     def _evaluate(self, planned: Mapping[str, PlannedModule], held_out: Sequence[Batch]) -> None:
         step = len(self._curve.steps)
-        self._judge.put(planned)
+        self._deployed.put(planned)
         try:
-            loss = self._judge.loss(held_out)
+            loss = self._deployed.loss(held_out)
         except NotFiniteError as error:
             if step == 0:
                 raise
@@ -120,9 +121,9 @@ class RankLearner:
     def _save(self) -> None:
         if self._journal is None:
             return
-        best = {name: [module.rank, module.storage, module.directions] for name, module in self._best.items()}
+        best = {name: astuple(module) for name, module in self._best.items()}
         noted = {"best": best, "best_loss": self._best_loss, "stale": self._stale, "curve": self._curve.to_dict()}
-        tensors = {name: tensor.contiguous() for name, tensor in self._mover.state().items()}
+        tensors = {name: tensor.contiguous() for name, tensor in self._optimizer.state().items()}
         metadata = {"training": json.dumps(noted)}
         write_atomically(self._journal, lambda path: save_file(tensors, path, metadata=metadata))
 
@@ -136,11 +137,8 @@ class RankLearner:
             curve = TrainingCurve.from_dict(noted["curve"])
             if curve.names != self._names or noted["best"].keys() != self._start.keys():
                 raise ValueError("it is of other matrices")
-            self._mover.restore(state)
-            self._best = {
-                name: PlannedModule(rank, storage, None if directions is None else tuple(directions))
-                for name, (rank, storage, directions) in noted["best"].items()
-            }
+            self._optimizer.restore(state)
+            self._best = {name: PlannedModule(*entry) for name, entry in noted["best"].items()}
             self._best_loss, self._stale = float(noted["best_loss"]), int(noted["stale"])
         except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise ValueError(f"{self._journal} is damaged ({error}); delete it to train from the start") from error

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..storage.atomic import write_atomically
+from ..atomic_files import write_atomically
 from .grid import Grid, grid_of
 from .report import CompressionReport, ModuleReport
 

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from ..allocation.plan import PlannedModule, planned_bytes
-from ..allocation.target import Target
-from ..nn.compressed_linear import CompressedLinear
-from ..nn.dense_linear import is_dense_linear, weight_matrix
-from ..storage.atomic import write_text_atomically
+from ..atomic_files import write_text_atomically
+from ..model.target import Target
+from ..structures.format import format_named
 
 REPORT_NAME = "dobisvd_report.json"
 
@@ -25,15 +20,16 @@ REPORT_NAME = "dobisvd_report.json"
 class ModuleReport:
     """One target matrix: its shape, what became of it, and `||(W-W')X|| / ||WX||` over the calibration tokens.
 
-    `rank` is None where it was left whole (as it is in storage `dense`); `error` is None where there were no
-    statistics to measure it with, and where another library rounded it.
+    `rank` is None where it was not factorized; `error` is None where there were no statistics to measure it with, and
+    where it was quantized after that.
     """
 
     name: str
     out_features: int
     in_features: int
+    structure: str
     rank: int | None
-    storage: str
+    encoding: str
     bytes: int
     dense_bytes: int
     error: float | None
@@ -46,9 +42,13 @@ class ModuleReport:
     @property
     def macs(self) -> int:
         """Multiply-adds per token."""
-        if self.rank is None:
-            return self.out_features * self.in_features
-        return self.rank * (self.out_features + self.in_features)
+        format = format_named(self.structure, self.encoding)
+        return format.macs(self.out_features, self.in_features, self.rank)
+
+    @property
+    def leaves_as_is(self) -> bool:
+        """Whether the matrix was left as it is."""
+        return format_named(self.structure, self.encoding).leaves_as_is
 
 
 @dataclass
@@ -125,57 +125,15 @@ class CompressionReport:
 
 
 def module_report(target: Target, module: PlannedModule, error: float | None) -> ModuleReport:
-    """The report row of one target; bytes follow from the storage."""
+    """The report row of one target; bytes follow from its format."""
     return ModuleReport(
         target.name,
         target.out_features,
         target.in_features,
+        module.structure,
         module.rank,
-        module.storage,
+        module.encoding,
         planned_bytes(target, module),
         target.dense_bytes,
         error,
     )
-
-
-def macs_per_token(model: nn.Module) -> int:
-    """Multiply-adds of all linears for one token, each of the two factors of a compressed one counted as such."""
-    total = 0
-    shells: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, CompressedLinear):
-            shells.append(f"{name}.")
-            total += module.macs
-        elif is_dense_linear(module) and not name.startswith(tuple(shells)):
-            total += weight_matrix(module).numel()
-    return total
-
-
-def model_bytes(parameters: Iterable[nn.Parameter]) -> int:
-    """Bytes of distinct parameters; tied ones count once, as on disk."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-
-
-def resident_bytes(model: nn.Module) -> int:
-    """Bytes of memory that the model's parameters and buffers hold, shared memory once; offloaded ones hold none.
-
-    bitsandbytes' scales, which hang on its parameters, are counted with them.
-    """
-    tensors = [found for tensor in (*model.parameters(), *model.buffers()) for found in (tensor, *_hung_on(tensor))]
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type != "meta"]
-    # An empty tensor may begin where another one does: tripwires do, as safetensors loads them.
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}.values())
-
-
-def _hung_on(holder: Any) -> Iterator[torch.Tensor]:
-    """Tensors among the attributes of a parameter, of its `quant_state`, and of the state of a nested one."""
-    for key, value in vars(holder).items():
-        if isinstance(value, torch.Tensor) and not key.startswith("_"):
-            yield value
-        elif key in ("quant_state", "state2") and value is not None:
-            yield from _hung_on(value)
-
-
-def is_compressed(model: nn.Module) -> bool:
-    """Whether any linear of the model has been replaced."""
-    return any(isinstance(module, CompressedLinear) for module in model.modules())

@@ -9,11 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..storage.costs import DENSE, DENSE_INT8
 from .grid import grid_of
 from .report import CompressionReport, ModuleReport
-
-_WHOLE = {DENSE: "", DENSE_INT8: "int8"}
 
 
 def print_report(report: CompressionReport, console: Console, *, modules: bool = False) -> None:
@@ -86,19 +83,17 @@ def stage_table(report: CompressionReport) -> Table:
 def kind_table(report: CompressionReport) -> Table:
     """One line per type of matrix."""
     grid = grid_of(report.modules)
-    headings = ("type", "matrices", "left whole", "shape", "ranks", "bytes", "kept", "mean error", "worst error")
+    headings = ("type", "matrices", "not factorized", "shape", "ranks", "bytes", "kept", "mean error", "worst error")
     table = plain_table("by type of matrix", headings)
     for kind in grid.types:
         found = grid.of_type(kind)
         ranks = [module.rank for module in found if module.rank is not None]
-        whole = Counter(module.storage for module in found if module.rank is None)
-        errors = [module.error for module in found if module.error is not None and module.storage != DENSE]
+        dense = Counter(module.encoding for module in found if module.rank is None)
+        errors = [module.error for module in found if module.error is not None and not module.leaves_as_is]
         table.add_row(
             kind,
             str(len(found)),
-            ", ".join(
-                f"{count}" if name == DENSE else f"{count} {_WHOLE.get(name, name)}" for name, count in whole.items()
-            ),
+            ", ".join(f"{count}" if name == "float" else f"{count} {name}" for name, count in dense.items()),
             _joined(f"{module.out_features}×{module.in_features}" for module in found),
             _range_text(ranks),
             bytes_text(sum(module.bytes for module in found)),
@@ -112,7 +107,7 @@ def kind_table(report: CompressionReport) -> Table:
 def module_table(report: CompressionReport) -> Table:
     """One line per matrix."""
     title = "matrices (error: ‖(W−W′)X‖ / ‖WX‖ on the calibration text)"
-    table = plain_table(title, ("name", "shape", "rank", "storage", "bytes", "kept", "error"))
+    table = plain_table(title, ("name", "shape", "structure", "rank", "encoding", "bytes", "kept", "error"))
     for module in report.modules:
         table.add_row(*_module_cells(module))
     return table
@@ -164,8 +159,9 @@ def _module_cells(module: ModuleReport) -> tuple[str, ...]:
     return (
         module.name,
         f"{module.out_features}×{module.in_features}",
+        module.structure,
         "" if module.rank is None else str(module.rank),
-        module.storage,
+        module.encoding,
         bytes_text(module.bytes),
         ratio_text(module.bytes, module.dense_bytes),
         "" if module.error is None else f"{module.error:.2%}",

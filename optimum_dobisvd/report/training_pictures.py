@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..atomic_files import write_atomically
 from ..learning.curve import TrainingCurve
-from ..storage.atomic import write_atomically
 from .grid import Grid, grid_of
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..nn.dense_linear import weight_matrix
+from ..model.linears import weight_matrix
 from .packing import pack
 
 
@@ -29,10 +29,10 @@ class InputStatistics:
 
 @dataclass
 class BlockStatistics:
-    """Statistics of one block: inputs by the name of the first linear that reads them, and each linear's input."""
+    """Statistics of one block: inputs by the name of the first linear that reads them, and each linear's key among these."""
 
     inputs: dict[str, InputStatistics] = field(default_factory=dict)
-    leader: dict[str, str] = field(default_factory=dict)
+    input_key: dict[str, str] = field(default_factory=dict)
 
 
 class _Accumulator:
@@ -68,7 +68,7 @@ class _Accumulator:
 class InputCollector:
     """A block visitor that sums up the inputs of a block's linears and hands each finished block to `finished`.
 
-    Linears that are given the very same tensor (q/k/v, gate/up) share one sum: the first one called leads.
+    Linears that are given the very same tensor (q/k/v, gate/up) share one sum, under the name of the first one called.
 
     Args:
         linears_of: block name -> its linears by full name.
@@ -120,9 +120,9 @@ class _OpenBlock:
         self._linears = linears
         self._mask: Tensor | None = None
         self._weights: Tensor | None = None
-        self._leader: dict[str, str] = {}
+        self._input_key: dict[str, str] = {}
         self._sums: dict[str, _Accumulator] = {}
-        self._current: dict[str, Tensor] = {}  # leader -> its input in the forward pass under way
+        self._current: dict[str, Tensor] = {}  # input key -> its input in the forward pass under way
         self._handles = [
             module.register_forward_pre_hook(partial(self._observe, name), with_kwargs=True)
             for name, module in linears.items()
@@ -134,12 +134,12 @@ class _OpenBlock:
 
     def _observe(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        if name not in self._leader:
-            self._leader[name] = next((lead for lead, seen in self._current.items() if seen is x), name)
-        leader = self._leader[name]
-        if leader != name:
-            if self._current.get(leader) is not x:
-                raise ValueError(f"{name} and {leader} shared their input in one batch and not in another")
+        if name not in self._input_key:
+            self._input_key[name] = next((lead for lead, seen in self._current.items() if seen is x), name)
+        input_key = self._input_key[name]
+        if input_key != name:
+            if self._current.get(input_key) is not x:
+                raise ValueError(f"{name} and {input_key} shared their input in one batch and not in another")
             return
         self._current[name] = x
         if name not in self._sums:
@@ -154,13 +154,13 @@ class _OpenBlock:
             handle.remove()
 
     def statistics(self) -> BlockStatistics:
-        unseen = [name for name in self._linears if name not in self._leader]
+        unseen = [name for name in self._linears if name not in self._input_key]
         if unseen:
             raise ValueError(
                 f"{unseen[0]} was never called during calibration ({len(unseen)} such linears in its block): "
                 "calibrate on more text, or list it in modules_to_not_convert"
             )
-        return BlockStatistics({name: sums.result(name) for name, sums in self._sums.items()}, dict(self._leader))
+        return BlockStatistics({name: sums.result(name) for name, sums in self._sums.items()}, dict(self._input_key))
 
 
 def token_rows(name: str, activations: Tensor, mask: Tensor | None) -> Tensor:

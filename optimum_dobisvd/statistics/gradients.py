@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.dense_linear import weight_matrix
-from ..nn.placement import dense_bias
+from ..model.linears import weight_matrix
+from ..model.offloaded import dense_bias
 from .collect import token_rows
 from .packing import pack
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..storage.atomic import write_atomically, write_text_atomically
+from ..atomic_files import write_atomically, write_text_atomically
 from .collect import BlockStatistics, InputStatistics
 from .fingerprint import differing_fields
 from .gradients import SCALARS, GradientStatistics
@@ -96,7 +96,7 @@ class StatisticsStore:
             tensors[f"{name}.gram"] = inputs.gram
         tokens = {name: inputs.tokens for name, inputs in statistics.inputs.items()}
         # One key: safetensors writes several in an order of chance, and a resumed run must give the same bytes.
-        metadata = {"statistics": json.dumps({"leader": statistics.leader, "tokens": tokens})}
+        metadata = {"statistics": json.dumps({"leader": statistics.input_key, "tokens": tokens})}
         write_atomically(self._path(block), lambda path: save_file(tensors, path, metadata=metadata))
 
     def block(self, block: str) -> BlockStatistics:
@@ -186,7 +186,7 @@ class StatisticsStore:
             ValueError: names one that was excluded when the statistics were collected.
         """
         for block, names in linears.items():
-            known = self.block(block).leader
+            known = self.block(block).input_key
             lacking = [name for name in names if name not in known]
             if lacking:
                 raise ValueError(
@@ -233,13 +233,13 @@ def _read_block(path: Path) -> BlockStatistics:
     try:
         with safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {})["statistics"])
-            leader, tokens = described["leader"], described["tokens"]
-            if not set(leader.values()) <= tokens.keys():
+            input_key, tokens = described["leader"], described["tokens"]
+            if not set(input_key.values()) <= tokens.keys():
                 raise ValueError("a linear's input is missing")
             inputs = {name: _read_input(file, name, count) for name, count in tokens.items()}
     except (SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete this file to collect its block again") from error
-    return BlockStatistics(inputs, leader)
+    return BlockStatistics(inputs, input_key)
 
 
 def _read_input(file: Any, name: str, tokens: int) -> InputStatistics:

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
 from optimum_dobisvd.calibration.dataset import CalibrationWindows
-from optimum_dobisvd.calibration.layout import find_layout
+from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.calibration.runner import BlockRunner
-from optimum_dobisvd.report.measure import Stages
+from optimum_dobisvd.pipeline.stages import Stages
 from optimum_dobisvd.statistics.collect import InputCollector
 from optimum_dobisvd.statistics.store import StatisticsStore
 

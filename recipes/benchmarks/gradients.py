@@ -20,15 +20,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_dobisvd.allocation import global_prices, open_budget
 from optimum_dobisvd.calibration.backward import BackwardRunner
 from optimum_dobisvd.calibration.dataset import CalibrationWindows, load_windows
-from optimum_dobisvd.calibration.layout import find_layout
+from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.calibration.loss import NextTokenLoss
 from optimum_dobisvd.factorization.registry import factorization_named
 from optimum_dobisvd.learning.activation import ActivationTruncation
 from optimum_dobisvd.learning.directions import DirectionMover
 from optimum_dobisvd.learning.fixed_basis import FixedBasis, taken_back
-from optimum_dobisvd.report.measure import Stages
+from optimum_dobisvd.pipeline.stages import Stages
 from optimum_dobisvd.statistics.gradients import GradientCollector
-from optimum_dobisvd.statistics.spectra import decompositions
+from optimum_dobisvd.factorization.decompositions import decompositions
 from optimum_dobisvd.statistics.store import StatisticsStore
 
 

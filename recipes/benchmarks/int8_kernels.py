@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from optimum_dobisvd.kernels.int8_matmul import KERNEL_CALLS, KERNELS, using_kernel
+from optimum_dobisvd.encodings.int8_matmul import KERNEL_CALLS, KERNELS, using_kernel
 from optimum_dobisvd.nn.eight_bit_linear import EightBitLinear, Int8Linear, Int8LowRankLinear, RemappedLinear
 from optimum_dobisvd.nn.low_rank_linear import LowRankLinear
 

@@ -30,14 +30,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dobisvd import DobiSVDConfig
 from optimum_dobisvd.calibration.dataset import load_windows, read_text
-from optimum_dobisvd.checking import check_model
-from optimum_dobisvd.collecting import collect_statistics
+from optimum_dobisvd.pipeline.validate import check_model
+from optimum_dobisvd.pipeline.collect import collect_statistics
 from optimum_dobisvd.factorization.errors import output_error
 from optimum_dobisvd.factorization.registry import factorization_named
-from optimum_dobisvd.planning import make_plan
-from optimum_dobisvd.report.perplexity import perplexity
+from optimum_dobisvd.pipeline.allocate import make_plan
+from optimum_dobisvd.evaluation.perplexity import perplexity
 from optimum_dobisvd.statistics.fingerprint import fingerprint
-from optimum_dobisvd.statistics.spectra import decompositions
+from optimum_dobisvd.factorization.decompositions import decompositions
 from optimum_dobisvd.storage import pack, unpack
 
 Rounding = Callable[[Tensor], Tensor]

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
 from optimum_dobisvd.calibration.dataset import read_text
-from optimum_dobisvd.report.perplexity import perplexity
+from optimum_dobisvd.evaluation.perplexity import perplexity
 from optimum_dobisvd.report.training_pictures import prices_picture
 
 # Cheap enough for two cores: a step of this mode decomposes every activation.

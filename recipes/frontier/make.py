@@ -21,10 +21,10 @@ from transformers import (
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer, adapter_targets
 from optimum_dobisvd.allocation.plan import Plan, PlannedModule
 from optimum_dobisvd.calibration.dataset import CalibrationWindows, load_windows, read_text
-from optimum_dobisvd.checking import check_model
+from optimum_dobisvd.pipeline.validate import check_model
 from optimum_dobisvd.inner import inner_config, inner_storage
-from optimum_dobisvd.integrations.transformers_quantizer import stack_inner, store_as
-from optimum_dobisvd.report.perplexity import window_ids
+from optimum_dobisvd.checkpoint.hf_quantizer import stack_inner, store_as
+from optimum_dobisvd.evaluation.perplexity import window_ids
 
 from .rows import SHIPPED, Row, row_named
 from .settings import Settings

@@ -15,7 +15,7 @@ from optimum_dobisvd.calibration.dataset import read_text
 from optimum_dobisvd.evaluation.harness import judge
 from optimum_dobisvd.evaluation.mean_accuracy import compare_means
 from optimum_dobisvd.evaluation.tasks import load_tasks
-from optimum_dobisvd.report.perplexity import perplexity
+from optimum_dobisvd.evaluation.perplexity import perplexity
 from optimum_dobisvd.report.report import resident_bytes
 
 from .make import ADAPTER, load_in

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from optimum_dobisvd.storage.atomic import write_text_atomically
+from optimum_dobisvd.atomic_files import write_text_atomically
 
 from .rows import Row
 from .settings import Settings, decide_alike

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from optimum_dobisvd.storage.atomic import write_text_atomically
+from optimum_dobisvd.atomic_files import write_text_atomically
 
 from .results import Results
 from .rows import OFF_GRID, ROWS, Row

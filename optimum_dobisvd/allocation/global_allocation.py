@@ -1,0 +1,191 @@
+"""The whole model's ranks and formats at once, by what each costs the loss: a Lagrangian choice over all matrices."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+from .budget import Budget, planned, spend_remainder
+from .options import ParetoFront, SizeOptions
+from .plan import PlannedModule
+from .spectra import check_spectrum
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+QuantizationLosses = Mapping[str, Mapping[tuple[str, str], "Tensor"]]
+"""What rounding costs, by matrix and `Format.key`, in the units of squared singular values.
+
+A tensor of one number for a structure without rank; otherwise `min(m, n) + 1` numbers, the loss at every rank from 0.
+"""
+
+
+def allocate_globally(
+    budget: Budget, spectra: Mapping[str, Tensor] | None = None, losses: QuantizationLosses | None = None
+) -> dict[str, PlannedModule]:
+    """Minimize the sum over all matrices of `loss_j(k_j) = sum_{i > k_j} s_i^2` within the byte budget.
+
+    A matrix that is not factorized has no truncation loss and its own bytes, so the loss of a matrix is not convex in
+    its bytes at the rank where the factors outgrow it. The choice runs along the lower convex hull of each matrix's
+    (bytes, loss) points, steepest edge of the whole model first: that is the minimum of `loss + lambda * bytes` for
+    every lambda that is passed. What the last edges leave over is spent on single steps.
+
+    Args:
+        budget: what `open_budget` returned.
+        spectra: for every matrix to allocate, its min(m, n) singular values, descending, in a metric in which matrices
+            can be compared (`kfac`; in that of the outputs' raw error they cannot).
+        losses: what rounding costs, where it was measured; a fixed share of the energy elsewhere.
+
+    Returns:
+        A planned module for every target, in order.
+
+    Raises:
+        ValueError: a spectrum is missing, not of min(m, n) values, not finite, negative or not descending.
+    """
+    spectra = spectra or {}
+    for options in budget.options.values():
+        check_spectrum(options.target, spectra, "global")
+    scores = {name: spectra[name].detach().cpu().double().square() for name in budget.options}
+    if budget.alternatives:
+        return allocate_mixture(budget, scores, losses)
+    return allocate_by_importance(budget, scores, losses)
+
+
+def allocate_mixture(
+    budget: Budget, scores: Mapping[str, Tensor], losses: QuantizationLosses | None = None
+) -> dict[str, PlannedModule]:
+    """Choose format and rank of every matrix: `allocate_globally` over the sizes that it can take in any format.
+
+    Args:
+        budget: what `open_budget` returned for alternative formats.
+        scores: for every matrix, the importance of each of its directions, not rising.
+        losses: what rounding costs.
+    """
+    fronts, lost = {}, {}
+    for name in budget.options:
+        choices = [
+            (options.bytes_at(option), loss, options.module_at(option))
+            for options in budget.all_options(name)
+            for option, loss in enumerate(option_losses(options, scores[name], losses))
+        ]
+        best: list[tuple[int, float, PlannedModule]] = []
+        for choice in sorted(choices, key=lambda choice: choice[:2]):
+            if not best or choice[1] < best[-1][1]:  # a larger one must lose less
+                best.append(choice)
+        fronts[name] = ParetoFront(tuple((size, module) for size, _, module in best))
+        lost[name] = [loss for _, loss, _ in best]
+    return allocate_by_loss(budget, lost, fronts)
+
+
+def allocate_by_importance(
+    budget: Budget, scores: Mapping[str, Tensor], losses: QuantizationLosses | None = None
+) -> dict[str, PlannedModule]:
+    """Keep the most important singular directions, as many of each matrix as the budget is best spent on.
+
+    Args:
+        budget: what `open_budget` returned.
+        scores: for every matrix to allocate, what keeping each of its min(m, n) directions takes off the loss; they
+            need not fall from one to the next. Below zero counts as zero.
+        losses: what rounding costs, where it was measured.
+
+    Returns:
+        A planned module for every target, in order.
+    """
+    orders = {name: values.argsort(descending=True, stable=True) for name, values in scores.items()}
+    fronts, lost = {}, {}
+    for name, options in budget.options.items():
+        found = option_losses(options, scores[name][orders[name]].clamp_min(0), losses)
+        # Where the last ranks lose next to nothing, rounding may lose more: a size that a smaller one beats is none.
+        kept = [
+            option
+            for option, (loss, least) in enumerate(zip(found, accumulate(found, min), strict=True))
+            if loss <= least
+        ]
+        fronts[name] = ParetoFront(tuple((options.bytes_at(option), options.module_at(option)) for option in kept))
+        lost[name] = [found[option] for option in kept]
+    chosen = allocate_by_loss(budget, lost, fronts)
+    for name in budget.options:
+        rank = chosen[name].rank
+        if rank is not None:
+            chosen[name] = replace(chosen[name], directions=tuple(sorted(orders[name][:rank].tolist())))
+    return chosen
+
+
+def option_losses(options: SizeOptions, scores: Tensor, losses: QuantizationLosses | None = None) -> list[float]:
+    """Return what is lost at every option that keeps the first directions, truncation and rounding.
+
+    The last, the matrix as it is, loses nothing; one that is only rounded loses its share of everything.
+
+    Args:
+        options: of one matrix.
+        scores: of its min(m, n) directions, float64, none below zero.
+        losses: what rounding costs, where it was measured.
+    """
+    measured = (losses or {}).get(options.target.name, {})
+    truncated = torch.cat([scores.flip(0).cumsum(0).flip(0), scores.new_zeros(1)])
+    found: list[float] = []
+    if options.ranks:
+        rounding = measured.get(options.format.key)
+        if rounding is None:
+            share = options.format.relative_error * scores
+            rounding = torch.cat([scores.new_zeros(1), share.cumsum(0)])
+        found = (truncated + rounding.to(scores))[list(options.ranks)].tolist()
+    for format in options.dense:
+        loss = measured.get(format.key)
+        found.append(format.relative_error * float(truncated[0]) if loss is None else float(loss))
+    return found
+
+
+def allocate_by_loss(
+    budget: Budget, losses: Mapping[str, Sequence[float]], fronts: Mapping[str, ParetoFront]
+) -> dict[str, PlannedModule]:
+    """Choose the options that minimize the sum of `losses` (by name and option, not rising) within the budget."""
+    chosen = dict.fromkeys(fronts, 0)
+    left = budget.free_bytes - sum(front.bytes_at(0) for front in fronts.values())
+    edges = {name: _hull(front, losses[name]) for name, front in fronts.items()}
+    queue = [(-edges[name][0][0], order, name, 0) for order, name in enumerate(fronts) if edges[name]]
+    heapq.heapify(queue)
+    while queue:
+        _, order, name, position = heapq.heappop(queue)
+        _, option = edges[name][position]
+        cost = fronts[name].bytes_at(option) - fronts[name].bytes_at(chosen[name])
+        # An edge that does not fit ends this matrix's walk: what lies beyond would be larger still.
+        if cost <= left:
+            left -= cost
+            chosen[name] = option
+            if position + 1 < len(edges[name]):
+                heapq.heappush(queue, (-edges[name][position + 1][0], order, name, position + 1))
+
+    def gain_per_byte(name: str, option: int) -> float:
+        if option == len(fronts[name]) - 1:
+            return 0.0
+        cost = fronts[name].bytes_at(option + 1) - fronts[name].bytes_at(option)
+        gain = losses[name][option] - losses[name][option + 1]
+        return gain / cost if cost else float("inf")
+
+    spend_remainder(fronts, budget.free_bytes, chosen, gain_per_byte)
+    return planned(budget, fronts, chosen)
+
+
+def _hull(front: ParetoFront, losses: Sequence[float]) -> list[tuple[float, int]]:
+    """The lower convex hull of (bytes, loss) from the first option up: `(gain per byte, option)` of its edges' ends."""
+    hull: list[tuple[int, float, int]] = []
+    for option, loss in enumerate(losses):
+        size = front.bytes_at(option)
+        if hull and size == hull[-1][0]:
+            hull.pop()  # the higher option costs the same
+        while len(hull) >= 2 and _bends_up(hull[-2], hull[-1], (size, loss, option)):
+            hull.pop()
+        hull.append((size, loss, option))
+    return [((before[1] - after[1]) / (after[0] - before[0]), after[2]) for before, after in pairwise(hull)]
+
+
+def _bends_up(one: tuple[int, float, int], two: tuple[int, float, int], three: tuple[int, float, int]) -> bool:
+    """Whether the middle point lies on or above the line between the other two."""
+    return (one[1] - two[1]) * (three[0] - one[0]) <= (one[1] - three[1]) * (two[0] - one[0])

@@ -1,0 +1,60 @@
+"""What rounding costs the loss, for one matrix in every format: the other half of the importance scores of a mixture.
+
+All of it in the metric of `kfac`, in nats per token, like the squares of its singular values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..encodings.base import InputGram
+from ..factorization.factors import Decomposition
+from ..structures.format import Format
+
+_RANK_STEP = 2
+"""From one rank at which the rounding of factors is measured to the next; in between it is interpolated."""
+_LOWEST_RANK = 32
+
+
+def quantization_losses(
+    formats: Sequence[Format], weight: Tensor, found: Decomposition | None, gram: Tensor, root: Tensor
+) -> dict[tuple[str, str], Tensor]:
+    """Return what rounding costs by `Format.key`: one number, or one for every rank from 0 to `min(m, n)`.
+
+    Args:
+        formats: to be measured.
+        weight: `m x n`, float64.
+        found: its decomposition; None where no format has a rank.
+        gram: `H` of its inputs.
+        root: `R` (`m x m`) with `R R^T` what the loss feels of its outputs.
+    """
+    inputs = InputGram(gram)
+    losses = {
+        format.key: torch.tensor(format.quantization_loss(weight, inputs, root), dtype=torch.float64)
+        for format in formats
+        if not format.structure.has_rank
+    }
+    ranked = [format for format in formats if format.structure.has_rank]
+    if found is None or not ranked:
+        return losses
+    points = [0]
+    while points[-1] < min(weight.shape):
+        points.append(min(min(weight.shape), max(_LOWEST_RANK, points[-1] * _RANK_STEP)))
+    at_points = {format.key: [0.0] for format in ranked}
+    for rank in points[1:]:
+        factors = found.truncate(rank)
+        for format in ranked:
+            at_points[format.key].append(format.quantization_loss(factors, inputs, root))
+    return losses | {key: _interpolated(points, values) for key, values in at_points.items()}
+
+
+def _interpolated(points: Sequence[int], values: Sequence[float]) -> Tensor:
+    """The values at all whole numbers from the first point to the last, float64."""
+    found = torch.empty(points[-1] + 1, dtype=torch.float64)
+    for (low, below), (high, above) in pairwise(zip(points, values, strict=True)):
+        found[low : high + 1] = torch.linspace(below, above, high - low + 1, dtype=torch.float64)
+    return found

@@ -1,0 +1,62 @@
+"""What `auto_map` in config.json names: the loader for machines without this package (`trust_remote_code=True`).
+
+Never imported by the package itself; `bundle.modeling_source` bundles it with every checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import transformers
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .loading import CompressedLoader
+
+SUPPORTED_FORMAT = 2
+
+
+@dataclasses.dataclass
+class CheckpointConfig(QuantizationConfigMixin):
+    """The quantization_config of config.json as it stands; only a few of its keys are read."""
+
+    quant_method: Any = "dobi_svd"
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update({"quant_method": "dobi_svd", **values})
+        if values.get("format_version", SUPPORTED_FORMAT) > SUPPORTED_FORMAT:
+            raise ValueError(
+                f"this checkpoint has dobi_svd format {values['format_version']}, newer than its loader reads: "
+                "pip install -U optimum-dobisvd"
+            )
+
+
+class _Entry:
+    """Registers the loader, then hands over to the architecture's own class."""
+
+    auto_class: Any = None
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Called by some versions of transformers, with what is known here already."""
+
+    @classmethod
+    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
+        """`from_pretrained` of that auto class, this time with transformers' own model class."""
+        if "dobi_svd" not in AUTO_QUANTIZER_MAPPING:
+            register_quantization_config("dobi_svd")(CheckpointConfig)
+            register_quantizer("dobi_svd")(CompressedLoader)
+        kwargs["trust_remote_code"] = False
+        return cls.auto_class.from_pretrained(name, *args, **kwargs)
+
+
+def __getattr__(name: str) -> Any:
+    """`DobiSVDAutoModelForCausalLM` and so on: one entry for every auto class, made when transformers asks for it.
+
+    One for each, because no version of transformers tells an entry reliably which auto class the user called.
+    """
+    auto_class = getattr(transformers, name.removeprefix("DobiSVD"), None) if name.startswith("DobiSVDAuto") else None
+    if auto_class is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return type(name, (_Entry,), {"auto_class": auto_class, "__module__": __name__})

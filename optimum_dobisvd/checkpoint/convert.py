@@ -1,0 +1,164 @@
+"""Another encoding for the matrices of a compressed model: 16 bits to train in, 8 or 4 to ship."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.dataset import CalibrationWindows
+from ..config import DobiSVDConfig
+from ..encodings.base import QUANT_METHOD, Encoding
+from ..encodings.registry import encoding_of
+from ..factorization.factors import Factors
+from ..model.layout import find_blocks, find_layout
+from ..model.linears import weight_matrix
+from ..model.offloaded import dense_weight
+from ..model.patterns import matching_names, resolve_overrides
+from ..pipeline.quantize import Passes, quantize
+from ..pipeline.validate import check_coverage, refuse_offloaded
+from ..structures.base import CompressedLinear, compressed_linears, to_dense
+from ..structures.format import AS_IS, Format, format_named
+from ..structures.placement import replace_linear
+from .hf_quantizer import attach, forget_compression
+
+
+def convert(model: Any, quantization: Any = None, *, windows: CalibrationWindows | None = None) -> Any:
+    """Store the matrices of a loaded model in another encoding, in place; its config says so afterwards.
+
+    Ranks stay, but for those that the encoding cannot take: they are filled up with zeros, which changes nothing the
+    model computes; where that makes the factors as large as the matrix, it is taken whole. Matrices that are not
+    factorized go with the factors where the encoding is for them (`int8`, GPTQ, bitsandbytes), and are dense
+    otherwise. What cannot have the encoding at all is warned of and left as it is.
+
+    Args:
+        model: compressed, in memory.
+        quantization: as in `DobiSVDConfig`; None is the model's own dtype, to train in.
+        windows: calibration windows for encodings that round on text; GPTQ needs some.
+
+    Raises:
+        ImportError: a library is missing; names the extra.
+        ValueError: the model has nothing to store so, matrices that another library quantized or that are offloaded,
+            or too few that the encoding fits. Then nothing was changed.
+    """
+    encoding, config = encoding_of(quantization), model.config.quantization_config
+    encoding.require()
+    blocks = find_blocks(model)
+    with torch.inference_mode(False), torch.no_grad():
+        modules = _rewrite(model, encoding, config)
+        quantize(model, encoding, Passes(blocks, windows, config.batch_size))
+    applied = None if encoding.name == "float" else encoding.as_applied()
+    attach(model, replace(config, modules=modules, quantization=applied, mixed=False))
+    forget_compression(model)
+    return model
+
+
+def _rewrite(model: Any, encoding: Encoding, config: DobiSVDConfig) -> dict[str, dict[str, Any]]:
+    """Write every matrix anew in the encoding, unquantized yet where that takes text; `modules` of config.json."""
+    compressed = compressed_linears(model)
+    dense = untouched_linears(model, config) if encoding.name in encoding.dense_encodings else {}
+    for name, module in compressed.items():
+        _check_ours(name, module)
+    if not compressed and not dense:
+        raise ValueError(f"the model has no matrix to store as {encoding.name}: compress it first")
+    refuse_offloaded({**compressed, **dense})
+    shapes = {name: (module.out_features, module.in_features) for name, module in compressed.items()}
+    shapes |= {name: (len(weight_matrix(each)), weight_matrix(each).shape[1]) for name, each in dense.items()}
+    reasons = {name: _reason_against(compressed.get(name), encoding, shape) for name, shape in shapes.items()}
+    check_coverage(encoding, shapes, reasons, config.min_coverage)
+    modules = {name: _entry(module) for name, module in compressed.items()}
+    for name in shapes:
+        if reasons[name] is None:
+            modules.pop(name, None)
+            format, rank = _write_one(model, name, encoding)
+            if not format.leaves_as_is:
+                modules[name] = {
+                    "structure": format.structure.structure,
+                    **({} if rank is None else {"rank": rank}),
+                    "encoding": encoding.name,
+                }
+    return modules
+
+
+def _write_one(model: Any, name: str, encoding: Encoding) -> tuple[Format, int | None]:
+    """Write one matrix anew; returns what it is then."""
+    module = model.get_submodule(name)
+    dense = Format(AS_IS.structure, encoding)
+    format, rank = dense, None
+    source: Factors | Tensor | None = None
+    if isinstance(module, CompressedLinear) and module.rank is not None:
+        format = Format(type(module), encoding)
+        multiple = encoding.required_rank_multiple
+        rank = -(-module.rank // multiple) * multiple
+        if rank != module.rank and not _is_smaller(format, dense, rank, module):
+            format, rank = dense, None
+        else:
+            source = _factors(module, rank)
+    if rank is None and encoding.name not in encoding.dense_encodings:
+        model.set_submodule(name, to_dense(module))
+        return AS_IS, None
+    if source is None:
+        source = module.dense_matrix() if isinstance(module, CompressedLinear) else dense_weight(module)
+    weights = format.structure.written(source, encoding.gauge, module.weight.dtype)
+    replace_linear(model, name, format, rank, weights, quantized=not encoding.uses_text)
+    return format, rank
+
+
+def _factors(module: CompressedLinear, rank: int) -> Factors:
+    """The factors of a matrix at a rank that is at least its own, zeros in the place of what there is not."""
+    second, first = module.factors()
+    missing = rank - len(first)
+    return Factors(nn.functional.pad(second, (0, missing)), nn.functional.pad(first, (0, 0, 0, missing)))
+
+
+def _is_smaller(format: Format, dense: Format, rank: int, module: CompressedLinear) -> bool:
+    shape, size = (module.out_features, module.in_features), module.weight.element_size()
+    return rank <= min(shape) and format.bytes(*shape, rank, size) < dense.bytes(*shape, None, size)
+
+
+def _check_ours(name: str, module: CompressedLinear) -> None:
+    encoding = format_named(module.structure, module.encoding).encoding
+    if encoding.quant_method != QUANT_METHOD:
+        raise ValueError(
+            f"{name} is stored as {module.encoding}, which another library reads: start from the checkpoint before it "
+            "was quantized"
+        )
+
+
+def _reason_against(module: CompressedLinear | None, encoding: Encoding, shape: tuple[int, int]) -> str | None:
+    """Why a matrix is not written anew, None if it is."""
+    if module is not None and module.encoding != "float" and encoding.quant_method != QUANT_METHOD:
+        return f"it is stored as {module.encoding}"
+    return encoding.unsupported_reason(*shape)
+
+
+def _entry(module: CompressedLinear) -> dict[str, Any]:
+    rank = {} if module.rank is None else {"rank": module.rank}
+    return {"structure": module.structure, **rank, "encoding": module.encoding}
+
+
+def untouched_linears(model: Any, config: DobiSVDConfig) -> Mapping[str, nn.Module]:
+    """Return the linears of the blocks that a compression left as they were, but for those that were to stay so."""
+    if not find_blocks(model):
+        return {}  # nothing but linears in 8 bits
+    wrappers = tuple(f"{name}." for name in compressed_linears(model))
+    # A model may have been loaded without its head, and its linears then lack the first part of their names.
+    prefix = getattr(model, "base_model_prefix", "")
+    return {
+        name: module
+        for name, module in find_layout(model).linears.items()
+        if not name.startswith(wrappers)
+        and not any(_was_to_stay(known, config) for known in (name, f"{prefix}.{name}"))
+    }
+
+
+def _was_to_stay(name: str, config: DobiSVDConfig) -> bool:
+    """Whether the user wanted this linear dense. Patterns may be for what is compressed, so they need not match."""
+    if any(matching_names(pattern, [name]) for pattern in config.modules_to_not_convert):
+        return True
+    fitting = {pattern: entry for pattern, entry in config.overrides.items() if matching_names(pattern, [name])}
+    override = resolve_overrides(fitting, [name]).get(name)
+    return override is not None and override.dense is True

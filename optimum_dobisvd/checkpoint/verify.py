@@ -1,0 +1,176 @@
+"""Checks of a compressed checkpoint's files against the modules they are for, from the headers alone."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from ..encodings.base import Encoding
+from ..model.linears import is_dense_linear
+from ..structures.base import CompressedLinear, compressed_linears
+from ..structures.format import Format
+
+
+def module_names_in(model: Any, names: list[str]) -> dict[str, str]:
+    """Map module names of config.json to names in this model.
+
+    They are the same, unless a headless model (`AutoModel`) reads a checkpoint of one with a head, or the reverse;
+    then the base model's prefix comes off or on. ValueError names a module that is nowhere.
+    """
+    present = dict(model.named_modules())
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    mapped = {}
+    for name in names:
+        candidates = (name, name.removeprefix(prefix), prefix + name)
+        found = next((candidate for candidate in candidates if candidate in present), None)
+        if found is None:
+            near = difflib.get_close_matches(name, present, n=1)
+            hint = f" (nearest: {near[0]})" if near else ""
+            raise ValueError(
+                f"config.json lists a compressed module {name}, which {type(model).__name__} does not have{hint}: the "
+                "checkpoint belongs to another architecture, or its config.json was edited"
+            )
+        mapped[name] = found
+    return mapped
+
+
+def check_tensors(model: Any, files: list[str], encodings: Mapping[str, Encoding]) -> None:
+    """Check that every tensor of every compressed linear is in the files, and none is there without a module.
+
+    Shapes and dtypes are read from the headers. Scales of integers are read, and must be above zero and finite.
+
+    Args:
+        model: its compressed linears on meta.
+        files: of the checkpoint.
+        encodings: of the compressed linears, by name.
+
+    Raises:
+        ValueError: names the tensor, what is wrong with it, and the remedy. No weight has been allocated by then.
+    """
+    if any(not str(file).endswith(".safetensors") for file in files):
+        raise ValueError(f"a dobi_svd checkpoint is stored in safetensors, found {files[0]}")
+    compressed = compressed_linears(model)
+    expected: dict[str, tuple[list[int], str | None]] = {}
+    scales: set[str] = set()
+    for name, module in compressed.items():
+        encoding = encodings[module.encoding]
+        found_of = _tensors_of(name, module, encoding)
+        expected |= found_of
+        scales |= {tensor for tensor in found_of if tensor.rpartition(".")[2] in encoding.scales}
+    found = _headers_by_model_name(model, files, scales)
+    for tensor, (shape, dtype) in expected.items():
+        _check_tensor(tensor, shape, dtype, found.get(tensor))
+    for tensor, (shape, _) in found.items():
+        owner, _, key = tensor.rpartition(".")
+        if owner in compressed and key == "weight" and 0 not in shape:
+            raise ValueError(
+                f"the checkpoint holds a dense {tensor} beside its factors: files of two models were mixed"
+            )
+        _check_is_listed(model, tensor, expected, encodings)
+    _check_nothing_else_is_missing(model, {tensor: shape for tensor, (shape, _) in found.items()})
+
+
+def _tensors_of(name: str, module: CompressedLinear, encoding: Encoding) -> dict[str, tuple[list[int], str | None]]:
+    """Shape of every tensor a compressed linear loads, and its dtype where loading must not change it."""
+    format = Format(type(module), encoding)
+    shape = (module.out_features, module.in_features)
+    tensors = format.tensors(*shape, module.rank, bias=module.bias is not None)
+    return {f"{name}.{key}": header for key, header in tensors.items()}
+
+
+def _check_tensor(tensor: str, shape: list[int], dtype: str | None, found: tuple[list[int], str] | None) -> None:
+    """It is there, of that shape, and of that dtype if one is given (loading casts floats; integers it must not)."""
+    if found is None:
+        raise ValueError(f"the checkpoint lacks {tensor}, which config.json promises: it is incomplete, copy it again")
+    if found[0] != shape:
+        raise ValueError(
+            f"{tensor} has shape {found[0]} in the checkpoint and {shape} by config.json: one of the "
+            "two belongs to another compression; copy both from the same one"
+        )
+    if dtype is not None and found[1] != dtype:
+        raise ValueError(
+            f"{tensor} is stored as {found[1]} and must be {dtype}: another program has rewritten the checkpoint; "
+            "copy the original again"
+        )
+
+
+def _check_is_listed(model: Any, tensor: str, expected: Collection[str], encodings: Mapping[str, Encoding]) -> None:
+    """Refuse a tensor inside a linear that is not compressed, or not so."""
+    if tensor in expected:
+        return
+    parts = tensor.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        owner, inside = ".".join(parts[:end]), parts[end:]
+        if not model_has(model, owner):
+            continue
+        module = model.get_submodule(owner)
+        if isinstance(module, CompressedLinear):
+            more = encodings[module.encoding].has_more_tensors and inside[0] in dict(module.named_children())
+            strange = inside != ["weight"] and not more
+        else:
+            strange = is_dense_linear(module) and inside not in (["weight"], ["bias"])
+        if strange:
+            raise ValueError(
+                f"the checkpoint holds {tensor}, but config.json does not list {owner} as compressed that way"
+            )
+
+
+def _check_nothing_else_is_missing(model: Any, shapes: dict[str, list[int]]) -> None:
+    """Other weights must be there, too. Only a head may be untrained, where another class was saved than is loaded."""
+    other_class = type(model).__name__ not in (model.config.architectures or ())
+    head = [] if getattr(model, model.base_model_prefix, model) is model else [model.base_model_prefix + "."]
+    tied = set(model.all_tied_weights_keys)
+    optional = [
+        re.compile(pattern)
+        for pattern in [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
+    ]
+    for name in model.state_dict():
+        may_be_new = other_class and head and not name.startswith(head[0])
+        if name not in shapes and name not in tied and not may_be_new:
+            if any(pattern.search(name) for pattern in optional):
+                continue
+            raise ValueError(f"the checkpoint lacks {name}: it is incomplete, copy it again")
+
+
+def model_has(model: Any, name: str) -> bool:
+    """Whether the model has a submodule of that name."""
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _headers_by_model_name(model: Any, files: list[str], scales: Collection[str]) -> dict[str, tuple[list[int], str]]:
+    """Shape and dtype of all tensors in the files, under the names transformers will load them to.
+
+    Those named in `scales` are read, too. ValueError names one that has a value that is not finite and above zero.
+    """
+    # Private, all of it, but only transformers knows how this architecture's keys are renamed on load.
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    expected = model.state_dict()
+    found = {}
+    for file in files:
+        # Older releases of transformers call this under torch.device("meta"); scales are read for their values.
+        with torch.device("cpu"), safe_open(file, framework="pt") as handle:
+            for key in handle.keys():  # noqa: SIM118 - not a dict
+                name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
+                header = handle.get_slice(key)
+                found[name] = (header.get_shape(), header.get_dtype())
+                if name in scales:
+                    scale = handle.get_tensor(key)
+                    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+                        raise ValueError(
+                            f"{name} in {file} holds a scale that is zero, negative or not finite: the checkpoint is "
+                            "damaged; copy it again, or compress again"
+                        )
+    return found

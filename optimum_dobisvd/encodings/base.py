@@ -1,0 +1,275 @@
+"""What an encoding is: how one linear's weight is stored, and all that follows from it.
+
+Bundled with every checkpoint (see `checkpoint.bundle`), as are the encodings themselves: they import nothing but
+torch, transformers and each other, and other libraries by name where they are needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..factorization.factors import Gauge
+
+QUANT_METHOD = "dobi_svd"
+"""What config.json calls this format."""
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """Shape of one linear of a compressed `m x n` matrix.
+
+    Attributes:
+        out_features, in_features: of the linear.
+        full_rank: `min(m, n)` of the matrix.
+    """
+
+    out_features: int
+    in_features: int
+    full_rank: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of the weight, hence multiply-adds per token."""
+        return self.out_features * self.in_features
+
+
+class InputGram:
+    """`H = X X^T` (`n x n`) of a linear's inputs, and what error feedback leaves of an error under it."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self._conditional: dict[float, Tensor] = {}
+
+    def conditional_variances(self, damping: float) -> Tensor:
+        """Return the variance of each input given the inputs after it, `damping` (a share of the mean) added to all.
+
+        Error feedback rounds inputs in order and makes up for each error with the inputs that are left, so that of an
+        error only this part remains.
+        """
+        if damping not in self._conditional:
+            damped = self.matrix.double().clone()
+            damped.diagonal().add_(damping * damped.diagonal().mean().clamp_min(1e-300))
+            factor = torch.linalg.cholesky(damped.flip(0, 1))
+            self._conditional[damping] = factor.diagonal().square().flip(0)
+        return self._conditional[damping]
+
+
+@dataclass(frozen=True)
+class ErrorMetric:
+    """What an error `E` (`m x n`) of a linear's weight costs: `sum_i felt_i E_i H E_i^T`.
+
+    Errors of different outputs are taken as independent, so only the diagonal of what is felt of them counts.
+
+    Attributes:
+        gram: `H` of the linear's inputs.
+        felt: how much the loss feels each output, `m`.
+    """
+
+    gram: InputGram
+    felt: Tensor
+
+    def each_value_alone(self, error: Tensor) -> float:
+        """Return what an error costs that nothing makes up for."""
+        return float((self.felt * ((error @ self.gram.matrix) * error).sum(1)).sum())
+
+    def with_feedback(self, error: Tensor, damping: float) -> float:
+        """Return what is left of it when the inputs after each one make up for it."""
+        return float((self.felt * (error.square() @ self.gram.conditional_variances(damping))).sum())
+
+
+class Encoding(ABC):
+    """How one linear's weight is stored: one instance for every name that plans and config.json may have.
+
+    Attributes:
+        name: in plans and config.json, by all that decides its bytes (`gptq4_g32`).
+        settings: transformers' own configuration that it was made from; None for encodings of ours.
+        quant_method: what transformers and PEFT call models whose linears are stored so.
+        out_multiple, in_multiple: what outputs and inputs must be multiples of.
+        rank_multiple: what ranks are multiples of unless the user says otherwise.
+        gauge: which pair of equal factors rounds best.
+        dense_encodings: what a matrix that is not factorized may be stored as beside it, the smallest first; as it is
+            (`float`) is always a choice.
+        relative_error: share of a linear's energy that rounding takes, for allocators that know no better.
+        loss_is_measured: whether allocators that price ranks weigh its rounding by measured loss.
+        own_text, own_tokenizer: calibration text that its settings name, and its tokenizer; None where they do not.
+        one_input_at_a_time: whether linears of a block that read different inputs are quantized one after the other,
+            each on what the ones before it give, rather than all on what the dense ones give.
+        uses_text: whether it rounds better with the Gram of the linear's inputs; such linears are quantized
+            sequentially, each on the inputs that the quantized ones before it give.
+        needs_text: whether it cannot round without.
+        trainable: whether its weights can be trained.
+        adapter_refusal: why PEFT can put no adapter on its linears, in words; None if it can.
+        merges_adapters: whether PEFT merges adapters into them.
+        has_more_tensors: whether checkpoints hold tensors of its linears that `tensors` does not list.
+        scales: names of its tensors that must be above zero and finite.
+    """
+
+    name: str
+    settings: Any = None
+    quant_method: str = QUANT_METHOD
+    out_multiple: int = 1
+    in_multiple: int = 1
+    gauge: Gauge = Gauge.BALANCED
+    dense_encodings: tuple[str, ...] = ()
+    relative_error: float = 0.0
+    loss_is_measured: ClassVar[bool] = False
+    own_text: Any = None
+    own_tokenizer: Any = None
+    one_input_at_a_time: bool = False
+    uses_text: bool = False
+    needs_text: ClassVar[bool] = False
+    trainable: ClassVar[bool] = False
+    adapter_refusal: ClassVar[str | None] = None
+    merges_adapters: ClassVar[bool] = True
+    has_more_tensors: ClassVar[bool] = False
+    scales: ClassVar[tuple[str, ...]] = ()
+
+    # Which encodings there are, and from which setting of the user they come.
+
+    @classmethod
+    @abstractmethod
+    def named(cls, name: str, settings: Any = None) -> Encoding | None:
+        """Return the encoding of that name, None if it is not of this kind."""
+
+    @classmethod
+    def from_setting(cls, setting: Any, *, strict: bool) -> Encoding | None:
+        """Return what a user's `quantization` means, None if it means no encoding of this kind.
+
+        Args:
+            setting: a name, transformers' configuration, or one as a dictionary.
+            strict: whether an option it does not know is an error. A checkpoint may come from a newer transformers.
+
+        Raises:
+            ValueError: options that cannot be stored so; names the remedy.
+        """
+        return cls.named(setting) if isinstance(setting, str) else None
+
+    @property
+    def alternatives(self) -> tuple[str, ...]:
+        """Other encodings of this kind that a mixture may choose."""
+        return ()
+
+    def remembered(self) -> Any:
+        """Return the setting as config.json keeps it: JSON values, without the inputs of one run."""
+        return self.name
+
+    def as_applied(self) -> Any:
+        """Return the setting that a model remembers whose linears are stored so."""
+        return self.name
+
+    # Sizes.
+
+    @abstractmethod
+    def bytes(self, shape: LinearShape, element_size: int) -> int:
+        """Return the bytes of a linear on disk without its bias, scales included; `element_size` is the model's."""
+
+    @property
+    def required_rank_multiple(self) -> int:
+        """What ranks must be multiples of: a rank is the outputs of one linear and the inputs of another."""
+        return math.lcm(self.out_multiple, self.in_multiple)
+
+    @property
+    def rank_multiple(self) -> int:
+        """What ranks are multiples of unless the user says otherwise."""
+        return self.required_rank_multiple
+
+    def unsupported_reason(self, out_features: int, in_features: int) -> str | None:
+        """Return why a linear of that shape cannot be stored so, None if it can."""
+        if out_features % self.out_multiple:
+            return f"{self.name} takes outputs in multiples of {self.out_multiple}, and it has {out_features}"
+        if in_features % self.in_multiple:
+            return f"{self.name} takes inputs in multiples of {self.in_multiple}, and it has {in_features}"
+        return None
+
+    def remedy_for(self, shapes: Mapping[str, tuple[int, int]]) -> str:
+        """Return what would make linears of these shapes fit, in words."""
+        return "take another encoding: this one is not for matrices of such sizes"
+
+    # Values.
+
+    def quantization_loss(self, weight: Tensor, full_rank: int, metric: ErrorMetric) -> float:
+        """Return what rounding a weight (`m x n`) costs, as near as can be told without doing it."""
+        return 0.0
+
+    @abstractmethod
+    def quantize(
+        self, linear: nn.Linear, full_rank: int, dtype: torch.dtype, gram: Tensor | None = None
+    ) -> tuple[nn.Module, Tensor]:
+        """Quantize one linear.
+
+        Args:
+            linear: its weight in any floating point dtype.
+            full_rank: `min(m, n)` of the matrix that it is part of.
+            dtype: the model's.
+            gram: `H` of its inputs.
+
+        Returns:
+            What takes its place, and the matrix that this stands for (`m x n`).
+
+        Raises:
+            ValueError: it cannot be done; says why.
+        """
+
+    # Checkpoints.
+
+    def require(self) -> None:  # noqa: B027 - most encodings have nothing to do
+        """Raise ImportError, naming the extra, if a library is missing; ValueError if it cannot do what is asked."""
+
+    def check_device_map(self, device_map: Any) -> None:  # noqa: B027 - most encodings have nothing to do
+        """Raise ValueError if its linears cannot be placed so."""
+
+    def hf_quantizer(self) -> Any:
+        """Return transformers' quantizer that reads its tensors, None where transformers need not know."""
+        return None
+
+    def empty(self, linear: nn.Linear, full_rank: int) -> nn.Module:
+        """Return a place for the tensors of a linear, on meta as the linear is."""
+        return linear
+
+    def loaded(self, name: str, module: nn.Module) -> nn.Module:
+        """Return what computes from a place that has been filled."""
+        return module
+
+    def loaded_model(self, model: Any) -> None:  # noqa: B027 - most encodings have nothing to do
+        """Make a model whose linears are stored so one that transformers and PEFT treat as such."""
+
+    def forget(self, model: Any) -> None:  # noqa: B027 - most encodings have nothing to do
+        """Undo `loaded_model`: a dense model again."""
+
+    def before_saving(self, name: str, module: nn.Module, dtype: torch.dtype) -> None:  # noqa: B027 - most encodings have nothing to do
+        """Make sure that a linear's tensors are as checkpoints have them. ValueError names it."""
+
+    @abstractmethod
+    def tensors(self, shape: LinearShape) -> dict[str, tuple[list[int], str | None]]:
+        """Return shape and dtype of a linear's tensors as files' headers have them, bias aside; None is any float."""
+
+    def quiet(self) -> contextlib.AbstractContextManager:
+        """Return a context in which its library keeps its lines on every linear to itself."""
+        return contextlib.nullcontext()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
+
+
+@torch.no_grad()
+def matrix_of(linear: nn.Module) -> Tensor:
+    """Return the `m x n` weight of a linear in float32; of a quantized one, what it computes with."""
+    if type(linear) is nn.Linear:
+        return linear.weight.detach().float()
+    dequantized = getattr(linear, "dense_matrix", None)
+    if dequantized is not None:
+        found: Tensor = dequantized()
+        return found
+    device = next(tensor.device for tensor in (*linear.parameters(), *linear.buffers()))
+    columns: Any = linear.in_features
+    outputs = linear(torch.eye(columns, device=device)).float()
+    bias = getattr(linear, "bias", None)
+    return (outputs if bias is None else outputs - bias.float()).T

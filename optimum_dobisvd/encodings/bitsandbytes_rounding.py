@@ -1,0 +1,102 @@
+"""Quantizing linears with bitsandbytes, through transformers' own quantizers; both are imported by name."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from .error_feedback import ErrorFeedback
+
+
+def require_bitsandbytes() -> None:
+    """Raise ImportError, naming the extra, if bitsandbytes is not installed or does not work."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("this needs bitsandbytes: pip install 'optimum-dobisvd[bnb]'")
+    try:
+        importlib.import_module("bitsandbytes")
+    except Exception as error:
+        raise ImportError(f"bitsandbytes is installed and cannot be imported: {error}") from error
+
+
+def quantized_linear(linear: nn.Linear, settings: Any) -> Any:
+    """Return bitsandbytes' linear of the same function, but for the rounding of each value."""
+    holder: Any = _Holder(linear)
+    put_empty_linears(holder, settings, pre_quantized=False)
+    new = holder.linear
+    operation = AutoHfQuantizer.from_config(settings, pre_quantized=False).get_quantize_ops()
+    found = operation.convert({"linear.weight": [linear.weight.data]}, model=holder, full_layer_name="linear.weight")
+    new.weight = found["linear.weight"]
+    if linear.bias is not None:
+        new.bias = nn.Parameter(linear.bias.data, requires_grad=False)
+    keep_as_saved(new)
+    return new.train(linear.training)
+
+
+def round_with_feedback(linear: nn.Linear, settings: Any, gram: Tensor) -> tuple[Any, Tensor]:
+    """Return bitsandbytes' 4-bit linear with values rounded by error feedback, and the matrix it stands for.
+
+    bitsandbytes takes the largest value of a block for its scale and rounds every value on its own. Here scales are
+    fitted, and `ErrorFeedback` chooses which value of its code a weight becomes. The tensors are bitsandbytes' own in
+    every respect.
+    """
+    new = quantized_linear(linear, settings)
+    state = new.weight.quant_state
+    matrix = linear.weight.detach()
+    code, ascending = state.code.double().sort()
+    feedback = ErrorFeedback(gram)
+    fitted = feedback.fitted_scales(matrix, code, _scales(state).view(len(matrix), -1).to(matrix.device))
+    _set_scales(state, fitted.flatten().to(state.code))
+    chosen, rounded = feedback.round(matrix, code, _scales(state).view_as(fitted).to(matrix.device))
+    values = ascending[chosen].to(torch.uint8).view(-1, 2)
+    # Two to a byte, the first one in the upper half.
+    new.weight.data = (values[:, 0] << 4 | values[:, 1]).view_as(new.weight.data)
+    return new, rounded
+
+
+def put_empty_linears(module: nn.Module, settings: Any, *, pre_quantized: bool) -> None:
+    """Put bitsandbytes' linears on meta in the place of a module's plain ones."""
+    replace = importlib.import_module("transformers.integrations").replace_with_bnb_linear
+    replace(module, quantization_config=settings, pre_quantized=pre_quantized)
+
+
+def keep_as_saved(module: nn.Module) -> None:
+    """Keep a 4-bit linear from repacking itself in its first forward pass on a CPU with bf16 instructions.
+
+    That takes multiples of 32 outputs only, rounds the scales to bfloat16, and the rounded ones would then be saved.
+    """
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - a type checker takes it for a tensor
+
+
+def _scales(state: Any) -> Tensor:
+    """One for every block, float32."""
+    if not state.nested:
+        return cast(Tensor, state.absmax)
+    functional = importlib.import_module("bitsandbytes.functional")
+    return cast(Tensor, functional.dequantize_blockwise(state.absmax, state.state2) + state.offset)
+
+
+def _set_scales(state: Any, scales: Tensor) -> None:
+    """As bitsandbytes stores them, which for double quantization is as near as 8 bits come."""
+    if not state.nested:
+        state.absmax = scales
+        return
+    functional = importlib.import_module("bitsandbytes.functional")
+    state.offset = scales.mean()
+    state.absmax, state.state2 = functional.quantize_blockwise(scales - state.offset, blocksize=state.state2.blocksize)
+
+
+class _Holder(nn.Module):
+    """A model of one linear, as far as transformers' operations ask."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def get_parameter_or_buffer(self, name: str) -> Tensor:
+        return self.get_parameter(name)

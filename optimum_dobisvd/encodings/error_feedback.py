@@ -1,0 +1,104 @@
+"""Rounding a matrix to a given code so that its outputs, not its values, are close: GPTQ's error feedback."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_COLUMNS_AT_ONCE = 128
+"""Columns whose errors are passed on to all later ones in one product."""
+_FRACTIONS = tuple(0.6 + 0.025 * step for step in range(21))
+"""Scales that are tried, over those given. Some are larger, since what is passed on makes later values larger."""
+
+
+class ErrorFeedback:
+    """Chooses values of a code that keep `||(W - W_q) X||_F` small, one input after the other.
+
+    Each input is rounded to the nearest value, and what that changes in the outputs is made up for by the inputs not
+    rounded yet, as far as they are correlated with it (GPTQ, arXiv 2210.17323). Inputs with the largest second moment
+    go first: scales are fixed beforehand, so the order costs nothing later.
+
+    Args:
+        gram: `H = X X^T`, n x n.
+        damping: added to the diagonal of `H`, as a share of its mean.
+    """
+
+    def __init__(self, gram: Tensor, damping: float = 0.01) -> None:
+        self._order = gram.diagonal().argsort(descending=True, stable=True)
+        self._upper = _upper_root_of_inverse(gram[self._order][:, self._order].double(), damping)
+
+    def fitted_scales(self, weight: Tensor, code: Tensor, scales: Tensor) -> Tensor:
+        """Scales with which rounding to a code loses less than with those of the largest values.
+
+        Of an input's error only that part counts which no input rounded after it makes up for, so that a large value
+        of an input that others stand in for need not stretch the code for its neighbors.
+
+        Args:
+            weight, code, scales: as for `round`.
+
+        Returns:
+            One for each given (float64): the best of 21 fractions of it.
+        """
+        m, n = weight.shape
+        left_over = torch.empty(n, dtype=torch.float64, device=weight.device)
+        left_over[self._order] = 1 / self._upper.diagonal().square()
+        grouped, left_over = weight.double().view(m, scales.shape[1], -1), left_over.view(1, scales.shape[1], -1)
+        code, middles = _with_middles(code)
+        best = torch.full(scales.shape, torch.inf, dtype=torch.float64, device=weight.device)
+        found = scales.double()
+        for fraction in _FRACTIONS:
+            tried = fraction * scales.double()
+            steps = torch.where(tried > 0, tried, 1)[..., None]
+            error = grouped - code[torch.bucketize((grouped / steps).contiguous(), middles)] * steps
+            lost = (error.square() * left_over).sum(-1)
+            found = torch.where(lost < best, tried, found)
+            best = torch.minimum(lost, best)
+        return found
+
+    def round(self, weight: Tensor, code: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """The rounding of one matrix.
+
+        Args:
+            weight: `W`, m x n.
+            code: the values a weight may have in units of its scale, ascending.
+            scales: m x (n / g): one for every g neighboring inputs of an output.
+
+        Returns:
+            Which value of the code each weight became (int64, m x n), and the matrix they stand for (float64).
+        """
+        m, n = weight.shape
+        order, upper = self._order, self._upper
+        left = weight[:, order].double().clone()
+        steps = scales.double().repeat_interleave(n // scales.shape[1], dim=1)[:, order]
+        steps = torch.where(steps > 0, steps, 1)
+        code, middles = _with_middles(code)
+        chosen = torch.empty(m, n, dtype=torch.int64, device=weight.device)
+        for begin in range(0, n, _COLUMNS_AT_ONCE):
+            end = min(begin + _COLUMNS_AT_ONCE, n)
+            errors = torch.empty(m, end - begin, dtype=torch.float64, device=weight.device)
+            for column in range(begin, end):
+                index = torch.bucketize(left[:, column] / steps[:, column], middles)
+                chosen[:, column] = index
+                error = (left[:, column] - code[index] * steps[:, column]) / upper[column, column]
+                left[:, column + 1 : end] -= error[:, None] * upper[column, column + 1 : end]
+                errors[:, column - begin] = error
+            left[:, end:] -= errors @ upper[begin:end, end:]
+        back = order.argsort()
+        return chosen[:, back], (code[chosen] * steps)[:, back]
+
+
+def _with_middles(code: Tensor) -> tuple[Tensor, Tensor]:
+    """The code, and where between two of its values rounding changes from one to the other."""
+    code = code.double()
+    return code, (code[1:] + code[:-1]) / 2
+
+
+def _upper_root_of_inverse(gram: Tensor, damping: float) -> Tensor:
+    """Upper triangular `U` with `U^T U = (H + damping)^-1`; inputs that never vary get a variance of their own."""
+    mean = gram.diagonal().mean()
+    if not float(mean) > 0:
+        return torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    damped = gram.clone()
+    damped.diagonal().add_(damping * mean)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True)

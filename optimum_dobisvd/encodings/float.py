@@ -1,0 +1,39 @@
+"""The weight as it is, in the model's own dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Encoding, LinearShape
+
+
+class Float(Encoding):
+    """Plain `nn.Linear`: what PEFT, GPTQ and bitsandbytes find by its type, and what can be trained."""
+
+    name = "float"
+    trainable = True
+
+    @classmethod
+    def named(cls, name: str, settings: Any = None) -> Float | None:
+        return cls() if name == cls.name else None
+
+    def bytes(self, shape: LinearShape, element_size: int) -> int:
+        return shape.numel * element_size
+
+    def tensors(self, shape: LinearShape) -> dict[str, tuple[list[int], str | None]]:
+        return {"weight": ([shape.out_features, shape.in_features], None)}
+
+    def quantize(
+        self, linear: nn.Linear, full_rank: int, dtype: torch.dtype, gram: Tensor | None = None
+    ) -> tuple[nn.Module, Tensor]:
+        """Cast the weight to the model's dtype. ValueError if a value overflows there."""
+        weight = linear.weight.detach().to(dtype).contiguous()
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(
+                f"a factor does not fit into {dtype}: its values overflow; load the model in bfloat16 or float32"
+            )
+        linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+        return linear, weight

@@ -1,0 +1,215 @@
+"""GPTQ's encoding: 2, 3, 4 or 8 bits, a scale and a zero for every group of inputs; gptqmodel makes and runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GPTQConfig
+
+from ..factorization.factors import Gauge
+from .base import Encoding, ErrorMetric, LinearShape
+from .gptq_linear import (
+    GPTQ_IN_MEMORY,
+    GPTQTensors,
+    gptq_kernel,
+    quiet_gptqmodel,
+    require_gptqmodel,
+    require_unpacked,
+)
+from .gptq_rounding import gptq_round
+from .settings import check_options, refuse_layer_names, with_method
+
+_GPTQ_BITS = (2, 3, 4, 8)
+_GPTQ_NAME = re.compile(r"gptq([2348])_(?:g(\d+)|rows)")
+_GPTQ_SHORT_NAME = re.compile(r"gptq([2348])(?:_g(\d+)|_rows)?")
+_GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
+_WORD = 32
+"""Inputs and outputs are packed 32 at a time."""
+
+_gptq_log = logging.getLogger(__name__)
+
+
+class GPTQ(Encoding):
+    """Named `gptq4_g32`: 4 bits, groups of 32 inputs; `gptq4_rows`: one scale for all inputs of an output."""
+
+    quant_method = "gptq"
+    gauge = Gauge.ROTATED
+    loss_is_measured = True
+    uses_text = True
+    needs_text = True
+    merges_adapters = False
+
+    def __init__(self, bits: int, group_size: int, settings: GPTQConfig | None = None) -> None:
+        self.bits, self.group_size, self.settings = bits, group_size, settings
+        self.name = f"gptq{bits}_rows" if group_size == -1 else f"gptq{bits}_g{group_size}"
+        self.out_multiple = _WORD
+        self.in_multiple = _WORD if group_size == -1 else math.lcm(_WORD, group_size)
+        # Rounding to a grid whose ends are about 2.4 times the root mean square; GPTQ takes half of that error away.
+        self.relative_error = 0.5 * (2.4 * 2 / (2**bits - 1)) ** 2 / 12
+        self.dense_encodings = (self.name, "int8")
+        if settings is not None:
+            self.own_text, self.own_tokenizer = settings.dataset, settings.tokenizer
+            self.one_input_at_a_time = bool(settings.true_sequential)
+
+    @classmethod
+    def named(cls, name: str, settings: Any = None) -> GPTQ | None:
+        found = _GPTQ_NAME.fullmatch(name)
+        group_size = -1 if found is None or found[2] is None else int(found[2])
+        return cls(int(found[1]), group_size, settings) if found is not None and group_size else None
+
+    @classmethod
+    def from_setting(cls, setting: Any, *, strict: bool) -> GPTQ | None:
+        """Take a `GPTQConfig`, one as a dictionary, or a name: `gptq4` (groups of 128), `gptq4_g32`, `gptq4_rows`."""
+        if isinstance(setting, str):
+            found = _GPTQ_SHORT_NAME.fullmatch(setting)
+            if found is None:
+                return None
+            rows = setting.endswith("_rows")
+            setting = GPTQConfig(
+                bits=int(found[1]),
+                group_size=-1 if rows else int(found[2] or 128),
+                act_group_aware=False if rows else GPTQConfig(bits=4).act_group_aware,
+            )
+        if isinstance(setting, dict) and with_method(setting) == "gptq":
+            if strict:
+                check_options(GPTQConfig, GPTQConfig(bits=4), setting)
+            setting = GPTQConfig.from_dict({key: value for key, value in setting.items() if key != "quant_method"})
+        if type(setting).__name__ != "GPTQConfig":
+            return None
+        _check_gptq(setting)
+        if strict:
+            _warn_of_unused(setting)
+        return cls(setting.bits, setting.group_size, setting)
+
+    @property
+    def alternatives(self) -> tuple[str, ...]:
+        """The other bits at the same group size."""
+        others = (GPTQ(bits, self.group_size) for bits in _GPTQ_BITS if bits != self.bits)
+        return tuple(other.name for other in others)
+
+    def remembered(self) -> Any:
+        values = copy.deepcopy(self.settings.to_dict())
+        return {
+            key: value for key, value in values.items() if key not in ("dataset", "tokenizer") and value is not None
+        }
+
+    def as_applied(self) -> Any:
+        values = {**self.remembered(), "format": GPTQ_IN_MEMORY, "checkpoint_format": GPTQ_IN_MEMORY}
+        return GPTQConfig.from_dict({key: value for key, value in values.items() if key != "quant_method"})
+
+    def bytes(self, shape: LinearShape, element_size: int) -> int:
+        groups = 1 if self.group_size == -1 else shape.in_features // self.group_size
+        packed = shape.numel * self.bits // 8
+        zeros, scales = shape.out_features * groups * self.bits // 8, 2 * shape.out_features * groups
+        return packed + zeros + scales + 4 * shape.in_features  # the last: the group of every input
+
+    def tensors(self, shape: LinearShape) -> dict[str, tuple[list[int], str | None]]:
+        m, n = shape.out_features, shape.in_features
+        groups = 1 if self.group_size == -1 else n // self.group_size
+        return {
+            "qweight": ([n // _WORD * self.bits, m], "I32"),
+            "qzeros": ([groups, m // _WORD * self.bits], "I32"),
+            "scales": ([groups, m], None),
+            "g_idx": ([n], "I32"),
+        }
+
+    def remedy_for(self, shapes: Mapping[str, tuple[int, int]]) -> str:
+        for size in (128, 64, 32):
+            other = GPTQ(self.bits, size)
+            if all(other.unsupported_reason(*shape) is None for shape in shapes.values()):
+                return f"take group_size={size} (on the command line gptq{self.bits}_g{size})"
+        return "take another group_size"
+
+    def quantization_loss(self, weight: Tensor, full_rank: int, metric: ErrorMetric) -> float:
+        damping = 0.1 if self.settings is None else self.settings.damp_percent
+        return metric.with_feedback(fake_quantize_groups(weight, self.bits, self.group_size) - weight, damping)
+
+    def quantize(
+        self, linear: nn.Linear, full_rank: int, dtype: torch.dtype, gram: Tensor | None = None
+    ) -> tuple[nn.Module, Tensor]:
+        """Round with GPTQ on the Gram of the linear's inputs."""
+        if gram is None:
+            raise ValueError("GPTQ needs the inputs of what it rounds: name calibration text with dataset=")
+        return gptq_round(linear, gram, self.bits, self.group_size, self.settings)
+
+    def require(self) -> None:
+        require_gptqmodel(None if self.settings is None else self.settings.backend)
+
+    def check_device_map(self, device_map: Any) -> None:
+        if isinstance(device_map, dict):
+            kinds = {str(place).split(":")[0] for place in device_map.values()}
+            if "disk" in kinds or ("cpu" in kinds and len(kinds) > 1):
+                raise ValueError(
+                    "linears quantized by GPTQ cannot be offloaded to disk, or to the CPU beside a GPU: gptqmodel "
+                    "computes where its tensors are; give a device_map of GPUs, or device_map='cpu'"
+                )
+
+    def empty(self, linear: nn.Linear, full_rank: int) -> nn.Module:
+        bias = linear.bias is not None
+        return GPTQTensors(linear.in_features, linear.out_features, bias, self.bits, self.group_size, "meta")
+
+    def loaded(self, name: str, module: nn.Module) -> nn.Module:
+        if not isinstance(module, GPTQTensors):
+            return module
+        shape = (module.out_features, module.in_features)
+        return gptq_kernel(module.held(), shape, self.bits, self.group_size, self.settings.to_dict())
+
+    def before_saving(self, name: str, module: nn.Module, dtype: torch.dtype) -> None:
+        require_unpacked(name, module, self.bits, self.group_size)
+
+    def quiet(self) -> contextlib.AbstractContextManager:
+        return quiet_gptqmodel()
+
+
+def fake_quantize_groups(weight: Tensor, bits: int, group_size: int) -> Tensor:
+    """Return the weight rounded to GPTQ's symmetric grid: `2^bits` steps between minus and plus a group's maximum."""
+    rows, columns = weight.shape
+    size = columns if group_size == -1 else group_size
+    groups = nn.functional.pad(weight, (0, -columns % size)).view(rows, -1, size)
+    step = groups.abs().amax(-1, keepdim=True) * 2 / (2**bits - 1)
+    step = torch.where(step > 0, step, 1)
+    half = 2 ** (bits - 1)
+    return ((groups / step).round().clamp(-half, half - 1) * step).view(rows, -1)[:, :columns]
+
+
+def _check_gptq(settings: GPTQConfig) -> None:
+    if settings.group_size == -1 and settings.act_group_aware:
+        raise ValueError(
+            "GPTQConfig(group_size=-1) has no groups to order by activation, and gptqmodel refuses it: pass "
+            "act_group_aware=False, too, or a group_size such as 32 or 64"
+        )
+    if settings.group_size != -1 and settings.group_size not in _GROUP_SIZES:
+        raise ValueError(
+            f"GPTQConfig(group_size={settings.group_size}) is none of gptqmodel's: take -1, "
+            f"{', '.join(map(str, _GROUP_SIZES[:-1]))} or {_GROUP_SIZES[-1]}"
+        )
+    if settings.format not in ("gptq", GPTQ_IN_MEMORY):
+        raise ValueError(f"GPTQConfig(format={settings.format!r}) cannot be stored here: take 'gptq'")
+    if settings.block_name_to_quantize or settings.module_name_preceding_first_block:
+        raise ValueError(
+            "block_name_to_quantize and module_name_preceding_first_block say where a model has its blocks, which is "
+            "found out here: leave them out"
+        )
+    refuse_layer_names("modules_in_block_to_quantize", settings.modules_in_block_to_quantize)
+
+
+_UNUSED_BY_US = ("model_seqlen", "max_input_length", "batch_size", "pad_token_id", "cache_block_outputs")
+
+
+def _warn_of_unused(settings: GPTQConfig) -> None:
+    usual = GPTQConfig(bits=4)
+    given = [name for name in _UNUSED_BY_US if getattr(settings, name) != getattr(usual, name)]
+    if given:
+        _gptq_log.warning(
+            "GPTQConfig's %s is not used: nsamples, seqlen and batch_size of the DobiSVDConfig say what its rounding "
+            "is calibrated on",
+            ", ".join(given),
+        )

@@ -1,0 +1,101 @@
+"""Rounding a linear by GPTQ: gptqmodel does it, our Grams say what with."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .gptq_linear import GPTQ_IN_MEMORY, gptq_kernel
+
+
+def gptq_round(linear: Any, gram: Tensor, bits: int, group_size: int, settings: Any) -> tuple[nn.Module, Tensor]:
+    """Return gptqmodel's linear in the place of one, and the matrix it stands for (`m x n`, float32).
+
+    Args:
+        linear: an `nn.Linear`, `m x n`.
+        gram: `H` of its inputs, `n x n`.
+        bits, group_size: of the encoding.
+        settings: the `GPTQConfig`, for everything else.
+    """
+    solver = _solver(linear, bits, group_size, settings)
+    solver.add_batch(_rows_with_gram(gram).to(linear.weight.device)[None], None)
+    scale, zero, group_of_input = solver.fasterquant(
+        percdamp=settings.damp_percent, group_size=group_size, actorder=settings.desc_act
+    )[:3]
+    tensors = _packed(solver.module, (scale, zero, group_of_input), bits, group_size, settings)
+    kernel = gptq_kernel(
+        {key: tensor.to(linear.weight.device) for key, tensor in tensors.items()},
+        (linear.out_features, linear.in_features),
+        bits,
+        group_size,
+        {"desc_act": settings.desc_act, "sym": settings.sym, "backend": None},
+    )
+    return kernel, solver.module.weight.detach()
+
+
+def _solver(linear: nn.Linear, bits: int, group_size: int, settings: Any) -> Any:
+    """gptqmodel's solver for a copy of the linear in float32, which it overwrites with the rounded weight."""
+    quantization = importlib.import_module("gptqmodel.quantization")
+    solver = quantization.GPTQ(
+        _in_float32(linear),
+        qcfg=quantization.QuantizeConfig(
+            bits=bits,
+            group_size=group_size,
+            damp_percent=settings.damp_percent,
+            desc_act=settings.desc_act,
+            act_group_aware=settings.act_group_aware,
+            sym=settings.sym,
+            offload_to_disk=False,
+        ),
+    )
+    solver.quantizer.configure(bits=bits, sym=settings.sym, perchannel=True)
+    return solver
+
+
+def _packed(
+    rounded: Any, grid: tuple[Tensor, Tensor, Tensor], bits: int, group_size: int, settings: Any
+) -> dict[str, Tensor]:
+    """The tensors of a rounded linear as checkpoints have them."""
+    importer = importlib.import_module("gptqmodel.utils.importer")
+    make = importer.hf_select_quant_linear_v2(
+        bits=bits,
+        group_size=group_size,
+        desc_act=settings.desc_act,
+        sym=settings.sym,
+        format=GPTQ_IN_MEMORY,
+        quant_method=importlib.import_module("gptqmodel.quantization").METHOD.GPTQ,
+        device_map={"": torch.device("cpu")},
+        backend="torch",
+        pack=True,
+    )
+    n, m, bias = rounded.in_features, rounded.out_features, rounded.bias is not None
+    packer = make(
+        bits=bits,
+        group_size=n if group_size == -1 else group_size,
+        desc_act=settings.desc_act,
+        sym=settings.sym,
+        in_features=n,
+        out_features=m,
+        bias=bias,
+    )
+    with torch.inference_mode(False):
+        packer.pack(rounded.cpu(), *(each.cpu() for each in grid))
+    keys = ("qweight", "qzeros", "scales", "g_idx", *(("bias",) if bias else ()))
+    return {key: getattr(packer, key).clone() for key in keys}
+
+
+def _rows_with_gram(gram: Tensor) -> Tensor:
+    """Rows `R` with `R^T R = H`: gptqmodel sums inputs up by itself, and these stand for all of them."""
+    values, vectors = torch.linalg.eigh(gram.double())
+    return (vectors * values.clamp_min(0).sqrt()).T.float().contiguous()
+
+
+def _in_float32(linear: nn.Linear) -> nn.Linear:
+    copy = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    copy.weight = nn.Parameter(linear.weight.detach().float().clone(), requires_grad=False)
+    if linear.bias is not None:
+        copy.bias = nn.Parameter(linear.bias.detach().float().clone(), requires_grad=False)
+    return copy

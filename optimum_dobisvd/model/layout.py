@@ -1,0 +1,129 @@
+"""Where a model keeps its weights: the repeated blocks, and the linears in them that can be compressed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .footprint import checkpoint_bytes, tensor_bytes
+from .linears import is_dense_linear, weight_matrix
+from .patterns import select
+from .target import Target
+
+
+@dataclass(frozen=True)
+class LeftDense:
+    """Weights inside the blocks that are not compressed, and why."""
+
+    name: str
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The blocks of a model in order, its compressible linears by full name, and what is left out.
+
+    `other_bytes` is what all that is not the weight of such a linear takes in a checkpoint.
+    """
+
+    blocks: dict[str, nn.Module]
+    linears: dict[str, nn.Module]
+    left_dense: list[LeftDense] = field(default_factory=list)
+    other_bytes: int = 0
+
+    @property
+    def targets(self) -> list[Target]:
+        """The linears as shapes, for the allocators."""
+        return [target_of(name, module) for name, module in self.linears.items()]
+
+    def linears_of(self, block: str) -> dict[str, nn.Module]:
+        """The compressible linears of one block, by full name."""
+        return {name: module for name, module in self.linears.items() if f"{name}.".startswith(f"{block}.")}
+
+    @property
+    def coverage(self) -> float:
+        """Share of the blocks' weight matrices that are targets; what the user excluded is not counted either way."""
+        taken = sum(weight_matrix(module).numel() for module in self.linears.values())
+        missed = sum(left.parameters for left in self.left_dense if left.reason != EXCLUDED)
+        return taken / (taken + missed) if taken + missed else 0.0
+
+    def describe_left_dense(self) -> str:
+        """What is not compressed, in one line per reason, with parameter counts."""
+        counts: Counter[str] = Counter()
+        for left in self.left_dense:
+            counts[left.reason] += left.parameters
+        return "; ".join(f"{count:,} parameters {reason}" for reason, count in counts.items()) or "nothing"
+
+
+EXCLUDED = "excluded by modules_to_not_convert"
+
+
+def target_of(name: str, module: nn.Module) -> Target:
+    """Shape and element size of one dense linear."""
+    weight = weight_matrix(module)
+    return Target(name, weight.shape[0], weight.shape[1], weight.element_size())
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The decoder blocks by full name: the outermost `ModuleList` that holds most of the model's linear weights."""
+    best: tuple[int, dict[str, nn.Module]] = (0, {})
+    seen: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in seen):
+            continue
+        seen.append(name)
+        size = sum(weight_matrix(m).numel() for m in module.modules() if is_dense_linear(m))
+        if size > best[0]:
+            best = (size, {f"{name}.{child}": block for child, block in module.named_children()})
+    return best[1]
+
+
+def find_layout(model: nn.Module, modules_to_not_convert: Iterable[str] = (), min_coverage: float = 0.0) -> Layout:
+    """Sort the weights of a dense model into what is compressed and what is not. Works on meta tensors.
+
+    Raises:
+        ValueError: no block or no eligible linear; a pattern of `modules_to_not_convert` that matches nothing; a
+            coverage below `min_coverage`; a model that is quantized already.
+    """
+    blocks = find_blocks(model)
+    if not blocks:
+        raise ValueError(
+            f"{type(model).__name__} has no repeated blocks with nn.Linear layers; there is nothing to compress. "
+            "A model that is quantized already must be loaded dense first"
+        )
+    shared = _shared_parameters(model)
+    eligible: dict[str, nn.Module] = {}
+    left: list[LeftDense] = []
+    for block_name, block in blocks.items():
+        for name, module in block.named_modules(prefix=block_name):
+            if is_dense_linear(module) and id(module.weight) not in shared:
+                eligible[name] = module
+                continue
+            reason = "shared with another module" if is_dense_linear(module) else f"in {type(module).__name__}"
+            for parameter in module.parameters(recurse=False):
+                if parameter.dim() >= 2 and parameter.numel() > 0:
+                    left.append(LeftDense(name, parameter.numel(), reason))
+    excluded = select(modules_to_not_convert, eligible)
+    left += [LeftDense(name, weight_matrix(eligible[name]).numel(), EXCLUDED) for name in eligible if name in excluded]
+    linears = {name: module for name, module in eligible.items() if name not in excluded}
+    target_bytes = sum(tensor_bytes(module.weight) for module in linears.values())
+    layout = Layout(blocks, linears, left, other_bytes=checkpoint_bytes(model) - target_bytes)
+    if not layout.linears:
+        raise ValueError(f"no eligible linear in {type(model).__name__}: {layout.describe_left_dense()}")
+    if layout.coverage < min_coverage:
+        raise ValueError(
+            f"only {layout.coverage:.1%} of the weights in the blocks of {type(model).__name__} can be compressed "
+            f"(min_coverage={min_coverage:g}); left dense: {layout.describe_left_dense()}. Lower min_coverage to "
+            "accept that"
+        )
+    return layout
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """Parameters that go by more than one name, in two modules or in one that stands in two places."""
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {identity for identity, count in owners.items() if count > 1}

@@ -1,0 +1,54 @@
+"""The dense linears a model may have: `nn.Linear`, and transformers' `Conv1D` (GPT-2), which stores `W^T`.
+
+Bundled with every checkpoint (see `checkpoint.bundle`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+def is_dense_linear(module: nn.Module) -> bool:
+    """Whether it is exactly `nn.Linear` or `Conv1D`: a subclass may compute something else."""
+    return type(module) is nn.Linear or type(module) is Conv1D
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' `Conv1D`."""
+    return type(module) is Conv1D
+
+
+def weight_matrix(module: Any) -> Tensor:
+    """Return the weight as `out_features x in_features`, a view."""
+    return as_matrix(module, module.weight.detach())
+
+
+def as_matrix(module: nn.Module, stored: Tensor) -> Tensor:
+    """Return a tensor in the layout of a linear's weight (the weight, its gradient) as `out_features x in_features`."""
+    return stored.T if type(module) is Conv1D else stored
+
+
+def dense_linear(weight: Tensor, bias: Tensor | None, conv1d: bool) -> nn.Module:
+    """Return a dense linear of this matrix (`m x n`), and a copy of this bias."""
+    if conv1d:
+        new: Any = Conv1D(*weight.shape)  # always with a bias
+        new.weight = nn.Parameter(weight.T.contiguous())
+    else:
+        new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        new.weight = nn.Parameter(weight)
+    if bias is not None:
+        new.bias = nn.Parameter(bias.detach().clone())
+    return new
+
+
+def require_finite(name: str, module: Any) -> None:
+    """Raise ValueError, naming it, if a weight in memory has NaN or infinite values."""
+    weight = weight_matrix(module)
+    if weight.device.type != "meta" and not bool(torch.isfinite(weight).all()):
+        raise ValueError(
+            f"{name}.weight has NaN or infinite values; the checkpoint is damaged, or its dtype too small"
+        )

@@ -1,1 +1,0 @@
-"""Modules that compute from factors."""

@@ -1,0 +1,51 @@
+"""Calibration passes over a model, into the store of statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..calibration.backward import BackwardRunner
+from ..calibration.dataset import CalibrationWindows
+from ..calibration.loss import NextTokenLoss
+from ..calibration.runner import BlockRunner
+from ..statistics.collect import InputCollector
+from ..statistics.gradients import GradientCollector
+from ..statistics.store import StatisticsStore
+from .job import Job
+
+
+def collect(model: Any, job: Job, windows: CalibrationWindows, fingerprint: dict[str, Any]) -> StatisticsStore:
+    """Return the statistics that the method reads: those in the config's folder, and what was missing there.
+
+    Args:
+        model: the dense model.
+        job: what is to be done with it.
+        windows: the job's.
+        fingerprint: of the model and the windows.
+    """
+    layout = job.layout
+    store = StatisticsStore(fingerprint, list(layout.blocks), job.config.statistics)
+    if store.is_complete:
+        store.require({block: layout.linears_of(block) for block in layout.blocks})
+    else:
+        collector = InputCollector(layout.linears_of, store.put, lambda block: not store.has(block))
+        block_runner(model, job, windows).run(collector)
+    if job.method.needs_gradients:
+        _collect_gradients(model, job, windows, store)
+    return store
+
+
+def _collect_gradients(model: Any, job: Job, windows: CalibrationWindows, store: StatisticsStore) -> None:
+    """Add the gradient statistics that the store lacks, over the first windows."""
+    config, layout = job.config, job.layout
+    chosen = windows.first(config.gradient_windows)
+    store.open_gradients(job.gradient_settings())
+    collector = GradientCollector(layout.linears_of, store.put_gradients, lambda block: not store.has_gradients(block))
+    runner = BackwardRunner(model, layout.blocks, chosen, batch_size=config.batch_size, device=config.device)
+    runner.run_backward(collector, NextTokenLoss(config.fisher, config.seed))
+
+
+def block_runner(model: Any, job: Job, windows: CalibrationWindows) -> BlockRunner:
+    """Return what takes windows through the model block by block."""
+    config = job.config
+    return BlockRunner(model, job.layout.blocks, windows, batch_size=config.batch_size, device=config.device)

@@ -1,0 +1,119 @@
+"""Putting compressed matrices in the place of a model's linears, with a way back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from tqdm.auto import tqdm
+
+from ..allocation.plan import Plan, PlannedModule
+from ..encodings.registry import encoding_named
+from ..factorization.decompositions import PreparedInputs, decompositions, input_grams
+from ..factorization.errors import output_error
+from ..factorization.factors import Factors
+from ..factorization.sample_bases import SampleBasisVisitor
+from ..model.layout import Layout
+from ..model.offloaded import dense_weight
+from ..statistics.store import StatisticsStore
+from ..structures.format import Format
+from ..structures.placement import replace_linear
+from .collect import block_runner
+from .job import Job
+
+
+class Replacement:
+    """A context in which linears are replaced one by one; an error inside puts them all back.
+
+    `errors` has the relative output error `||(W - W')X|| / ||WX||` of each, measured on the factors as they are stored
+    (rounded as their encoding rounds them), or None where there is no Gram to measure it with, and where they are
+    quantized later.
+
+    Args:
+        model: the model.
+        layout: its linears; replaced ones are dropped from it if there is no way back.
+        planned: by name, what each linear becomes that will be replaced.
+        settings: of the encodings that another library makes.
+        device: where errors are computed.
+        undo_on_error: keep the dense linears until the end, so that there is a way back.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layout: Layout,
+        planned: Mapping[str, PlannedModule],
+        settings: Any,
+        device: torch.device,
+        undo_on_error: bool,
+    ) -> None:
+        self.errors: dict[str, float | None] = {}
+        self._model = model
+        self._layout = layout
+        self._device = device
+        self._settings = settings
+        self._undo_on_error = undo_on_error
+        self._replaced: dict[str, Module] = {}
+        self._planned = planned
+        self._progress = tqdm(total=len(planned), desc="factorizing", unit="matrix")
+
+    def put(self, name: str, source: Factors | Tensor, gram: Tensor | None) -> None:
+        """Write a matrix in its format, measure its error, and put it in the place of the linear `name`.
+
+        Args:
+            name: of the linear.
+            source: its factors, or the matrix itself for a structure without rank.
+            gram: `H` of its inputs, None where it is not known.
+        """
+        module = self._planned[name]
+        linear: Any = self._layout.linears[name]
+        encoding = encoding_named(module.encoding, self._settings)
+        format = Format(module.format.structure, encoding)
+        weights = format.structure.written(source, encoding.gauge, linear.weight.dtype)
+        later = encoding.uses_text
+        matrices = replace_linear(self._model, name, format, module.rank, weights, quantized=not later)
+        self.errors[name] = None
+        if gram is not None and not later:
+            stored = format.structure.product({key: each.double() for key, each in matrices.items()})
+            lost, total = output_error(dense_weight(linear).to(self._device), stored.to(self._device), gram)
+            self.errors[name] = lost / total if total else 0.0
+        if self._undo_on_error:
+            self._replaced[name] = linear
+        else:
+            del self._layout.linears[name]
+        self._progress.update()
+
+    def __enter__(self) -> Replacement:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.close()
+        if kind is not None:
+            for name, linear in self._replaced.items():
+                self._model.set_submodule(name, linear)
+
+
+def factorize(model: Any, job: Job, plan: Plan, store: StatisticsStore | None, replacement: Replacement) -> None:
+    """Replace every planned linear; those whose encoding wants text hold plain linears until they are quantized."""
+    layout, row, device = job.layout, job.method.factorizer, job.device
+    ranks = {name: module.rank for name, module in plan.modules.items() if module.rank is not None}
+    rounded = {name for name, module in plan.modules.items() if module.rank is None and not module.leaves_as_is}
+    if row.per_sample and job.windows is not None:
+
+        def finished(block: str, factors: dict[str, Factors]) -> None:
+            for name, found in factors.items():
+                replacement.put(name, found, PreparedInputs(row, store, block, device).gram(name))
+
+        visitor = SampleBasisVisitor(layout.linears_of, ranks, finished)
+        block_runner(model, job, job.windows).run(visitor, "second pass")
+    else:
+        for name, found, gram in decompositions(layout, row, store, device, ranks):
+            replacement.put(name, found.keep(plan.modules[name].kept), gram)
+    for name, gram in input_grams(layout, row, store, device, rounded):
+        replacement.put(name, dense_weight(layout.linears[name]).to(device), gram)

@@ -1,0 +1,288 @@
+"""What can be refused before the first pass over a model, and the job that is left."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ..allocation.budget import Budget, BudgetRequest, open_budget
+from ..allocation.plan import Plan
+from ..calibration.dataset import CalibrationWindows, load_windows
+from ..calibration.loss import require_labels
+from ..config import DobiSVDConfig
+from ..encodings.base import Encoding
+from ..model.layout import Layout, find_layout
+from ..model.linears import require_finite, weight_matrix
+from ..model.patterns import resolve_overrides
+from ..structures.base import is_compressed
+from .job import Job
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(
+    model: Any, config: DobiSVDConfig, tokenizer: Any = None, windows: CalibrationWindows | None = None
+) -> Job:
+    """Check all that can be refused before weights are read, and draw the calibration windows.
+
+    Args:
+        model: the dense model; may be on meta.
+        config: what is asked for.
+        tokenizer: where the config names none; by default the model's own.
+        windows: calibration windows that were drawn before, those held out among them.
+
+    Raises:
+        ImportError: a library that the quantization needs is missing; names the extra.
+        ValueError: a model, dataset, plan or setting that cannot work.
+    """
+    layout = check_model(model, config)
+    check_encoding(config.encoding, layout, config.min_coverage)
+    plan = given_plan(config, layout)
+    job = Job(config, layout, None if plan is not None else budget_of(config, layout), plan)
+    named = tokenizer or config.tokenizer or getattr(model, "name_or_path", None) or None
+    learns = plan is None and job.method.learns
+    if windows is None:
+        windows = _load_windows(config, named, config.rank_training.held_out if learns else 0)
+    held_out = None
+    if windows is not None and learns:
+        windows, held_out = windows.split(config.rank_training.held_out)
+    _check_labels(config, windows, held_out)
+    rounded_on = quantization_windows(config.encoding, windows, config, named)
+    return replace(job, windows=windows, held_out=held_out, quantization_windows=rounded_on)
+
+
+def check_model(model: Any, config: DobiSVDConfig) -> Layout:
+    """Check everything about a dense model that can be refused before calibration; returns its layout.
+
+    Raises:
+        ValueError: already compressed; no eligible linear; coverage; patterns or overrides that match nothing; NaN or
+            infinite weights (names the module).
+    """
+    if is_compressed(model):
+        raise ValueError("the model is compressed already; load the dense model to compress it differently")
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError(
+            "the model has adapters (PEFT); merge them (merge_and_unload) or take them off before compressing"
+        )
+    method = config.resolved_method()
+    if (method.needs_gradients or method.learns) and not _has_head(model):
+        raise ValueError(
+            f"{type(model).__name__} gives no next-token logits, and method {config.method!r} weighs matrices by the "
+            "next-token loss: load it as a causal language model, or choose a method that reads no gradients "
+            "(svd_llm_v2)"
+        )
+    layout = find_layout(model, config.modules_to_not_convert, config.min_coverage)
+    resolve_overrides(config.overrides, list(layout.linears))
+    check_weights(model, config, layout)
+    if layout.left_dense:
+        logger.info("left dense: %s", layout.describe_left_dense())
+    return layout
+
+
+def check_weights(model: Any, config: DobiSVDConfig, layout: Layout) -> None:
+    """Raise ValueError for weights that cannot be worked with; those on meta are not looked at."""
+    for name, module in layout.linears.items():
+        require_finite(name, module)
+    if config.resolved_method().needs_gradients and any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} was loaded under torch.inference_mode, so no gradient can be taken through it, "
+            f"and method {config.method!r} needs some: load it outside, or choose a method that reads no gradients"
+        )
+
+
+def _has_head(model: Any) -> bool:
+    """Whether the model has a language model's head, as far as it says."""
+    head_of = getattr(model, "get_output_embeddings", None)
+    return head_of is None or head_of() is not None
+
+
+def budget_of(config: DobiSVDConfig, layout: Layout) -> Budget:
+    """Return the bytes there are for every target, by the config.
+
+    Raises:
+        ValueError: overrides that cannot be honored, or a ratio or budget that is too small.
+    """
+    if config.budget is not None and int(config.budget) <= layout.other_bytes:
+        raise ValueError(
+            f"budget {config.budget} bytes: what is not compressed (embeddings, norms, excluded layers) takes "
+            f"{layout.other_bytes} already; raise it"
+        )
+    format, *alternatives = config.formats
+    request = BudgetRequest(
+        format,
+        config.ratio,
+        size=None if config.budget is None else int(config.budget) - layout.other_bytes,
+        alternatives=tuple(alternatives),
+        overrides=resolve_overrides(config.overrides, list(layout.linears)),
+        rank_multiple=config.rank_multiple,
+        min_rank=config.min_rank,
+    )
+    return open_budget(layout.targets, request)
+
+
+def given_plan(config: DobiSVDConfig, layout: Layout) -> Plan | None:
+    """Return the plan that the config gives, checked; None if it gives none.
+
+    Raises:
+        ValueError: it does not fit the model, names encodings that the config's `quantization` does not make, or
+            directions that its factors do not have.
+    """
+    if config.plan is None:
+        return None
+    plan = config.plan if isinstance(config.plan, Plan) else Plan.load(config.plan)
+    plan.check(layout.targets)
+    where = "the plan" if isinstance(config.plan, Plan) else str(config.plan)
+    made = config.encoding
+    for name, module in plan.modules.items():
+        encoding = module.format.encoding
+        if encoding.quant_method != config.quant_method and encoding.name not in (made.name, *made.alternatives):
+            makes = "there is none" if config.quantization is None else f"quantization makes {made.name}"
+            raise ValueError(
+                f"{where} stores {name} as {module.encoding}, and {makes}: pass the quantization= that the plan was "
+                "made with"
+            )
+    factorizer = config.resolved_method().factorizer
+    if plan.names_directions_of is not None and not factorizer.in_units_of_loss:
+        raise ValueError(
+            f"{where} names directions of kfac for {plan.names_directions_of}, and the factors are made by "
+            f"{factorizer.name!r}: pass factorization='kfac', or remove 'directions' from the plan"
+        )
+    return plan
+
+
+def check_basis(plan: Plan | None, basis: str) -> None:
+    """Raise ValueError if the plan names directions of other weights, text or gradients than those at hand."""
+    if plan is not None and plan.names_directions_of is not None and plan.basis != basis:
+        raise ValueError(
+            f"the plan names directions (of {plan.names_directions_of}, for one) that were found on other weights, "
+            f"calibration text or gradients (basis {plan.basis}, here it is {basis}): calibrate as then (same model "
+            "and dtype, dataset, nsamples, seqlen, seed, gradient_nsamples and fisher; of token tensors, without the "
+            "held-out rows), or remove 'directions' from the plan to keep the leading ones"
+        )
+
+
+def check_encoding(encoding: Encoding, layout: Layout, min_coverage: float) -> None:
+    """Check what can be refused about a quantization before calibration.
+
+    Raises:
+        ImportError: its library is missing; names the extra.
+        ValueError: the encoding fits less than `min_coverage` of the targets' weights.
+    """
+    encoding.require()
+    shapes = {target.name: (target.out_features, target.in_features) for target in layout.targets}
+    reasons = {name: encoding.unsupported_reason(*shape) for name, shape in shapes.items()}
+    check_coverage(encoding, shapes, reasons, min_coverage)
+
+
+def check_coverage(
+    encoding: Encoding,
+    shapes: Mapping[str, tuple[int, int]],
+    reasons: Mapping[str, str | None],
+    min_coverage: float,
+) -> None:
+    """Warn how much cannot be stored so, by matrix; ValueError where what can is less than `min_coverage`, or none.
+
+    Args:
+        encoding: how matrices are to be stored.
+        shapes: outputs and inputs of every matrix.
+        reasons: why it cannot be stored so, None if it can.
+        min_coverage: smallest accepted share of the parameters.
+    """
+    left = {name: math.prod(shapes[name]) for name, reason in reasons.items() if reason is not None}
+    if not left:
+        return
+    total, count, first = sum(map(math.prod, shapes.values())), sum(left.values()), next(iter(left))
+    message = (
+        f"{len(left)} matrices ({count:,} of {total:,} parameters) cannot be stored as {encoding.name}: "
+        f"{first}, {reasons[first]}"
+    )
+    if total - count < min_coverage * total or count == total:
+        fits = any(encoding.unsupported_reason(*shapes[name]) is None for name in left)
+        remedies = [
+            "start from the checkpoint in 16 bits, or from convert(model)" if fits else encoding.remedy_for(shapes)
+        ]
+        if count < total:
+            remedies.append(f"lower min_coverage ({min_coverage:g}) to have them as they are")
+        raise ValueError(f"{message}; {', or '.join(remedies)}")
+    logger.warning("%s; they stay in 8 or 16 bits", message)
+
+
+def refuse_offloaded(modules: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError naming the first linear that Accelerate keeps out of memory between passes."""
+    for name, module in modules.items():
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise ValueError(
+                f"{name} is offloaded, and GPTQ and bitsandbytes quantize only what is in memory: load the model "
+                "without cpu or disk offload to quantize it"
+            )
+
+
+def check_learnable(layout: Layout) -> None:
+    """Raise ValueError, naming it, if a weight is offloaded."""
+    for name, module in layout.linears.items():
+        if weight_matrix(module).device.type == "meta":
+            raise ValueError(
+                f"{name}: its weight is offloaded, and learning ranks rebuilds every weight in every step; load the "
+                "model without offload, or use allocation='global', which needs no training"
+            )
+
+
+_HOW_TO_GIVE_TEXT = "pass GPTQConfig(dataset=[...texts]), or dataset= of the DobiSVDConfig"
+
+
+def quantization_windows(
+    encoding: Encoding, windows: CalibrationWindows | None, config: DobiSVDConfig, tokenizer: Any
+) -> CalibrationWindows | None:
+    """Return what quantization is calibrated on: text of its own if its settings name some, else the compression's.
+
+    Args:
+        encoding: the quantization.
+        windows: those of the compression; None where there was none in this process.
+        config: the number and length of windows, and the text to draw from without them. Encodings that can do without
+            then do without: nobody expects a calibration of bitsandbytes when a checkpoint is loaded.
+        tokenizer: where the settings give none.
+
+    Raises:
+        ValueError: there is no text.
+    """
+    if not encoding.needs_text:
+        return windows if encoding.uses_text else None
+    own = encoding.own_text
+    if own is None and windows is not None:
+        return windows
+    text = {"c4-new": "c4"}.get(own, own) if isinstance(own, str) else own if own is not None else config.dataset
+    if text is None:
+        raise ValueError(f"{encoding.name} needs calibration text: {_HOW_TO_GIVE_TEXT}")
+    try:
+        return load_windows(text, encoding.own_tokenizer or tokenizer, **config.draw)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{encoding.name} needs calibration text: {error}; {_HOW_TO_GIVE_TEXT}") from error
+
+
+def _load_windows(config: DobiSVDConfig, tokenizer: Any, held_out: int) -> CalibrationWindows | None:
+    if config.dataset is not None:
+        return load_windows(config.dataset, tokenizer, held_out=held_out, **config.draw)
+    needs_data = config.resolved_method().needs_data
+    if needs_data or (config.encoding.needs_text and config.encoding.own_text is None):
+        reader = f"method {config.method!r}" if needs_data else config.encoding.name
+        raise ValueError(
+            f"{reader} needs calibration text: pass dataset= (a name such as 'wikitext2', a file, a list of strings, "
+            "or token tensors), or use method='svd', which needs none"
+        )
+    return None
+
+
+def _check_labels(
+    config: DobiSVDConfig, windows: CalibrationWindows | None, held_out: CalibrationWindows | None
+) -> None:
+    """Refuse text without a single next token where a loss is to be taken of it."""
+    if windows is not None and config.resolved_method().needs_gradients:
+        require_labels(windows.first(config.gradient_windows).attention_mask, "the windows of the gradients")
+    if windows is not None and held_out is not None:
+        require_labels(windows.attention_mask, "the windows that ranks are learned on")
+        require_labels(held_out.attention_mask, "the held-out windows")

@@ -1,0 +1,178 @@
+"""What a structure is: how a matrix is written as linears, and all that follows from it.
+
+A structure is the class of the module that takes a linear's place. Bundled with every checkpoint (see
+`checkpoint.bundle`): nothing but torch and what is bundled, too.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..encodings.base import ErrorMetric, InputGram, matrix_of
+from ..factorization.factors import Factors, Gauge
+from ..model.linears import dense_linear
+
+
+class CompressedLinear(nn.Module, ABC):
+    """A linear `W` (`m x n`) stored in another form: a wrapper whose children are the linears it is written as.
+
+    Until an encoding puts something else in their place, the children are exactly `nn.Linear`, because bitsandbytes,
+    GPTQ and PEFT find their layers by that type.
+
+    `conv1d` remembers that the dense layer was transformers' `Conv1D` (GPT-2), whose weight is stored transposed, so
+    that the dense form can be put back as it was.
+
+    `weight` is empty, and is saved under the dense weight's old name. A reader that does not know the format would
+    build the dense model, find no weights, and fill them at random with a warning; with it, it finds a weight of the
+    wrong size and stops. Modeling code can still ask it for dtype and device.
+    """
+
+    structure: ClassVar[str]
+    """Its name in plans and config.json."""
+    has_rank: ClassVar[bool] = True
+    bias_key: ClassVar[str]
+    """The name of the bias among the parameters."""
+    encoding: str
+    """Of its children, or what they will be quantized to."""
+    weight: Tensor
+    rank: int | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int | None,
+        bias: bool = True,
+        conv1d: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.conv1d = conv1d
+        self.encoding = "float"
+        self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
+        for name, (outputs, inputs) in self.linears(out_features, in_features, rank).items():
+            child_bias = bias and f"{name}.bias" == self.bias_key
+            self.add_module(name, nn.Linear(inputs, outputs, bias=child_bias, device=device, dtype=dtype))
+
+    # The structure, for shapes and tensors.
+
+    @classmethod
+    @abstractmethod
+    def linears(cls, out_features: int, in_features: int, rank: int | None) -> dict[str, tuple[int, int]]:
+        """Return outputs and inputs of its linears by name, in the order in which they compute."""
+
+    @classmethod
+    def own_bytes(cls, out_features: int, in_features: int, rank: int | None) -> int:
+        """Return the bytes it needs beside its linears."""
+        return 0
+
+    @classmethod
+    @abstractmethod
+    def written(cls, source: Factors | Tensor, gauge: Gauge, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the weights of its linears by name.
+
+        Args:
+            source: factors (`m x k`, `k x n`), or for a structure without rank the matrix itself.
+            gauge: which pair of equal factors to write.
+            dtype: the model's, which scales are stored in.
+        """
+
+    @classmethod
+    @abstractmethod
+    def input_gram(cls, linear: str, gram: Tensor, before: Mapping[str, Tensor]) -> Tensor:
+        """Return `H` of a linear's inputs.
+
+        Args:
+            linear: its name.
+            gram: `H` of the whole matrix's inputs, `n x n`.
+            before: the matrices that the linears before it compute with.
+        """
+
+    @classmethod
+    @abstractmethod
+    def error_metrics(cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor) -> dict[str, ErrorMetric]:
+        """Return what errors of its linears' weights cost, by name.
+
+        Args:
+            weights: of its linears.
+            gram: `H` of the whole matrix's inputs.
+            root: `R` (`m x m`) with `R R^T` what the loss feels of the matrix's outputs.
+        """
+
+    @classmethod
+    @abstractmethod
+    def product(cls, matrices: Mapping[str, Tensor]) -> Tensor:
+        """Return the `m x n` matrix that these matrices of its linears stand for."""
+
+    # The module.
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, wherever it lies."""
+        owner, _, key = self.bias_key.rpartition(".")
+        found: Tensor | None = getattr(self.get_submodule(owner), key)
+        return found
+
+    def matrices(self) -> dict[str, Tensor]:
+        """Return what its linears compute with by name, float32."""
+        return {name: matrix_of(child) for name, child in self.named_children()}
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return `(second, first)` of a matrix with a rank, `m x k` and `k x n`, float64."""
+        raise TypeError(f"structure {self.structure!r} has no factors")
+
+    def dense_matrix(self) -> Tensor:
+        """Return the `m x n` matrix this stands for, in float32."""
+        return self.product(self.matrices())
+
+    def __format__(self, spec: str) -> str:
+        # PEFT refuses a module with f"Target module {module} is not supported": the only place in its message where a
+        # user can be told what to name instead. print(model), str and repr do not come here.
+        return format(f"{self!r} ({self._adapters()})", spec)
+
+    def _adapters(self) -> str:
+        names = [name for name, _ in self.named_children()]
+        targets = ", ".join(f"'q_proj.{name}'" for name in names)
+        refusals = [getattr(child, "adapter_refusal", None) for child in self.children()]
+        if refusals[0] is not None:
+            return str(refusals[0])
+        return f"a wrapper: name what is in it, as in target_modules=[{targets}], or 'all-linear'"
+
+    def extra_repr(self) -> str:
+        rank = "" if self.rank is None else f", rank={self.rank}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}{rank}"
+        return f"{sizes}, structure={self.structure}, encoding={self.encoding}"
+
+
+def bare_linear(weight: Tensor, bias: Any = None) -> nn.Linear:
+    """Return an `nn.Linear` of a weight in any dtype (`m x n`), and perhaps a bias."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
+def compressed_linears(model: nn.Module) -> dict[str, CompressedLinear]:
+    """Return the compressed linears of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+
+
+def is_compressed(model: nn.Module) -> bool:
+    """Whether any linear of the model has been replaced."""
+    return any(isinstance(module, CompressedLinear) for module in model.modules())
+
+
+def to_dense(module: CompressedLinear) -> nn.Module:
+    """Return the dense layer of the same function: the matrix is formed in float32 and rounded once."""
+    dense = dense_linear(module.dense_matrix().to(module.weight.dtype), module.bias, module.conv1d)
+    return dense.train(module.training)

@@ -1,0 +1,144 @@
+"""A structure with an encoding of its linears: what a matrix weighs, computes and can be, and the module it becomes."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..encodings.base import Encoding, InputGram, LinearShape
+from ..encodings.registry import encoding_named
+from ..factorization.factors import Factors
+from .base import CompressedLinear, bare_linear
+from .registry import STRUCTURES
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a matrix is stored, but for its rank.
+
+    All sizes are of an `m x n` matrix: `out_features` is `m`, `in_features` is `n`. `rank` is None for structures that
+    have none.
+    """
+
+    structure: type[CompressedLinear]
+    encoding: Encoding
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """The names of structure and encoding."""
+        return self.structure.structure, self.encoding.name
+
+    @property
+    def leaves_as_is(self) -> bool:
+        """Whether a matrix in this format is the model's own linear, untouched."""
+        return self.key == ("dense", "float")
+
+    def linears(self, out_features: int, in_features: int, rank: int | None) -> dict[str, LinearShape]:
+        """Return the shapes of its linears by name."""
+        full = min(out_features, in_features)
+        shapes = self.structure.linears(out_features, in_features, rank)
+        return {name: LinearShape(*shape, full_rank=full) for name, shape in shapes.items()}
+
+    def bytes(self, out_features: int, in_features: int, rank: int | None, element_size: int) -> int:
+        """Return the bytes on disk, scales and indices included; `element_size` is the dense weight's."""
+        linears = self.linears(out_features, in_features, rank).values()
+        own = self.structure.own_bytes(out_features, in_features, rank)
+        return own + sum(self.encoding.bytes(shape, element_size) for shape in linears)
+
+    def macs(self, out_features: int, in_features: int, rank: int | None) -> int:
+        """Return multiply-adds per token."""
+        return sum(shape.numel for shape in self.linears(out_features, in_features, rank).values())
+
+    def unsupported_reason(self, out_features: int, in_features: int, rank: int | None = None) -> str | None:
+        """Return why such a matrix (of that rank) cannot be stored so, None if it can."""
+        reason = self.encoding.unsupported_reason(out_features, in_features)
+        if reason is not None or rank is None:
+            return reason
+        multiple = self.encoding.required_rank_multiple
+        if rank % multiple:
+            return f"{self.encoding.name} takes ranks in multiples of {multiple}, and it is to have {rank}"
+        shapes = self.structure.linears(out_features, in_features, rank).values()
+        return next((why for shape in shapes if (why := self.encoding.unsupported_reason(*shape)) is not None), None)
+
+    def largest_rank_below(self, size: int, out_features: int, in_features: int, element_size: int) -> int:
+        """Return the largest rank that takes less than `size` bytes (the dense matrix's: the break-even rank), or 0."""
+        ranks = range(1, min(out_features, in_features) + 1)
+        return bisect.bisect_left(
+            ranks, size, key=lambda rank: self.bytes(out_features, in_features, rank, element_size)
+        )
+
+    @property
+    def relative_error(self) -> float:
+        """The share of a matrix's energy that rounding its linears takes, for allocators that know no better."""
+        return len(self.structure.linears(1, 1, 1)) * self.encoding.relative_error
+
+    def quantization_loss(self, source: Factors | Tensor, gram: InputGram, root: Tensor) -> float:
+        """Return what rounding its linears costs in the metric of `structure.error_metrics`."""
+        weights = self.structure.written(source, self.encoding.gauge, torch.float32)
+        metrics = self.structure.error_metrics(weights, gram, root)
+        full = min(len(root), len(gram.matrix))
+        return sum(self.encoding.quantization_loss(weight, full, metrics[name]) for name, weight in weights.items())
+
+    def tensors(
+        self, out_features: int, in_features: int, rank: int | None, bias: bool
+    ) -> dict[str, tuple[list[int], str | None]]:
+        """Return shape and dtype of all its tensors as files' headers have them; None is any float."""
+        linears = self.linears(out_features, in_features, rank)
+        found = {
+            f"{name}.{key}": header
+            for name, shape in linears.items()
+            for key, header in self.encoding.tensors(shape).items()
+        }
+        return {**found, self.structure.bias_key: ([out_features], None)} if bias else found
+
+    def empty(self, dense: Any, rank: int | None, shape: tuple[int, int], conv1d: bool) -> CompressedLinear:
+        """Return the module of a dense or compressed linear's shape, bias and dtype, on meta, to load tensors into."""
+        out_features, in_features = shape
+        new = self.structure(
+            in_features,
+            out_features,
+            rank,
+            bias=dense.bias is not None,
+            conv1d=conv1d,
+            device="meta",
+            dtype=dense.weight.dtype,
+        )
+        new.encoding = self.encoding.name
+        for name, child in list(new.named_children()):
+            new.set_submodule(name, self.encoding.empty(child, min(shape)))  # type: ignore[arg-type]
+        return new
+
+    def quantize(
+        self, weights: Mapping[str, Tensor], bias: nn.Parameter | None, dtype: torch.dtype, full_rank: int
+    ) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
+        """Quantize the weights of its linears, each value on its own.
+
+        Args:
+            weights: of its linears by name, any floating point dtype.
+            bias: of the matrix.
+            dtype: the model's.
+            full_rank: `min(m, n)`.
+
+        Returns:
+            Its children, and the matrices that they stand for.
+        """
+        children: dict[str, nn.Module] = {}
+        matrices: dict[str, Tensor] = {}
+        for name, weight in weights.items():
+            linear = bare_linear(weight, bias if f"{name}.bias" == self.structure.bias_key else None)
+            children[name], matrices[name] = self.encoding.quantize(linear, full_rank, dtype)
+        return children, matrices
+
+
+AS_IS = Format(STRUCTURES.get("dense"), encoding_named("float"))
+"""The model's own linear, untouched."""
+
+
+def format_named(structure: Any, encoding: Any, settings: Any = None) -> Format:
+    """Return the format of that structure and encoding. ValueError lists the names there are."""
+    return Format(STRUCTURES.get(structure), encoding_named(encoding, settings))

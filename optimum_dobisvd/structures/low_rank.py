@@ -1,0 +1,61 @@
+"""Two thin linears: `W' = A B`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..encodings.base import ErrorMetric, InputGram
+from ..factorization.factors import Factors, Gauge
+from .base import CompressedLinear
+
+
+class LowRankLinear(CompressedLinear):
+    """`y = second(first(x))`: `first` (`k x n`) maps inputs to ranks, `second` (`m x k`, bias) to outputs."""
+
+    structure = "low_rank"
+    bias_key = "second.bias"
+    rank: int
+    first: nn.Module
+    second: nn.Module
+
+    @classmethod
+    def linears(cls, out_features: int, in_features: int, rank: int | None) -> dict[str, tuple[int, int]]:
+        if rank is None:
+            raise ValueError("structure 'low_rank' needs a rank")
+        return {"first": (rank, in_features), "second": (out_features, rank)}
+
+    @classmethod
+    def written(cls, source: Factors | Tensor, gauge: Gauge, dtype: torch.dtype) -> dict[str, Tensor]:
+        if isinstance(source, Tensor):
+            raise TypeError("structure 'low_rank' is written from factors")
+        factors = source.in_gauge(gauge, dtype)
+        return {"first": factors.first, "second": factors.second}
+
+    @classmethod
+    def input_gram(cls, linear: str, gram: Tensor, before: Mapping[str, Tensor]) -> Tensor:
+        if linear == "first":
+            return gram
+        first = before["first"].to(gram)
+        return first @ gram @ first.T
+
+    @classmethod
+    def error_metrics(cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor) -> dict[str, ErrorMetric]:
+        inner = InputGram(cls.input_gram("second", gram.matrix, weights))
+        return {
+            "first": ErrorMetric(gram, (root.T @ weights["second"]).square().sum(0)),
+            "second": ErrorMetric(inner, root.square().sum(1)),
+        }
+
+    @classmethod
+    def product(cls, matrices: Mapping[str, Tensor]) -> Tensor:
+        return matrices["second"] @ matrices["first"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        matrices = self.matrices()
+        return matrices["second"].double(), matrices["first"].double()

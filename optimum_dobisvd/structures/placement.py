@@ -1,0 +1,104 @@
+"""Putting compressed linears in the place of dense ones, under Accelerate too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module, attach_align_device_hook
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+
+from ..model.linears import is_conv1d, weight_matrix
+from .base import CompressedLinear
+from .format import AS_IS, Format
+
+
+def replace_linear(
+    model: nn.Module,
+    name: str,
+    format: Format,
+    rank: int | None,
+    weights: Mapping[str, Tensor],
+    quantized: bool = True,
+) -> dict[str, Tensor]:
+    """Put a compressed linear in the place of the linear `name`, on its device, in its dtype, offloaded if it was.
+
+    Args:
+        model: where the linear is.
+        name: of the linear, dense or compressed.
+        format: what it becomes.
+        rank: None for a structure without.
+        weights: of its linears, any floating point dtype.
+        quantized: whether they are quantized now, each value on its own; otherwise they stay plain linears for the
+            encoding to quantize sequentially.
+
+    Returns:
+        The matrices that its linears compute with, before they lose their precision to the model's dtype if they are
+        plain.
+
+    Raises:
+        ValueError: values or scales overflow in the model's dtype.
+    """
+    module: Any = model.get_submodule(name)
+    hook = _align_hook(module)
+    away = hook is not None and hook.offload
+    with align_module_device(module, execution_device="cpu") if away else nullcontext():
+        new, matrices = _built(module, format, rank, weights, quantized)
+    new.train(module.training)
+    if hook is not None:
+        _hook_alike(new, hook)
+    model.set_submodule(name, new)
+    return matrices
+
+
+def _built(
+    module: Any, format: Format, rank: int | None, weights: Mapping[str, Tensor], quantized: bool
+) -> tuple[CompressedLinear, dict[str, Tensor]]:
+    """The compressed linear on the device of the one it stands for, with memory of its own."""
+    device, dtype = module.weight.device, module.weight.dtype
+    if isinstance(module, CompressedLinear):
+        shape, conv1d = (module.out_features, module.in_features), module.conv1d
+    else:
+        rows, columns = weight_matrix(module).shape
+        shape, conv1d = (rows, columns), is_conv1d(module)
+    trained = module.weight.requires_grad if not isinstance(module, CompressedLinear) else True
+    bias = module.bias
+    if bias is not None:
+        bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+    new = format.structure(shape[1], shape[0], rank, bias=bias is not None, conv1d=conv1d, device="meta", dtype=dtype)
+    new.encoding = format.encoding.name
+    new.weight = torch.empty(0, device=device, dtype=dtype)
+    written = format if quantized else Format(format.structure, AS_IS.encoding)
+    here = {child: weight.to(device) for child, weight in weights.items()}
+    children, matrices = written.quantize(here, bias, dtype, min(shape))
+    for child, built in children.items():
+        built.to(device)
+        if type(built) is nn.Linear:
+            built.weight = nn.Parameter(_own(built.weight), requires_grad=trained)
+        new.set_submodule(child, built)
+    return new, matrices
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The same values in memory that nothing else looks at: factors may be views of a whole decomposition."""
+    data = tensor.detach()
+    return data.clone() if data.untyped_storage().nbytes() != data.numel() * data.element_size() else data
+
+
+def _hook_alike(module: nn.Module, hook: AlignDevicesHook) -> None:
+    """Have Accelerate place a module as it placed another one."""
+    if hook.offload:
+        values = {key: value.to("cpu") for key, value in module.state_dict().items()}
+        attach_align_device_hook(module, execution_device=hook.execution_device, offload=True, weights_map=values)
+        return
+    same = AlignDevicesHook(execution_device=hook.execution_device, io_same_device=hook.io_same_device)
+    add_hook_to_module(module, same)
+
+
+def _align_hook(module: nn.Module) -> AlignDevicesHook | None:
+    hook = getattr(module, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    return next((each for each in hooks if isinstance(each, AlignDevicesHook)), None)
