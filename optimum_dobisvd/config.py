@@ -50,7 +50,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
         budget: size of the whole checkpoint's tensors instead of a ratio, in bytes or as `"2.8GB"`, `"500MiB"`. (Files
             have a head besides, some hundred bytes a matrix.)
         allocation, factorization: replace one column of the method's row.
-        structure: how matrices are written: `low_rank`, two factors where they are smaller than the matrix, or `dense`.
+        structure: how matrices are written: `low_rank`, two factors where they are smaller, or `dense`.
             By default the method's own.
         quantization: how factors and whole matrices are stored: None (the model's dtype; what the method says),
             `"int8"`, `"remap"` (Dobi-SVD's 8+16 bit), a `GPTQConfig` or a `BitsAndBytesConfig`, or the names of these

@@ -3,33 +3,37 @@
 import re
 from dataclasses import replace
 from fractions import Fraction
-from unittest.mock import patch
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from integration_tests.allocation.samples import (
+from integration_tests.allocation.budget_cases import (
+    LEFT_AS_IS,
     Case,
     UnreachableOverride,
     cases,
     dense_sum,
     random_spectra,
     reachable_cases,
+    request,
     smollm2_targets,
 )
-from optimum_dobisvd.allocation import ALLOCATIONS, Override, Plan, PlannedModule, Target, uniform
 from optimum_dobisvd.allocation.budget import byte_budget, open_budget, proportional_shares, spend
-from optimum_dobisvd.storage import STORAGES, Storage
+from optimum_dobisvd.allocation.plan import Plan, PlannedModule
+from optimum_dobisvd.allocation.registry import ALLOCATIONS
+from optimum_dobisvd.allocation.uniform import uniform
+from optimum_dobisvd.model.patterns import Override
+from optimum_dobisvd.model.target import Target
+from optimum_dobisvd.structures.format import Format
 
-DENSE = PlannedModule(None, "dense")
 both_allocators = pytest.mark.parametrize("allocation", ["uniform", "svd_llm_v2"])
 all_allocators = pytest.mark.parametrize("allocation", ["uniform", "svd_llm_v2", "global"])
 
 
 def allocate(allocation: str, case: Case) -> dict[str, PlannedModule]:
     spectra = random_spectra(case.targets, seed=0)
-    return ALLOCATIONS[allocation].function(open_budget(case.targets, case.ratio, **case.options), spectra)
+    return ALLOCATIONS.get(allocation).function(open_budget(case.targets, case.request), spectra)
 
 
 @all_allocators
@@ -85,10 +89,10 @@ def test_unreachable_budgets_are_refused_with_the_smallest_reachable_ratio(alloc
 @both_allocators
 @given(case=reachable_cases())
 @settings(max_examples=50, deadline=None)
-def test_ratio_one_leaves_all_that_is_not_overridden_dense(allocation: str, case: Case) -> None:
+def test_ratio_one_leaves_all_that_is_not_overridden_as_it_is(allocation: str, case: Case) -> None:
     case = replace(case, ratio=1.0)
     planned = allocate(allocation, case)
-    assert all(planned[target.name] == DENSE for target in case.free)
+    assert all(planned[target.name] == LEFT_AS_IS for target in case.free)
 
 
 @both_allocators
@@ -98,7 +102,7 @@ def test_smollm2_is_within_two_thousandths_of_the_budget(allocation: str, ratio:
     targets = smollm2_targets()
     overrides = {targets[0].name: Override(ratio=0.9), targets[-1].name: Override(dense=True)}
     for chosen in ({}, overrides):
-        case = Case(targets, ratio, "plain", chosen, rank_multiple, 1)
+        case = Case(targets, ratio, "float", chosen, rank_multiple, 1)
         planned = allocate(allocation, case)
         assert 0.998 * case.budget <= case.total(planned) <= case.budget
         assert all((module.rank or 0) % rank_multiple == 0 for module in planned.values())
@@ -106,7 +110,7 @@ def test_smollm2_is_within_two_thousandths_of_the_budget(allocation: str, ratio:
 
 def test_uniform_keeps_the_same_fraction_of_every_matrix() -> None:
     targets = smollm2_targets()
-    planned = uniform(open_budget(targets, 0.6, storage="plain"))
+    planned = uniform(open_budget(targets, request(0.6)))
     for target in targets:
         m, n = target.out_features, target.in_features
         # The last bytes may buy a second step where only the small matrices' steps still fit.
@@ -117,31 +121,31 @@ def test_remainder_goes_to_the_largest_relative_shortfall() -> None:
     # 106 bytes: 56 for a at 22 a rank (short by 12/56), 50 for b at 20 a rank (short by 10/50); 22 are left for one.
     targets = [Target("a", 8, 14, 1), Target("b", 10, 10, 1)]
     for order in (targets, targets[::-1]):
-        planned = uniform(open_budget(order, 0.5, storage="plain"))
+        planned = uniform(open_budget(order, request(0.5)))
         assert (planned["a"].rank, planned["b"].rank) == (3, 2)
 
 
 def test_overrides_leave_the_rest_to_the_others() -> None:
     targets = [Target(f"layers.{i}.q_proj", 64, 64, 2) for i in range(4)]
-    planned = uniform(open_budget(targets, 0.5, storage="plain", overrides={"layers.0.q_proj": Override(rank=1)}))
+    planned = uniform(open_budget(targets, request(0.5, overrides={"layers.0.q_proj": Override(rank=1)})))
     assert [module.rank for module in planned.values()] == [1, 21, 21, 21]
-    planned = uniform(open_budget(targets, 0.5, storage="plain", overrides={"layers.0.q_proj": Override(dense=True)}))
-    assert planned["layers.0.q_proj"] == DENSE
+    planned = uniform(open_budget(targets, request(0.5, overrides={"layers.0.q_proj": Override(dense=True)})))
+    assert planned["layers.0.q_proj"] == LEFT_AS_IS
     assert [module.rank for module in planned.values()][1:] == [11, 11, 10]
 
 
-def test_a_matrix_too_small_for_the_rank_multiple_is_left_dense_and_paid_for() -> None:
+def test_a_matrix_too_small_for_the_rank_multiple_is_left_as_it_is_and_paid_for() -> None:
     targets = [Target("small", 8, 8, 2), Target("large", 256, 256, 2)]
-    planned = uniform(open_budget(targets, 0.5, storage="plain", rank_multiple=16))
-    assert planned["small"] == DENSE
+    planned = uniform(open_budget(targets, request(0.5, rank_multiple=16)))
+    assert planned["small"] == LEFT_AS_IS
     assert planned["large"].rank == 48, "64 would be half of large alone, and leave nothing for small"
 
 
-def test_the_largest_possible_share_is_dense_not_a_rank_that_is_larger_than_dense() -> None:
+def test_the_largest_possible_share_is_the_matrix_itself_not_a_rank_that_is_larger() -> None:
     # 2·(6+3) = 18 = 6·3 bytes: as large as dense, which is exact.
-    planned = uniform(open_budget([Target("a", 6, 3, 1)], 1.0, storage="plain"))
-    assert planned == {"a": DENSE}
-    assert uniform(open_budget([Target("a", 6, 3, 1)], 0.99, storage="plain"))["a"].rank == 1
+    planned = uniform(open_budget([Target("a", 6, 3, 1)], request(1.0)))
+    assert planned == {"a": LEFT_AS_IS}
+    assert uniform(open_budget([Target("a", 6, 3, 1)], request(0.99)))["a"].rank == 1
 
 
 @pytest.mark.parametrize(
@@ -151,19 +155,18 @@ def test_byte_budget_reads_the_ratio_as_a_decimal(ratio: float, dense_bytes: int
     assert byte_budget([Target("a", dense_bytes, 1, 1)], ratio) == budget
 
 
-def test_large_models_need_few_evaluations_of_the_cost_curve() -> None:
-    calls = 0
+def test_large_models_need_few_evaluations_of_the_bytes_at_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, uncounted = 0, Format.bytes
 
-    def count(m: int, n: int, rank: int, size: int) -> int:
+    def count(self: Format, m: int, n: int, rank: int | None, size: int) -> int:
         nonlocal calls
-        calls += 1
-        return STORAGES["plain"].bytes_at(m, n, rank, size)
+        calls += rank is not None
+        return uncounted(self, m, n, rank, size)
 
-    counted = Storage("counted", count)
+    monkeypatch.setattr(Format, "bytes", count)
     targets = [Target(f"layers.{i}.up_proj", 28672 - i, 8192, 2) for i in range(1500)]
-    with patch.dict(STORAGES, {"counted": counted}):
-        uniform(open_budget(targets, 0.6, storage="counted"))
-    assert calls < 60 * len(targets)
+    uniform(open_budget(targets, request(0.6)))
+    assert 0 < calls < 60 * len(targets)
 
 
 @given(
@@ -189,9 +192,9 @@ def test_proportional_shares_are_exact(rows: list[tuple[int, int, int]], fractio
             assert share == min(max(scale * weight, low), high)
 
 
-def test_spend_takes_any_wishes_and_keeps_their_proportions() -> None:
+def test_spend_takes_any_target_bytes_and_keeps_their_proportions() -> None:
     targets = [Target("a", 64, 64, 2), Target("b", 64, 64, 2)]
-    budget = open_budget(targets, 0.5, storage="plain")
+    budget = open_budget(targets, request(0.5))
     planned = spend(budget, {"a": 300, "b": 100})
     assert [planned["a"].rank, planned["b"].rank] == [24, 8]
 
@@ -205,19 +208,32 @@ def test_spend_takes_any_wishes_and_keeps_their_proportions() -> None:
         ({"ratio": float("nan")}, "ratio is nan"),
         ({"rank_multiple": 0}, "rank_multiple is 0; it must be a whole number"),
         ({"min_rank": 2.0}, "min_rank is 2.0; it must be a whole number"),
-        ({"storage": "zip"}, "unknown storage 'zip'; known storages: .*plain"),
+        ({"ratio": None}, "give either a ratio or a size for the matrices to compress"),
+        ({"size": 100}, "give either a ratio or a size for the matrices to compress"),
+        ({"ratio": None, "size": 100}, "the size asked for leaves 100 of 8192 bytes.*raise it to leave 256 for them"),
+        (
+            {"encoding": "gptq4_g32", "rank_multiple": 16},
+            "rank_multiple is 16, and gptq4_g32 takes ranks in multiples of 32 only; leave rank_multiple out",
+        ),
         ({"targets": []}, "no matrix to compress; check which modules are excluded"),
         ({"targets": [Target("a", 4, 4, 2)] * 2}, "'a' is given twice"),
         ({"overrides": {"layers.0.q_porj": Override(rank=1)}}, "'layers.0.q_porj'.*near names: 'layers.0.q_proj'"),
         ({"overrides": {"layers.0.q_proj": Override(rank=65)}}, "q_proj: rank 65 is above 64, .* 64x64 matrix has"),
         (
             {"overrides": {"layers.0.q_proj": Override(rank=40)}},
-            "q_proj: at rank 40 .* use at most 31, or leave it dense",
+            "q_proj: at rank 40 .* use at most 31, or leave it as it is",
         ),
         ({"overrides": {"layers.0.q_proj": Override(ratio=0.01)}}, "q_proj: the override's ratio 0.01 of 8192 bytes"),
     ],
 )
 def test_errors_say_what_and_where(arguments: dict, message: str) -> None:
-    defaults = {"targets": [Target("layers.0.q_proj", 64, 64, 2)], "ratio": 0.5, "storage": "plain"}
+    defaults = {"targets": [Target("layers.0.q_proj", 64, 64, 2)], "ratio": 0.5}
+    given = defaults | arguments
     with pytest.raises(ValueError, match=message):
-        open_budget(**(defaults | arguments))
+        open_budget(given.pop("targets"), request(**given))
+
+
+def test_a_size_is_spent_as_a_ratio_of_the_same_bytes_is() -> None:
+    targets = smollm2_targets()
+    budget = open_budget(targets, request(0.6))
+    assert open_budget(targets, request(None, size=byte_budget(targets, 0.6))) == budget

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from integration_tests.statistics.collecting import assert_gram_close, collect, collect_gradients, grams_of
+from integration_tests.statistics.tiny_model_statistics import assert_gram_close, collect, collect_gradients, grams_of
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd.calibration import temporarily
 from optimum_dobisvd.statistics.store import full_gram

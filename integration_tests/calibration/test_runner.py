@@ -10,7 +10,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import Tensor, nn
 
 from integration_tests.calibration.stateful_models import STATEFUL, Plain, make
-from integration_tests.statistics.collecting import (
+from integration_tests.statistics.tiny_model_statistics import (
     assert_gram_close,
     collect,
     grams_of,
@@ -18,8 +18,8 @@ from integration_tests.statistics.collecting import (
     windows_of,
 )
 from integration_tests.tiny_models import tiny, tokens
-from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.calibration.runner import BlockRunner, hidden_of
+from optimum_dobisvd.model.layout import find_layout
 
 FALLBACK = "passes state between its blocks"
 
@@ -83,7 +83,9 @@ def test_blocks_that_nobody_wants_run_unwatched_and_feed_the_next() -> None:
 
 
 @pytest.mark.parametrize("kind", STATEFUL)
-def test_models_that_pass_state_between_blocks_run_whole(kind: type[Plain], caplog: pytest.LogCaptureFixture) -> None:
+def test_models_that_pass_state_between_blocks_run_in_full(
+    kind: type[Plain], caplog: pytest.LogCaptureFixture
+) -> None:
     model = make(kind)
     ids = tokens(5, 10)
     layout = find_layout(model)
@@ -327,7 +329,7 @@ def test_a_late_window_is_checked_too() -> None:
 
 
 @pytest.mark.parametrize("kind", [Plain, *STATEFUL])
-def test_the_block_is_named_in_models_that_run_whole_too(kind: type[Plain]) -> None:
+def test_the_block_is_named_in_models_that_run_in_full_too(kind: type[Plain]) -> None:
     model = make(kind)
     model.layers[1].down.bias.data[0] = float("nan")
     if kind.__name__ in ("ReturnsDictionary",):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from integration_tests.commands.in_process import dobisvd
+from integration_tests.commands.cli_in_process import dobisvd
 from integration_tests.tiny_models import tiny
 
 WORDS = "the cat sat on mat while dog ran over hill state of union president spoke to young republic and its layers"

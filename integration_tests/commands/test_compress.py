@@ -9,8 +9,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from integration_tests.commands.cli_in_process import contents, dobisvd, names_in
 from integration_tests.commands.conftest import COMPRESS
-from integration_tests.commands.in_process import contents, dobisvd, names_in
 from integration_tests.tiny_models import tiny
 from optimum_dobisvd import LowRankLinear, Plan
 from optimum_dobisvd.report.report import CompressionReport
@@ -30,7 +30,7 @@ def error_of(capsys: Any) -> str:
     return last
 
 
-def test_out_is_a_whole_checkpoint(work: Path) -> None:
+def test_out_is_a_complete_checkpoint(work: Path) -> None:
     assert set(names_in(work / "small")) >= BESIDE | {"model.safetensors", "tokenizer.json", "modeling_dobisvd.py"}
     assert names_in(work) == ["dense", "held-out.txt", "small", "text.txt"]
     plan = Plan.load(work / "small" / "dobisvd_plan.json")
@@ -72,7 +72,7 @@ def test_the_saved_recipe_is_resolved_and_portable(work: Path) -> None:
     recipe = yaml.safe_load((work / "small" / "dobisvd_recipe.yaml").read_text())
     options = recipe["steps"][0]["compress"]
     assert (options["allocation"], options["factorization"]) == ("global", "kfac")
-    assert options["storage"] == "plain"
+    assert (options["structure"], options["quantization"], options["mixed"]) == ("low_rank", None, False)
     assert options["dtype"] == "float32"
     assert options["batch_size"] == 4
     assert "overwrite" not in options
@@ -85,8 +85,8 @@ def test_the_saved_recipe_is_resolved_and_portable(work: Path) -> None:
 def test_an_edited_plan_is_what_is_made(work: Path) -> None:
     path = work / "small" / "dobisvd_plan.json"
     plan = json.loads(path.read_text())
-    plan["modules"]["model.layers.0.self_attn.q_proj"] = {"rank": 3, "storage": "plain"}
-    plan["modules"]["model.layers.1.mlp.down_proj"] = {"storage": "dense"}
+    plan["modules"]["model.layers.0.self_attn.q_proj"] = {"structure": "low_rank", "rank": 3, "encoding": "float"}
+    plan["modules"]["model.layers.1.mlp.down_proj"] = {"structure": "dense", "encoding": "float"}
     (work / "edited.json").write_text(json.dumps(plan))
     assert dobisvd(*COMPRESS, "--plan", "edited.json", "out") == 0
     found = ranks(work / "out")
@@ -155,6 +155,8 @@ def test_texts_inside_a_package_and_globs_are_read_without_importing(
         (["--eval-dataset", "missing.txt"], 1, "missing.txt"),
         (["--plan", "missing.json"], 1, "missing.json"),
         (["--override", 'q_porj:{"dense": true}'], 1, "near names: 'q_proj'"),
+        (["--structure", "low_rnk"], 1, "unknown structure 'low_rnk'; known: low_rank, dense"),
+        (["--method", "svd", "--mixed"], 1, "take method='global'"),
     ],
 )
 def test_a_bad_request_is_one_line_and_leaves_nothing(
@@ -176,6 +178,7 @@ def test_a_bad_request_is_one_line_and_leaves_nothing(
         ["--override", "q_proj=3"],
         ["--override", "q_proj:{3}"],
         ["--overrides", "[]"],
+        ["--mixed", "gptq4"],
     ],
 )
 def test_wrong_usage_is_exit_code_2(work: Path, capsys: Any, arguments: list[str]) -> None:
@@ -202,7 +205,7 @@ def test_debug_shows_the_traceback(work: Path) -> None:
         dobisvd(*COMPRESS, "out", "--ratio", "2", "--debug")
 
 
-def test_an_earlier_output_is_replaced_as_a_whole(work: Path) -> None:
+def test_an_earlier_output_is_replaced_completely(work: Path) -> None:
     (work / "link").symlink_to("small")
     assert dobisvd(*COMPRESS, "link", "--ratio", "0.5") == 0
     assert (work / "link").is_symlink()

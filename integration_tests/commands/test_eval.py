@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from integration_tests.commands.in_process import dobisvd
+from integration_tests.commands.cli_in_process import dobisvd
 
 EVAL = ("eval", "small", "--dataset", "held-out.txt", "--seqlen", "40", "--windows", "5")
 
@@ -31,7 +31,7 @@ def measured(capfd: Any, *arguments: str) -> dict[str, Any]:
     return json.loads(capfd.readouterr().out)
 
 
-def test_both_models_are_judged(work: Path, capfd: Any) -> None:
+def test_both_models_are_evaluated(work: Path, capfd: Any) -> None:
     text = (work / "held-out.txt").read_text()
     found = measured(capfd, *EVAL)["perplexity"]["held-out.txt"]
     assert found["dense"] == pytest.approx(perplexity_by_hand("dense", text, 40, 5), rel=1e-5)
@@ -44,7 +44,7 @@ def test_both_models_are_judged(work: Path, capfd: Any) -> None:
     assert "text.txt" in out
 
 
-def test_without_a_recipe_only_the_compressed_is_judged(work: Path, capfd: Any) -> None:
+def test_without_a_recipe_only_the_compressed_is_evaluated(work: Path, capfd: Any) -> None:
     (work / "small" / "dobisvd_recipe.yaml").unlink()
     result = measured(capfd, *EVAL)
     assert set(result["perplexity"]["held-out.txt"]) == {"compressed"}
@@ -58,7 +58,7 @@ def test_a_dense_model_that_is_gone_is_told(work: Path, capfd: Any) -> None:
     shutil.rmtree(work / "dense")
     result = measured(capfd, *EVAL)
     assert set(result["perplexity"]["held-out.txt"]) == {"compressed"}
-    assert "the dense model dense could not be judged" in result["note"]
+    assert "the dense model dense could not be evaluated" in result["note"]
     assert dobisvd(*EVAL, "--dense", "dense") == 1
     assert "cannot load dense" in capfd.readouterr().err.splitlines()[-1]
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from integration_tests.commands.cli_in_process import dobisvd, names_in
 from integration_tests.commands.conftest import COMPRESS
-from integration_tests.commands.in_process import dobisvd, names_in
 from optimum_dobisvd.report.report import CompressionReport
 
 
@@ -46,28 +46,32 @@ def test_without_a_report_the_files_tell_ranks_and_bytes(work: Path, capfd: Any)
     assert "dobisvd_report.json is missing" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize(("storage", "ratio"), [("remap", 0.3), ("int8", 0.2)])
-def test_the_storage_of_every_matrix_is_shown(work: Path, capfd: Any, storage: str, ratio: float) -> None:
-    settings = ["--storage", storage, "--method", "output_pca", "--ratio", ratio, "--rank-multiple", "4"]
+@pytest.mark.parametrize(("encoding", "ratio"), [("remap", 0.3), ("int8", 0.2)])
+def test_structure_and_encoding_of_every_matrix_are_shown(work: Path, capfd: Any, encoding: str, ratio: float) -> None:
+    settings = ["--quantization", encoding, "--method", "output_pca", "--ratio", ratio, "--rank-multiple", "4"]
     assert dobisvd("compress", "out", *COMPRESS[1:], *settings) == 0
     reported = inspected(capfd, "out")
-    assert {module["storage"] for module in reported["modules"]} >= {storage}
+    assert {module["encoding"] for module in reported["modules"]} >= {encoding}
+    assert {module["structure"] for module in reported["modules"] if module["rank"] is not None} == {"low_rank"}
     (work / "out" / "dobisvd_report.json").unlink()
     found = inspected(capfd, "out")
     assert [{**module, "error": None} for module in reported["modules"]] == found["modules"]
     assert found["ratios"] == reported["ratios"]
     assert dobisvd("inspect", "out") == 0
     out = capfd.readouterr().out
-    assert out.count(f" {storage} ") >= sum(module["storage"] == storage for module in found["modules"])
+    assert out.count(f" {encoding} ") >= sum(module["encoding"] == encoding for module in found["modules"])
+    for module in found["modules"]:
+        (cells,) = [line.split() for line in out.splitlines() if line.split()[:1] == [module["name"]]]
+        assert {module["structure"], module["encoding"]} <= {*cells}
     tensors = load_file(work / "out" / "model.safetensors")
-    names = {module["name"] for module in found["modules"]}
-    on_disk = sum(tensor.nbytes for key, tensor in tensors.items() if key.rpartition(".")[0] in names)
+    names = tuple(f"{module['name']}." for module in found["modules"])
+    on_disk = sum(tensor.nbytes for key, tensor in tensors.items() if key.startswith(names))
     assert on_disk == sum(module["bytes"] for module in found["modules"])
     assert on_disk <= ratio * sum(module["dense_bytes"] for module in found["modules"])
 
 
 def test_more_arithmetic_than_dense_is_said(work: Path, capfd: Any) -> None:
-    settings = ["--storage", "remap", "--method", "output_pca", "--ratio", "0.45", "--rank-multiple", "4"]
+    settings = ["--quantization", "remap", "--method", "output_pca", "--ratio", "0.45", "--rank-multiple", "4"]
     assert dobisvd("compress", "out", *COMPRESS[1:], *settings) == 0
     assert dobisvd("inspect", "out") == 0
     assert "take more arithmetic as factors than dense" in capfd.readouterr().out

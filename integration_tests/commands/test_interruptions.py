@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from integration_tests.commands.cli_in_process import contents, dobisvd, names_in
 from integration_tests.commands.conftest import COMPRESS
-from integration_tests.commands.in_process import contents, dobisvd, names_in
 
 # The command as it is, but it stops for good before the plan is written: everything else lies in the staging folder.
 STOPPING = """
@@ -19,7 +19,7 @@ import optimum_dobisvd.report.write
 def stop(folder, plan, report, pictures=True):
     pathlib.Path("reached").touch()
     time.sleep(600)
-import optimum_dobisvd.integrations.saving  # has its own reference, for save_pretrained
+import optimum_dobisvd.quantizer  # has its own reference, for save_pretrained
 optimum_dobisvd.report.write.write_beside = stop
 from optimum.commands.optimum_cli import main
 sys.argv = ["optimum-cli", "dobisvd", *sys.argv[1:]]

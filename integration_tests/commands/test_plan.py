@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from integration_tests.commands.cli_in_process import dobisvd, names_in
 from integration_tests.commands.conftest import COMPRESS
-from integration_tests.commands.in_process import dobisvd, names_in
 from optimum_dobisvd import Plan
 from optimum_dobisvd.report.report import CompressionReport
 
@@ -61,12 +61,13 @@ def test_spectra_are_used_where_there_are_some(work: Path, capfd: Any) -> None:
     first = planned(capfd, *PLAN, "--statistics", "stats")
     assert first["allocation"] == "uniform"
     assert "global needs spectra" in first["note"]
+    assert first["needs"]["seconds"]["importance scores"] >= 0
     assert "stats" in first["needs"]["disk_bytes"]
     assert "stats" not in names_in(work)
     assert dobisvd(*COMPRESS, "--statistics", "stats", "out") == 0
     second = planned(capfd, *PLAN, "--statistics", "stats")
     assert second["allocation"] == "global"
-    assert "pricing ranks" not in second["needs"]["seconds"]
+    assert "importance scores" not in second["needs"]["seconds"]
     assert "calibration, forward" not in second["needs"]["seconds"]
     made = CompressionReport.load(work / "out")
     assert [row["rank"] for row in second["modules"]] == [row.rank for row in made.modules]
@@ -148,7 +149,7 @@ def test_a_bad_plan_or_pattern_is_refused(work: Path, capfd: Any) -> None:
     assert dobisvd(*PLAN, "--modules-to-not-convert", "q_porj") == 1
     assert "q_proj" in capfd.readouterr().err
     data = json.loads((work / "small" / "dobisvd_plan.json").read_text())
-    data["modules"]["model.layers.9.mlp.up_proj"] = {"storage": "dense"}
+    data["modules"]["model.layers.9.mlp.up_proj"] = {"structure": "dense", "encoding": "float"}
     (work / "bad.json").write_text(json.dumps(data))
     assert dobisvd(*PLAN, "--plan", "bad.json") == 1
     assert "model.layers.9.mlp.up_proj" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""`quantize`, and `compress` with `--inner` and `--budget`."""
+"""`quantize`, and `compress` with `--quantization`, `--mixed` and `--budget`."""
 
 import importlib.util
 import json
@@ -11,10 +11,11 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from integration_tests.commands.in_process import dobisvd
+from integration_tests.commands.cli_in_process import dobisvd
 from integration_tests.tiny_models import tiny, tokens
-from optimum_dobisvd.model.layout import checkpoint_bytes
+from optimum_dobisvd.model.footprint import checkpoint_bytes
 
+TO_LOW_RANK = ("--method", "output_pca", "--ratio", "0.8")
 COMPRESS = ("compress", "--model", "wide", "--dataset", "text.txt", "--nsamples", "4", "--seqlen", "32")
 DRAW = ("--nsamples", "4", "--seqlen", "32")
 needs_gptq = pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is None, reason="gptqmodel is not installed")
@@ -29,23 +30,27 @@ def wide(work: Path, tiny_tokenizer: Any) -> Path:
     return work
 
 
+def encodings_of(model: Any) -> set[str]:
+    return {entry["encoding"] for entry in model.config.quantization_config.modules.values()}
+
+
 @needs_gptq
 @needs_bnb
 def test_a_saved_checkpoint_is_quantized_offline(wide: Path, capfd: Any) -> None:
-    assert dobisvd(*COMPRESS, "--method", "output_pca", "--ratio", "0.8", "low") == 0
-    for form, options in (("gptq4_g32", DRAW), ("nf4", ()), ("llm_int8", ())):
+    assert dobisvd(*COMPRESS, *TO_LOW_RANK, "low") == 0
+    for encoding, options in (("gptq4_g32", DRAW), ("nf4", ()), ("llm_int8", ())):
         capfd.readouterr()
-        assert dobisvd("quantize", "low", "--inner", form, *options, "--json", "-") == 0
+        assert dobisvd("quantize", "low", "--quantization", encoding, *options, "--json", "-") == 0
         result = json.loads(capfd.readouterr().out)
-        out = Path(f"low-{form}")
+        assert result["quantization"] == encoding
+        out = Path(f"low-{encoding}")
         model = AutoModelForCausalLM.from_pretrained(out)
         assert result["bytes_after"] == checkpoint_bytes(model) < 0.8 * result["bytes_before"]
-        storages = {entry["storage"] for entry in model.config.quantization_config.modules.values()}
-        assert storages == {form}
+        assert encodings_of(model) == {encoding}
         steps = yaml.safe_load((out / "dobisvd_recipe.yaml").read_text())["steps"]
         assert [next(iter(step)) for step in steps] == ["compress", "quantize"]
         assert dobisvd("inspect", str(out), "--json", "-") == 0
-        assert {module["storage"] for module in json.loads(capfd.readouterr().out)["modules"]} == {form}
+        assert {module["encoding"] for module in json.loads(capfd.readouterr().out)["modules"]} == {encoding}
         assert dobisvd("eval", str(out), "--dataset", "held-out.txt", "--seqlen", "32", "--windows", "2") == 0
     first = load_file("low-nf4/model.safetensors")
     assert dobisvd("run", "low-nf4/dobisvd_recipe.yaml", "--set", "compress.overwrite=true") == 0
@@ -53,41 +58,42 @@ def test_a_saved_checkpoint_is_quantized_offline(wide: Path, capfd: Any) -> None
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first), "the recipe repeats the run"
     capfd.readouterr()
-    assert dobisvd("quantize", "low-nf4", "--inner", "nf4") == 1
+    assert dobisvd("quantize", "low-nf4", "--quantization", "nf4") == 1
     assert "is quantized already (nf4)" in capfd.readouterr().err
 
 
 @needs_gptq
 @needs_bnb
 def test_a_checkpoint_that_names_no_text_is_told_what_is_missing(wide: Path, capfd: Any, caplog: Any) -> None:
-    assert dobisvd(*COMPRESS, "--method", "output_pca", "--ratio", "0.8", "low") == 0
+    assert dobisvd(*COMPRESS, *TO_LOW_RANK, "low") == 0
     (wide / "low" / "dobisvd_recipe.yaml").unlink()
     capfd.readouterr()
-    assert dobisvd("quantize", "low", "--inner", "gptq4_g32") == 1
+    assert dobisvd("quantize", "low", "--quantization", "gptq4_g32") == 1
     assert "low does not say what it was calibrated on: name some with --dataset" in capfd.readouterr().err
     assert not Path("low-gptq4_g32").exists()
-    assert dobisvd("quantize", "low", "--inner", "nf4") == 0
+    assert dobisvd("quantize", "low", "--quantization", "nf4") == 0
     assert "each value is rounded to 4 bits on its own" in caplog.text
     caplog.clear()
-    assert dobisvd("quantize", "low", "--inner", "nf4", "--overwrite", "--dataset", "text.txt", *DRAW) == 0
+    assert dobisvd("quantize", "low", "--quantization", "nf4", "--overwrite", "--dataset", "text.txt", *DRAW) == 0
     assert "on its own" not in caplog.text
 
 
 def test_our_own_8_bits_need_no_text_and_no_library(wide: Path) -> None:
-    assert dobisvd(*COMPRESS, "--method", "output_pca", "--ratio", "0.8", "low") == 0
-    for form, whole in (("int8", {"dense_int8"}), ("remap", set())):
-        assert dobisvd("quantize", "low", "--inner", form) == 0
-        model = AutoModelForCausalLM.from_pretrained(f"low-{form}")
-        storages = {entry["storage"] for entry in model.config.quantization_config.modules.values()}
-        assert {form} <= storages <= {form, *whole}
+    assert dobisvd(*COMPRESS, *TO_LOW_RANK, "low") == 0
+    for encoding, structures in (("int8", {"low_rank", "dense"}), ("remap", {"low_rank"})):
+        assert dobisvd("quantize", "low", "--quantization", encoding) == 0
+        model = AutoModelForCausalLM.from_pretrained(f"low-{encoding}")
+        assert encodings_of(model) == {encoding}
+        entries = model.config.quantization_config.modules.values()
+        assert {"low_rank"} <= {entry["structure"] for entry in entries} <= structures
         assert checkpoint_bytes(model) < checkpoint_bytes(AutoModelForCausalLM.from_pretrained("low"))
-        assert dobisvd("inspect", f"low-{form}") == 0
+        assert dobisvd("inspect", f"low-{encoding}") == 0
 
 
 @needs_gptq
-def test_compress_counts_inner_bits_against_a_size(wide: Path) -> None:
+def test_compress_counts_the_bits_of_a_quantization_against_a_size(wide: Path) -> None:
     asked = int(0.65 * checkpoint_bytes(AutoModelForCausalLM.from_pretrained("wide")))
-    assert dobisvd(*COMPRESS, "--budget", str(asked), "--storage", "mixed", "--inner", "gptq4_g32", "out") == 0
+    assert dobisvd(*COMPRESS, "--budget", str(asked), "--mixed", "--quantization", "gptq4_g32", "out") == 0
     model = AutoModelForCausalLM.from_pretrained("out")
     assert 0.97 * asked < checkpoint_bytes(model) <= asked
     assert torch.isfinite(model(input_ids=tokens(1, 9)).logits).all()
@@ -99,7 +105,7 @@ def test_compress_counts_inner_bits_against_a_size(wide: Path) -> None:
 @needs_gptq
 def test_plan_tells_what_a_size_will_give(wide: Path, capfd: Any) -> None:
     asked = int(0.65 * checkpoint_bytes(AutoModelForCausalLM.from_pretrained("wide")))
-    options = ("--budget", str(asked), "--storage", "mixed", "--inner", "gptq4_g32")
+    options = ("--budget", str(asked), "--mixed", "--quantization", "gptq4_g32")
     capfd.readouterr()
     assert dobisvd("plan", *COMPRESS[1:], *options, "--json", "-") == 0
     planned = json.loads(capfd.readouterr().out)
@@ -108,14 +114,16 @@ def test_plan_tells_what_a_size_will_give(wide: Path, capfd: Any) -> None:
 
 @needs_gptq
 def test_whose_text_is_read(wide: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    """--dataset before that of the GPTQConfig before that of the recipe; 8 bits of bitsandbytes and ours read none."""
-    from optimum_dobisvd import stacking
+    """--dataset before that of the GPTQConfig before that of the recipe; LLM.int8() and our own 8 bits read none."""
     from optimum_dobisvd.calibration import dataset
+    from optimum_dobisvd.pipeline import validate
 
-    assert dobisvd(*COMPRESS, "--method", "output_pca", "--ratio", "0.8", "low") == 0
+    assert dobisvd(*COMPRESS, *TO_LOW_RANK, "low") == 0
     text = Path("text.txt").read_text()
     Path("named.txt").write_text(text[100:])
-    inner = json.dumps({"quant_method": "gptq", "bits": 4, "group_size": 32, "dataset": [text[:5000], text[5000:]]})
+    quantization = json.dumps(
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "dataset": [text[:5000], text[5000:]]}
+    )
     read: list[Any] = []
     real = dataset.load_windows
 
@@ -124,37 +132,41 @@ def test_whose_text_is_read(wide: Path, monkeypatch: pytest.MonkeyPatch, capfd: 
         return real(source, *arguments, **draw)
 
     monkeypatch.setattr(dataset, "load_windows", seen)
-    monkeypatch.setattr(stacking, "load_windows", seen)
+    monkeypatch.setattr(validate, "load_windows", seen)
     for options, expected in (((), [text[:5000], text[5000:]]), (("--dataset", "named.txt"), "named.txt")):
         read.clear()
-        assert dobisvd("quantize", "low", "--inner", inner, "--out", "out", "--overwrite", *options, *DRAW) == 0
+        settings = ("--quantization", quantization, "--out", "out", "--overwrite", *options, *DRAW)
+        assert dobisvd("quantize", "low", *settings) == 0
         assert read == [expected]
     capfd.readouterr()
-    assert dobisvd("quantize", "low", "--inner", "int8", "--dataset", "named.txt") == 2
+    assert dobisvd("quantize", "low", "--quantization", "int8", "--dataset", "named.txt") == 2
     assert "int8 reads no text: leave --dataset out" in capfd.readouterr().err
-    assert dobisvd("quantize", "low", "--inner", "llm_int8", "--seqlen", "9") == 2
+    assert dobisvd("quantize", "low", "--quantization", "llm_int8", "--seqlen", "9") == 2
     assert "llm_int8 reads no text: leave --seqlen out" in capfd.readouterr().err
 
 
 @needs_gptq
-def test_a_form_that_fits_too_little_writes_nothing(wide: Path, capfd: Any) -> None:
-    assert dobisvd(*COMPRESS, "--method", "output_pca", "--ratio", "0.8", "low") == 0
+def test_an_encoding_that_fits_too_little_writes_nothing(wide: Path, capfd: Any) -> None:
+    assert dobisvd(*COMPRESS, *TO_LOW_RANK, "low") == 0
     capfd.readouterr()
-    assert dobisvd("quantize", "low", "--inner", "gptq4_g256", *DRAW) == 1
+    assert dobisvd("quantize", "low", "--quantization", "gptq4_g256", *DRAW) == 1
     assert "take group_size=128 (on the command line gptq4_g128)" in capfd.readouterr().err
     assert not Path("low-gptq4_g256").exists()
-    assert dobisvd("quantize", "low", "--inner", "gptq4_g256", "--min-coverage", "0.1", *DRAW) == 0
-    entries = AutoModelForCausalLM.from_pretrained("low-gptq4_g256").config.quantization_config.modules
-    assert {entry["storage"] for entry in entries.values()} == {"gptq4_g256", "plain"}
-    assert dobisvd("plan", *COMPRESS[1:], "--inner", "gptq4_g256", "--ratio", "0.25") == 1
+    assert dobisvd("quantize", "low", "--quantization", "gptq4_g256", "--min-coverage", "0.1", *DRAW) == 0
+    assert encodings_of(AutoModelForCausalLM.from_pretrained("low-gptq4_g256")) == {"gptq4_g256", "float"}
+    assert dobisvd("plan", *COMPRESS[1:], "--quantization", "gptq4_g256", "--ratio", "0.25") == 1
     assert "take group_size=128" in capfd.readouterr().err
 
 
-def test_bad_forms_are_named(wide: Path, capfd: Any) -> None:
-    assert dobisvd(*COMPRESS, "--inner", "gptq5", "out") == 1
-    assert "unknown inner quantization 'gptq5'" in capfd.readouterr().err
-    assert dobisvd(*COMPRESS, "--inner", '{"quant_method": "gptq", "bits": 4', "out") == 1
+def test_bad_quantizations_are_named(wide: Path, capfd: Any) -> None:
+    assert dobisvd(*COMPRESS, "--quantization", "gptq5", "out") == 1
+    assert "unknown quantization 'gptq5': int8, remap, gptq2, gptq3, gptq4 or gptq8" in capfd.readouterr().err
+    assert dobisvd("quantize", "low", "--quantization", "gptq5") == 1
+    assert "unknown quantization 'gptq5'" in capfd.readouterr().err
+    assert dobisvd(*COMPRESS, "--quantization", '{"quant_method": "gptq", "bits": 4', "out") == 1
     assert "is no JSON" in capfd.readouterr().err
+    assert dobisvd(*COMPRESS, "--quantization", '{"quant_method": "gptq", "bits": 4, "group_sise": 32}', "out") == 1
+    assert "GPTQConfig has no option 'group_sise'; did you mean 'group_size'?" in capfd.readouterr().err
     assert dobisvd(*COMPRESS, "--budget", "1KB", "out") == 1
     assert "what is not compressed" in capfd.readouterr().err
     assert not Path("out").exists()

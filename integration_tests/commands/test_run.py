@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
+from integration_tests.commands.cli_in_process import contents, dobisvd, names_in
 from integration_tests.commands.conftest import COMPRESS
-from integration_tests.commands.in_process import contents, dobisvd, names_in
 from optimum_dobisvd.report.report import CompressionReport
 
 STEP = {"model": "dense", "dataset": "text.txt", "nsamples": 6, "seqlen": 32, "out": "out"}
@@ -73,6 +73,11 @@ def test_set_changes_options(work: Path) -> None:
     [
         ([{"compres": STEP}], "unknown command 'compres'; did you mean 'compress'?"),
         ([{"compress": {**STEP, "nsample": 3}}], "unknown option 'nsample'; did you mean 'nsamples'?"),
+        ([{"compress": {**STEP, "inner": "gptq4"}}], "no option 'inner' any more; write 'quantization'"),
+        ([{"plan": {"model": "x", "storage": "int8"}}], "'storage' any more; write 'quantization' or 'mixed'"),
+        ([{"compress": {**STEP, "dense-storage": "dense_int8"}}], "'dense_storage' any more; write 'quantization'"),
+        ([{"quantize": {"model": "out", "inner": "nf4"}}], "no option 'inner' any more; write 'quantization'"),
+        ([{"eval": {"out": "out", "inner": "nf4"}}], "eval: unknown option 'inner'; "),
         ([{"compress": {**STEP, "ratio": "0,8"}}], "ratio must be a number, got '0,8'"),
         ([{"compress": {**STEP, "nsamples": 6.5}}], "nsamples must be a whole number"),
         ([{"compress": {**STEP, "nsamples": True}}], "nsamples must be a whole number"),
@@ -85,7 +90,7 @@ def test_set_changes_options(work: Path) -> None:
         ([{"compress": [STEP]}], "must be a mapping"),
         # The second step is wrong: the first must not have run.
         ([{"compress": STEP}, {"eval": {"dataset": "text.txt"}}], "the option 'out' is missing"),
-        ([{"compress": STEP}, {"eval": {"out": "out"}}], "eval: nothing to judge by: give --dataset TEXT"),
+        ([{"compress": STEP}, {"eval": {"out": "out"}}], "eval: nothing to evaluate on: give --dataset TEXT"),
         ([{"compress": STEP}, {"eval": {"out": "out", "tasks": "piqa", "limit": 0}}], "--limit must be at least 1"),
         ([], "must be a list of steps"),
     ],
@@ -101,6 +106,8 @@ def test_what_a_recipe_cannot_mean_is_refused_at_once(work: Path, capsys: Any, s
     ("change", "message"),
     [
         ("compress.ratoi=0.5", "unknown option 'ratoi'; did you mean 'ratio'?"),
+        ("storage=int8", "there is no option 'storage' any more; write 'quantization' or 'mixed'"),
+        ("compress.inner=nf4", "there is no option 'inner' any more; write 'quantization'"),
         ("ratoi=0.5", "unknown option 'ratoi'; did you mean 'ratio'?"),
         ("compres.ratio=0.5", "no step 'compres'; did you mean 'compress'?"),
         ("ratio", "--set takes KEY=VALUE"),

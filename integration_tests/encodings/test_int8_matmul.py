@@ -8,32 +8,40 @@ import threading
 import pytest
 import torch
 
-from integration_tests.processes import run_python
-from optimum_dobisvd.kernels import int8_matmul as kernels
+from integration_tests.fresh_processes import run_python
+from optimum_dobisvd.encodings import int8_matmul as kernels
 from optimum_dobisvd.encodings.int8_matmul import KERNEL_CALLS, int8_matmul, using_kernel
 
 ON_X86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the CPU kernel is for x86")
 
 # In a process of its own: the kernel's failures are segmentation faults.
 EVERY_RANK_AND_BATCH = """
-import sys, torch
-from optimum_dobisvd.kernels.int8_matmul import KERNEL_CALLS, using_kernel
-from optimum_dobisvd.nn.eight_bit_linear import Int8LowRankLinear, RemappedLinear
+import torch
+from torch import nn
+from optimum_dobisvd.encodings.int8_matmul import KERNEL_CALLS, using_kernel
+from optimum_dobisvd.structures.format import format_named
 torch.manual_seed(0)
 torch.set_num_threads(1)
 worst, products = 0.0, 0
 
+def made(encoding, outputs, inputs, rank):
+    dense = nn.Linear(inputs, outputs, bias=False, device="meta", dtype=torch.bfloat16)
+    module = format_named("low_rank", encoding).empty(dense, rank, (outputs, inputs), conv1d=False)
+    return module.to_empty(device="cpu")
+
 def check(module, batches):
     global worst, products
-    for tensor in module.tensors().values():
+    for tensor in module.parameters():
         if tensor.is_floating_point():
-            tensor.copy_(torch.rand(tensor.shape) + 0.1)
-        else:  # bytes of -127 to 127, whatever the integers
-            values = torch.randint(-127, 128, (tensor.numel() * tensor.element_size(),), dtype=torch.int8)
-            tensor.copy_(values.view(tensor.dtype).view(tensor.shape))
-    dense = module.dense_matrix().double()
+            tensor.data = torch.rand(tensor.shape).add(0.1).to(tensor)
+        else:  # a file's tensors may lie at any address
+            begin = module.rank % 64
+            values = torch.randint(-127, 128, (begin + tensor.numel(),), dtype=torch.int8)
+            tensor.data = values[begin:].view(tensor.shape)
     xs = torch.randn(64, module.in_features).bfloat16()
-    exact = xs.double() @ dense.T
+    exact = xs.double()
+    for matrix in module.matrices().values():
+        exact = exact @ matrix.double().T
     for batch in batches:
         with using_kernel("cpu_int8"), torch.no_grad():
             found = module(xs[:batch]).double()
@@ -42,11 +50,11 @@ def check(module, batches):
         assert worst < 1e-2, (module, batch, worst)
 
 for rank in range(1, 601):
-    check(Int8LowRankLinear(52, 40, rank, bias=False, dtype=torch.bfloat16), range(1, 65))
-    # Its factors lie where the slots begin and where the first of them ends: at any address.
-    check(RemappedLinear(36, 44, rank, bias=False, dtype=torch.bfloat16), (2, 5, 64))
+    check(made("int8", 40, 52, rank), range(1, 65))
+    short = max(rank, 36)
+    check(made("remap", short + 8, short, rank), (2, 5, 64))
     if rank > 16:  # where two rounded parts are added, a single value may lose more by canceling
-        check(RemappedLinear(52, 40, rank, bias=False, dtype=torch.bfloat16), (1, 4, 40))
+        check(made("remap", short, short + 12, rank), (1, 4, 40))
 assert KERNEL_CALLS == {"cpu_int8": products}, KERNEL_CALLS
 print(worst)
 """
@@ -63,7 +71,7 @@ def test_every_rank_and_batch_through_the_cpu_kernel(capability: str) -> None:
 
 TRITON = """
 import sys, torch
-from optimum_dobisvd.kernels.int8_matmul import KERNEL_CALLS, int8_matmul, using_kernel
+from optimum_dobisvd.encodings.int8_matmul import KERNEL_CALLS, int8_matmul, using_kernel
 torch.manual_seed(0)
 count = 0
 for dtype, limit in ((torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 5e-3)):

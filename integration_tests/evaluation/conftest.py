@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from integration_tests.commands.conftest import _no_hub, prepared, work  # noqa: F401
-from integration_tests.evaluation.rows import write_rows
+from integration_tests.evaluation.task_rows import write_rows
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from integration_tests.commands.in_process import contents, dobisvd
-from integration_tests.evaluation.direct import RECIPES, lm_eval, same_figures
-from integration_tests.evaluation.rows import FILES, ROWS, rows_of, write_jsonl
-from integration_tests.processes import run_python
+from integration_tests.commands.cli_in_process import contents, dobisvd
+from integration_tests.evaluation.lm_eval_command import RECIPES, lm_eval, same_figures
+from integration_tests.evaluation.task_rows import FILES, ROWS, rows_of, write_jsonl
+from integration_tests.fresh_processes import run_python
 
 pytest.importorskip("lm_eval", reason="lm-eval, which runs the tasks, is not installed")
 
@@ -73,12 +73,12 @@ def test_a_group_without_a_figure_of_its_own_is_its_tasks() -> None:
     from optimum_dobisvd.evaluation.tasks import _members
 
     members = {name: type("Task", (), {"task_name": name})() for name in ("a", "b", "c", "d")}
-    inner = Group("inner")
-    inner.add(members["b"])
+    nested = Group("nested")
+    nested.add(members["b"])
     summed = Group("summed", aggregate_metric_list=[{"metric": "acc"}])  # type: ignore[list-item]
     summed.add(members["c"])
     outer = Group("outer")
-    for each in (members["a"], inner, summed):
+    for each in (members["a"], nested, summed):
         outer.add(each)
     assert _members("outer", {"groups": {"outer": outer}, "tasks": members}) == {
         "a": members["a"],
@@ -206,7 +206,7 @@ def test_prompts_on_real_rows(task: str, tmp_path: Path) -> None:
 @needs_shared
 @pytest.mark.real_model
 @pytest.mark.shared_data
-def test_a_real_model_on_real_rows_is_judged_as_by_lm_eval_itself(tmp_path: Path, capfd: Any) -> None:
+def test_figures_of_a_real_model_on_real_rows_are_those_of_lm_eval_itself(tmp_path: Path, capfd: Any) -> None:
     from optimum_dobisvd.commands.load_dense import load_dense, load_tokenizer
     from optimum_dobisvd.commands.sources import model_source
 
@@ -229,7 +229,7 @@ def test_every_local_task_is_shipped_and_readable_directly() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --dataset TEXT for perplexity, --tasks TASK for lm-eval, or both"),
+        ([], "nothing to evaluate on: give --dataset TEXT for perplexity, --tasks TASK for lm-eval, or both"),
         (["--tasks", ","], "give --dataset TEXT"),
         (["--tasks", "piqa", "--limit", "0"], "--limit must be at least 1, got 0"),
         (["--tasks", "piqa", "--limit", "-3"], "--limit must be at least 1, got -3"),

@@ -5,15 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from integration_tests.factorization.cases import make_case
+from integration_tests.factorization.weights_and_inputs import make_case
 from optimum_dobisvd.factorization.errors import output_error
 from optimum_dobisvd.factorization.factors import Decomposition, Factors
-from optimum_dobisvd.factorization.registry import (
-    FACTORIZATIONS,
-    Factorization,
-    factorization_named,
-    register_factorization,
-)
+from optimum_dobisvd.factorization.registry import FACTORIZATIONS, Factorization
 
 
 @given(
@@ -52,7 +47,7 @@ def test_truncating_takes_a_prefix_and_pads_with_zeros() -> None:
     assert torch.equal(padded.product(), decomposition.truncate(3).product())
     assert not padded.second[:, 3:].any()
     assert not padded.first[3:].any()
-    assert [decomposition.tail(k) for k in (0, 1, 2, 3, 6)] == pytest.approx([14**0.5, 5**0.5, 1, 0, 0])
+    assert [decomposition.truncation_loss(k) for k in (0, 1, 2, 3, 6)] == pytest.approx([14**0.5, 5**0.5, 1, 0, 0])
 
 
 @pytest.mark.parametrize("rank", [0, -1])
@@ -73,7 +68,7 @@ def test_output_error_is_what_the_inputs_say(kind: str) -> None:
 
 def test_output_error_sees_the_rounding_of_what_is_stored() -> None:
     case = make_case("full", 7, 9, 30, seed=10)
-    exact = factorization_named("svd").decompose(case.weight, None).truncate(7).balanced()
+    exact = FACTORIZATIONS.get("svd").decompose(case.weight, None).truncate(7).balanced()
     rounded = Factors(exact.second.bfloat16(), exact.first.bfloat16())
     assert output_error(case.weight, exact.product(), case.gram)[0] < 1e-9
     lost, total = output_error(case.weight, rounded.product(), case.gram)
@@ -81,16 +76,17 @@ def test_output_error_sees_the_rounding_of_what_is_stored() -> None:
 
 
 def test_the_table_refuses_a_second_row_of_one_name() -> None:
-    before = dict(FACTORIZATIONS)
-    row = FACTORIZATIONS["svd_llm_v2"]
-    with pytest.raises(ValueError, match="'svd_llm_v2' is already registered"):
-        register_factorization(Factorization("svd_llm_v2", None, row.prepare, row.decompose, row.spectrum))
-    assert before == FACTORIZATIONS
+    before = {name: FACTORIZATIONS.get(name) for name in FACTORIZATIONS}
+    row = FACTORIZATIONS.get("svd_llm_v2")
+    another = Factorization("svd_llm_v2", None, row.prepare, row.decompose, row.spectrum)
+    with pytest.raises(ValueError, match="factorization 'svd_llm_v2' is already registered"):
+        FACTORIZATIONS.register("svd_llm_v2", another)
+    assert before == {name: FACTORIZATIONS.get(name) for name in FACTORIZATIONS}
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"unknown factorization 'svdllm'; known: .*svd_llm_v2"):
-        factorization_named("svdllm")
+        FACTORIZATIONS.get("svdllm")
 
 
 def test_any_directions_can_be_kept_and_missing_ones_are_zeros() -> None:
@@ -104,3 +100,22 @@ def test_any_directions_can_be_kept_and_missing_ones_are_zeros() -> None:
     torch.testing.assert_close(beyond.product(), torch.outer(left[:, 1], right[1]))
     assert float(decomposition.keep((4, 5)).product().abs().sum()) == 0
     assert torch.equal(decomposition.keep(range(2)).product(), decomposition.truncate(2).product())
+
+
+@given(m=st.integers(1, 40), n=st.integers(1, 40), k=st.integers(1, 30))
+def test_rotating_the_ranks_changes_no_product_and_is_the_same_every_time(m: int, n: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(m * n)
+    spread = 10 ** (4 * torch.rand(k, generator=generator, dtype=torch.float64))
+    second = torch.randn(m, k, generator=generator, dtype=torch.float64) * spread
+    factors = Factors(second, torch.randn(k, n, generator=generator, dtype=torch.float64))
+    rotated = factors.rotated()
+    assert torch.allclose(rotated.product(), factors.product(), atol=1e-10 * float(spread.max()) * k)
+    assert torch.equal(rotated.second, factors.rotated().second)
+
+
+def test_rotated_ranks_are_alike() -> None:
+    spread = torch.logspace(0, 4, 64, dtype=torch.float64)
+    factors = Factors(torch.randn(100, 64, dtype=torch.float64) * spread, torch.randn(64, 80, dtype=torch.float64))
+    sizes = factors.rotated().second.norm(dim=0)
+    assert float(sizes.max() / sizes.min()) < 5
+    assert float(spread.max() / spread.min()) == pytest.approx(1e4)

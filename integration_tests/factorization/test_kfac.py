@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from integration_tests.factorization.cases import Case, cases
+from integration_tests.factorization.weights_and_inputs import Case, cases
 from optimum_dobisvd.factorization.factors import Decomposition
 from optimum_dobisvd.factorization.kfac import OutputRoot, kfac, kfac_spectrum, output_root
-from optimum_dobisvd.factorization.registry import factorization_named
+from optimum_dobisvd.factorization.registry import FACTORIZATIONS
 
 TOLERANCE = 1e-6
 
@@ -29,7 +29,7 @@ def weighted(root: OutputRoot, matrix: Tensor, case: Case) -> float:
 
 @given(case=cases(), seed=st.integers(0, 2**20), rank=st.integers(1, 20))
 @settings(max_examples=80, deadline=None)
-def test_the_tail_is_the_weighted_error_and_the_smallest_there_is(case: Case, seed: int, rank: int) -> None:
+def test_the_truncation_loss_is_the_weighted_error_and_the_smallest_there_is(case: Case, seed: int, rank: int) -> None:
     gradients = gradients_of(case, seed, rank)
     root = output_root(gradients @ gradients.T)
     found = kfac(case.weight, (case.gram, root))
@@ -38,13 +38,13 @@ def test_the_tail_is_the_weighted_error_and_the_smallest_there_is(case: Case, se
     for kept in case.ranks:
         error = weighted(root, case.weight - found.truncate(kept).product(), case)
         optimum = float(torch.linalg.vector_norm(best[kept:]))
-        assert found.tail(kept) == pytest.approx(error, abs=TOLERANCE * dense)
+        assert found.truncation_loss(kept) == pytest.approx(error, abs=TOLERANCE * dense)
         assert error == pytest.approx(optimum, abs=TOLERANCE * dense)
 
 
 @given(case=cases(), seed=st.integers(0, 2**20))
 @settings(max_examples=30, deadline=None)
-def test_the_price_list_is_the_decompositions_own(case: Case, seed: int) -> None:
+def test_the_spectrum_is_the_decompositions_own(case: Case, seed: int) -> None:
     gradients = gradients_of(case, seed, 8)
     metric = (case.gram, output_root(gradients @ gradients.T))
     values = kfac(case.weight, metric).singular_values
@@ -65,7 +65,7 @@ def test_with_a_loss_that_feels_all_outputs_alike_it_is_output_pca() -> None:
     weight, inputs = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((6, 9), (9, 40)))
     gram = inputs @ inputs.T
     ours: Decomposition = kfac(weight, (gram, output_root(7 * torch.eye(6))))
-    theirs = factorization_named("output_pca").decompose(weight, gram)
+    theirs = FACTORIZATIONS.get("output_pca").decompose(weight, gram)
     for rank in range(1, 7):
         torch.testing.assert_close(ours.truncate(rank).product(), theirs.truncate(rank).product())
     torch.testing.assert_close(ours.singular_values, (7 * 1.01) ** 0.5 * theirs.singular_values)

@@ -5,16 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from integration_tests.factorization.cases import Case, cases, make_case, well_conditioned_cases
+from integration_tests.factorization.weights_and_inputs import Case, cases, make_case, well_conditioned_cases
 from optimum_dobisvd.factorization.factors import Decomposition
-from optimum_dobisvd.factorization.registry import factorization_named
+from optimum_dobisvd.factorization.registry import FACTORIZATIONS
 
 TOLERANCE = 1e-6  # of ||WX||
 OPTIMAL = ("svd_llm_v2", "output_pca")
 
 
 def decompose(name: str, case: Case) -> Decomposition:
-    row = factorization_named(name)
+    row = FACTORIZATIONS.get(name)
     statistic = {None: None, "gram": case.gram, "abs_mean": case.abs_mean}[row.needs]
     return row.decompose(case.weight, None if statistic is None else row.prepare(statistic))
 
@@ -24,20 +24,20 @@ def assert_theorem_holds(name: str, case: Case) -> None:
     allowed = TOLERANCE * case.dense_output()
     for rank in case.ranks:
         factors = found.truncate(rank)
-        assert found.tail(rank) == pytest.approx(case.loss(factors.product()), abs=allowed, rel=0)
-        assert found.tail(rank) == pytest.approx(case.loss(factors.balanced().product()), abs=allowed, rel=0)
-    assert found.tail(0) == pytest.approx(case.dense_output(), rel=1e-6)
+        for each in (factors, factors.balanced()):
+            assert found.truncation_loss(rank) == pytest.approx(case.loss(each.product()), abs=allowed, rel=0)
+    assert found.truncation_loss(0) == pytest.approx(case.dense_output(), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["svd", "asvd", *OPTIMAL])
 @given(case=cases())
 @settings(max_examples=30, deadline=None)
-def test_the_price_list_is_the_decompositions_own(name: str, case: Case) -> None:
-    row = factorization_named(name)
+def test_the_spectrum_is_the_decompositions_own(name: str, case: Case) -> None:
+    row = FACTORIZATIONS.get(name)
     statistic = {None: None, "gram": case.gram, "abs_mean": case.abs_mean}[row.needs]
-    prices = row.spectrum(case.weight, None if statistic is None else row.prepare(statistic))
+    spectrum = row.spectrum(case.weight, None if statistic is None else row.prepare(statistic))
     values = decompose(name, case).singular_values
-    torch.testing.assert_close(prices, values, rtol=0, atol=1e-7 * float(values.max()))
+    torch.testing.assert_close(spectrum, values, rtol=0, atol=1e-7 * float(values.max()))
 
 
 @pytest.mark.parametrize("name", OPTIMAL)
@@ -94,7 +94,7 @@ def test_svd_is_optimal_for_the_weight_itself(case: Case) -> None:
     for rank in case.ranks:
         error = torch.linalg.norm(case.weight - found.truncate(rank).product())
         assert float(error) == pytest.approx(float(values[rank:].norm()), abs=1e-9 * float(values[0]))
-        assert found.tail(rank) == pytest.approx(float(values[rank:].norm()), abs=1e-9 * float(values[0]))
+        assert found.truncation_loss(rank) == pytest.approx(float(values[rank:].norm()), abs=1e-9 * float(values[0]))
 
 
 @given(case=cases(kinds=("full", "dead_channels", "badly_scaled")))

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from integration_tests.factorization.cases import make_case
-from optimum_dobisvd.factorization.registry import factorization_named
+from integration_tests.factorization.weights_and_inputs import make_case
+from optimum_dobisvd.factorization.registry import FACTORIZATIONS
 from optimum_dobisvd.factorization.truncated_svd import output_pca, whitened_svd
 from optimum_dobisvd.factorization.whitening import channel_scaling, cholesky_whitening, eigen_whitening
 
@@ -63,7 +63,7 @@ def test_a_repair_that_is_not_enough_is_an_error_with_advice() -> None:
 
 @pytest.mark.parametrize("name", ["svd_llm_v2", "output_pca"])
 def test_a_gram_of_zeros_is_refused(name: str) -> None:
-    row = factorization_named(name)
+    row = FACTORIZATIONS.get(name)
     with pytest.raises(ValueError, match=r"every calibration input .* was zero"):
         row.decompose(torch.ones(4, 6), row.prepare(torch.zeros(6, 6)))
 
@@ -78,14 +78,14 @@ def test_inputs_that_are_all_zero_are_refused_by_asvd() -> None:
 def test_a_weight_of_zeros_becomes_factors_of_zeros(name: str, shape: tuple[int, int]) -> None:
     """Blocks added to a model for further training begin with zero weights."""
     case = make_case("full", *shape, 40, seed=6)
-    row = factorization_named(name)
+    row = FACTORIZATIONS.get(name)
     statistic = {None: torch.empty(0), "gram": case.gram, "abs_mean": case.abs_mean}[row.needs]
     found = row.decompose(torch.zeros(shape), row.prepare(statistic))
     factors = found.truncate(3).balanced()
     assert (factors.second.shape, factors.first.shape) == ((shape[0], 3), (3, shape[1]))
     assert not factors.second.any()
     assert not factors.first.any()
-    assert found.tail(0) == 0
+    assert found.truncation_loss(0) == 0
 
 
 def test_whitening_squares_to_the_gram_and_its_inverse_undoes_it() -> None:

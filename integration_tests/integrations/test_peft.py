@@ -7,13 +7,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from integration_tests.integrations.test_round_trip import compressed, logits
-from integration_tests.processes import run_python
+from integration_tests.checkpoint.reloading import compressed, logits
+from integration_tests.fresh_processes import run_python
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd import LowRankLinear, Plan, adapter_targets
 from optimum_dobisvd.allocation.plan import PlannedModule
 from optimum_dobisvd.model.layout import find_layout
-from optimum_dobisvd.nn.eight_bit_linear import EightBitLinear
+from optimum_dobisvd.structures.base import compressed_linears
+from optimum_dobisvd.structures.format import AS_IS
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
@@ -96,7 +97,9 @@ def test_lora_on_the_factors_trains_reloads_merges_and_reloads_merged(saved, tmp
 @pytest.mark.parametrize("targets", [["q_proj"], None])
 def test_names_of_the_dense_model_are_refused_with_the_names_that_work(saved, targets):
     """None is PEFT's own list for this architecture, `q_proj` and `v_proj`."""
-    with pytest.raises(ValueError, match=r"LowRankLinear[\s\S]*name these, .*'q_proj.first', 'q_proj.second'.*all-li"):
+    with pytest.raises(
+        ValueError, match=r"LowRankLinear[\s\S]*name what is in it, .*'q_proj.first', 'q_proj.second'.*all-l"
+    ):
         peft.get_peft_model(load(saved("llama")), lora(targets))
     model = peft.get_peft_model(load(saved("llama")), lora(["q_proj.first", "q_proj.second"]))
     assert sum(hasattr(module, "lora_A") for module in model.modules()) == 6
@@ -108,36 +111,39 @@ def test_what_print_shows_has_no_advice_in_it(saved):
     assert "q_proj" not in str(layer)
 
 
-@pytest.mark.parametrize("storage", EIGHT_BIT)
-def test_8_bit_linears_refuse_adapters_and_say_what_to_do(saved, storage):
-    with pytest.raises(ValueError, match="stored in 8 bits, which take no adapter: .*store_as"):
-        peft.get_peft_model(load(saved("llama", storage)), lora(["q_proj", "up_proj", "down_proj", "gate_proj"]))
+@pytest.mark.parametrize("encoding", EIGHT_BIT)
+def test_8_bit_linears_refuse_adapters_and_say_what_to_do(saved, encoding):
+    for names in (["q_proj", "up_proj", "down_proj", "gate_proj"], [*FACTORS, "linear"]):
+        with pytest.raises(ValueError, match=r"stored in 8 bits, which take no adapter: .*convert\(model\)"):
+            peft.get_peft_model(load(saved("llama", encoding)), lora(names))
 
 
-def in_part(folder, storage, dtype=torch.float32):
+def in_part(folder, encoding, dtype=torch.float32):
     """Layer 1 dense, the others compressed; saved, and loaded again."""
-    in_forms(tiny("llama", dtype=dtype), lambda name: "dense" if "layers.1." in name else storage).save_pretrained(
-        folder
+    model = in_formats(
+        tiny("llama", dtype=dtype), lambda name: AS_IS.key if "layers.1." in name else ("low_rank", encoding)
     )
+    model.save_pretrained(folder)
     return load(folder)
 
 
-def in_forms(model, storage_of):
+def in_formats(model, format_of):
+    """Compressed by hand: `format_of` gives structure and encoding by name. Ranks are 6."""
     modules = {}
     for target in find_layout(model).targets:
-        storage = storage_of(target.name)
-        modules[target.name] = PlannedModule(None if storage.startswith("dense") else 6, storage)
+        structure, encoding = format_of(target.name)
+        modules[target.name] = PlannedModule(structure, encoding, None if structure == "dense" else 6)
     plan = Plan(modules, method="output_pca", ratio=None, allocation="by hand")
     return compressed(model, ratio=0.8, plan=plan)
 
 
-@pytest.mark.parametrize("storage", ["plain", *EIGHT_BIT])
-def test_adapter_targets_names_what_can_be_adapted(storage, tmp_path, caplog):
-    model = in_part(tmp_path / "mixed", storage)
+@pytest.mark.parametrize("encoding", ["float", *EIGHT_BIT])
+def test_adapter_targets_names_what_can_be_adapted(encoding, tmp_path, caplog):
+    model = in_part(tmp_path / "mixed", encoding)
     found = adapter_targets(model, ["q_proj", "mlp.up_proj"])
     dense = ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
     assert set(dense) <= set(found)
-    if storage == "plain":
+    if encoding == "float":
         assert "model.layers.0.self_attn.q_proj.first" in found
         assert len(found) == 2 + 2 * 4
         assert not caplog.records
@@ -155,20 +161,21 @@ def test_adapter_targets_refuses_what_is_not_there(saved, tmp_path):
         adapter_targets(model, ["q_prj"])
     with pytest.raises(TypeError, match=r"pass \['q_proj'\]"):
         adapter_targets(model, "q_proj")
-    for storage in EIGHT_BIT:
-        eight = in_forms(tiny("llama"), lambda name, storage=storage: "dense_int8" if "mlp" in name else storage)
-        with pytest.raises(ValueError, match="the model: all 21 linears are stored in 8 bits.*store_as"):
+    for encoding in EIGHT_BIT:
+        formats = {True: ("dense", "int8"), False: ("low_rank", encoding)}
+        eight = in_formats(tiny("llama"), lambda name, formats=formats: formats["mlp" in name])
+        with pytest.raises(ValueError, match=r"the model: all 21 linears are stored in 8 bits.*convert\(model\)"):
             adapter_targets(eight)
         with pytest.raises(ValueError, match="o_proj: all 3 linears are stored in 8 bits"):
             adapter_targets(eight, ["o_proj"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("storage", EIGHT_BIT)
-def test_lora_beside_8_bit_linears(storage, dtype, tmp_path):
+@pytest.mark.parametrize("encoding", EIGHT_BIT)
+def test_lora_beside_8_bit_linears(encoding, dtype, tmp_path):
     """Layer 1 learns, and gradients reach it through layer 2 in 8 bits, whose kernels compute in bfloat16."""
-    model = peft.get_peft_model(in_part(tmp_path / "base", storage, dtype), lora("all-linear", bias="all"))
-    eight = {name: m.dense_matrix() for name, m in model.named_modules() if isinstance(m, EightBitLinear)}
+    model = peft.get_peft_model(in_part(tmp_path / "base", encoding, dtype), lora("all-linear", bias="all"))
+    eight = {name: module.dense_matrix() for name, module in compressed_linears(model).items()}
     assert len(eight) == 14
     losses = descend(model)
     assert losses[-1] < losses[0] - 0.1
@@ -191,7 +198,7 @@ def test_trainable_parameters_are_counted_as_they_are(saved, capsys):
 
 
 def test_modules_to_save_beside_the_factors(saved, tmp_path):
-    """A norm, the head, and a whole low-rank linear."""
+    """A norm, the head, and an entire low-rank linear."""
     settings = lora(["q_proj.first"], modules_to_save=["lm_head", "norm", "o_proj"])
     model = peft.get_peft_model(load(saved("llama")), settings)
     descend(model)
@@ -275,5 +282,5 @@ def test_adapters_beside_8_bit_linears_survive_dequantize(tmp_path):
     descend(model)
     healed = logits(model)
     model.dequantize()
-    assert not any(isinstance(module, EightBitLinear) for module in model.modules())
+    assert not compressed_linears(model)
     assert torch.allclose(logits(model), healed, atol=1e-3)

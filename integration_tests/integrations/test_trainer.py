@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from integration_tests.checkpoint.reloading import logits
 from integration_tests.integrations.test_peft import (
     EIGHT_BIT,
     assert_fresh_process_gives,
@@ -11,7 +12,6 @@ from integration_tests.integrations.test_peft import (
     load,
     lora,
 )
-from integration_tests.integrations.test_round_trip import logits
 from integration_tests.tiny_models import tokens
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -53,10 +53,10 @@ def test_trainer_goes_back_to_the_best_checkpoint(saved, tmp_path):
     assert torch.equal(logits(run.model.eval()), logits(load(run.state.best_model_checkpoint)))
 
 
-@pytest.mark.parametrize("storage", EIGHT_BIT)
-def test_trainer_refuses_8_bit_models_without_an_adapter(storage, tmp_path):
+@pytest.mark.parametrize("encoding", EIGHT_BIT)
+def test_trainer_refuses_8_bit_models_without_an_adapter(encoding, tmp_path):
     with pytest.raises(ValueError, match=PURELY_QUANTIZED):
-        trainer(in_part(tmp_path / "base", storage), tmp_path / "run")
+        trainer(in_part(tmp_path / "base", encoding), tmp_path / "run")
     added = load(tmp_path / "base")
     added.add_adapter(lora("all-linear"))
     for model in (peft.get_peft_model(load(tmp_path / "base"), lora("all-linear")), added):
@@ -77,10 +77,10 @@ def test_trainer_resumes_adapters(saved, tmp_path):
     assert_fresh_process_gives([(tmp_path / "run" / "checkpoint-4", "adapter", logits(first))], tmp_path)
 
 
-@pytest.mark.parametrize("storage", ["plain", *EIGHT_BIT])
-def test_prepare_model_for_kbit_training(storage, tmp_path):
+@pytest.mark.parametrize("encoding", ["float", *EIGHT_BIT])
+def test_prepare_model_for_kbit_training(encoding, tmp_path):
     """What a user of QLoRA calls first: floats become float32, the 8-bit tensors stay."""
-    in_part(tmp_path / "base", storage, torch.bfloat16)
+    in_part(tmp_path / "base", encoding, torch.bfloat16)
     model = peft.prepare_model_for_kbit_training(load(tmp_path / "base"))
     floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
     assert floats == {torch.float32}

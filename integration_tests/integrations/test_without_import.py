@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from integration_tests.processes import run_python
+from integration_tests.checkpoint.damage import edit_config, edit_tensors
+from integration_tests.fresh_processes import run_python
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
 
@@ -71,19 +72,32 @@ def test_not_installed_loads_with_trust_remote_code(checkpoint, bare):
     assert "PACKAGE False" in done.stdout
 
 
-def test_not_installed_a_damaged_checkpoint_is_refused_all_the_same(checkpoint, bare, tmp_path):
-    from safetensors.torch import load_file, save_file
+def copied(folder, target):
+    target.mkdir()
+    for path in Path(folder).iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
 
-    folder = tmp_path / "damaged"
-    folder.mkdir()
-    for path in Path(checkpoint[0]).iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.first.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+def test_not_installed_a_damaged_checkpoint_is_refused_all_the_same(checkpoint, bare, tmp_path):
+    folder = copied(checkpoint[0], tmp_path / "damaged")
+    edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.first.weight"))
     done = run_python(LOAD, str(folder), "trust", without_package_in=bare)
     assert done.returncode != 0
     assert "lacks model.layers.1.mlp.up_proj.first.weight" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "remedy"), [(1, "compress the model again"), (3, "pip install -U optimum-dobisvd")]
+)
+def test_not_installed_another_format_is_refused_in_words(checkpoint, bare, tmp_path, version, remedy):
+    folder = copied(checkpoint[0], tmp_path / "other")
+    edit_config(folder, lambda config: config.update(format_version=version))
+    done = run_python(LOAD, str(folder), "trust", without_package_in=bare)
+    assert done.returncode != 0
+    assert "SUM" not in done.stdout
+    assert f"dobi_svd format {version}, and the loader beside it reads format 2 alone" in done.stderr
+    assert remedy in done.stderr
 
 
 def test_autoload_switched_off_fails_loudly_and_an_import_mends_it(checkpoint):
@@ -121,8 +135,10 @@ CHECK += "import transformers.modeling_utils\nassert 'dobi_svd' in q and 'dobi_s
         "import transformers.modeling_utils; import optimum_dobisvd",
         "import optimum_dobisvd; import torch; import optimum_dobisvd.config",
         "from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer",
-        "import optimum_dobisvd.integrations.loading",
-        "import optimum_dobisvd.kernels.int8_matmul",
+        "import optimum_dobisvd.checkpoint.loading",
+        "import optimum_dobisvd.checkpoint.hf_quantizer",
+        "import optimum_dobisvd.integrations.compress_on_load",
+        "import optimum_dobisvd.encodings.int8_matmul",
     ],
 )
 def test_registered_in_every_order_of_imports(first):

@@ -7,17 +7,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from integration_tests.statistics.collecting import collect, collect_gradients
+from integration_tests.statistics.tiny_model_statistics import collect, collect_gradients
 from integration_tests.tiny_models import tiny, tokens
-from optimum_dobisvd.allocation import PlannedModule
-from optimum_dobisvd.model.layout import find_layout
-from optimum_dobisvd.factorization.registry import factorization_named
+from optimum_dobisvd.allocation.plan import PlannedModule
+from optimum_dobisvd.factorization.decompositions import decompositions
+from optimum_dobisvd.factorization.registry import FACTORIZATIONS
 from optimum_dobisvd.learning import activation
 from optimum_dobisvd.learning.activation import ActivationTruncation
 from optimum_dobisvd.learning.fixed_basis import FixedBasis
 from optimum_dobisvd.learning.gates import gates, reach, slopes
-from optimum_dobisvd.nn.dense_linear import weight_matrix
-from optimum_dobisvd.factorization.decompositions import decompositions
+from optimum_dobisvd.model.layout import find_layout
+from optimum_dobisvd.model.linears import weight_matrix
 
 IDS = tokens(3, 20)
 MASK = torch.ones_like(IDS, dtype=torch.bool)
@@ -33,13 +33,13 @@ def fixed_basis(model: torch.nn.Module, row: str = "kfac", exclude: tuple[str, .
     with torch.no_grad():
         found = [
             (name, each)
-            for name, each, _ in decompositions(layout, factorization_named(row), store, None, layout.linears)
+            for name, each, _ in decompositions(layout, FACTORIZATIONS.get(row), store, None, layout.linears)
         ]
     return FixedBasis(model, layout.linears, found)
 
 
 def ranks_of(basis: FixedBasis, share: float = 0.5) -> dict[str, float]:
-    """Real ranks, none of them whole, different from matrix to matrix."""
+    """Real ranks, none of them an integer, different from matrix to matrix."""
     return {
         name: max(1.3, (share + 0.2 * (i % 3 - 1)) * basis.count(name) + 0.137 * i % 1)
         for i, name in enumerate(basis.linears)
@@ -47,7 +47,7 @@ def ranks_of(basis: FixedBasis, share: float = 0.5) -> dict[str, float]:
 
 
 def all_at(basis: FixedBasis, rank: int) -> dict[str, PlannedModule]:
-    return dict.fromkeys(basis.linears, PlannedModule(rank, "plain"))
+    return dict.fromkeys(basis.linears, PlannedModule("low_rank", "float", rank))
 
 
 def expected_loss(model: torch.nn.Module, ids: Tensor) -> float:
@@ -81,10 +81,10 @@ def test_away_from_the_ends_gates_sum_to_the_rank(beta: float) -> None:
         assert float(gates(k, 120, beta).sum()) == pytest.approx(rank, abs=0.01)
 
 
-def test_sharp_gates_have_no_slope_between_whole_numbers() -> None:
-    """Which is why sharpness is annealed: at the paper's 10 a rank gets stuck."""
-    whole, between = (slopes(torch.tensor(rank, dtype=torch.float64), 40, 10.0).sum() for rank in (20.0, 20.5))
-    assert float(whole) < 1e-2 < 4.9 < float(between)
+def test_sharp_gates_have_no_slope_at_integers() -> None:
+    """So sharpness is annealed: at the paper's 10 a rank gets stuck."""
+    at_integer, between = (slopes(torch.tensor(rank, dtype=torch.float64), 40, 10.0).sum() for rank in (20.0, 20.5))
+    assert float(at_integer) < 1e-2 < 4.9 < float(between)
 
 
 # How far apart to take finite differences, and how much to trust them: Llama's norms compute in float32, whatever the
@@ -113,7 +113,7 @@ def test_gains_are_what_the_loss_rises_by_when_a_direction_is_let_in_or_out_a_li
     model = tiny(model_type, dtype=torch.float64)
     with fixed_basis(model) as basis:
         planned = {
-            name: PlannedModule(3, "plain", (0, 2, 5)) if i % 3 else PlannedModule(None, "dense")
+            name: PlannedModule("low_rank", "float", 3, (0, 2, 5)) if i % 3 else PlannedModule("dense", "float")
             for i, name in enumerate(basis.linears)
         }
         loss, gains = basis.loss_and_gains(planned, IDS, MASK)
@@ -138,7 +138,7 @@ def test_gains_are_what_the_loss_rises_by_when_a_direction_is_let_in_or_out_a_li
 def test_a_plan_with_directions_is_put_as_the_sum_of_these_terms() -> None:
     model = tiny("llama", dtype=torch.float64)
     with fixed_basis(model) as basis:
-        planned = dict.fromkeys(basis.linears, PlannedModule(2, "plain", (1, 4)))
+        planned = dict.fromkeys(basis.linears, PlannedModule("low_rank", "float", 2, (1, 4)))
         basis.put(planned)
         for name, module in basis.linears.items():
             left, right = basis._bases[name]
@@ -172,7 +172,7 @@ def test_slopes_through_the_activations_are_the_derivative_of_the_loss(
 def test_grouped_queries_have_slopes_too_those_of_torchs_own_decomposition(
     model_type: str, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On spectra that are apart; differences are no judge here, since later layers' values cross."""
+    """On spectra that are apart; finite differences say nothing here, since later layers' values cross."""
     model = tiny(model_type, dtype=torch.float64)
     ids = tokens(2, length, seed=1)
     with fixed_basis(model, "output_pca") as basis:
@@ -191,7 +191,7 @@ def test_grouped_queries_have_slopes_too_those_of_torchs_own_decomposition(
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
-def test_sharp_gates_give_the_loss_of_whole_ranks() -> None:
+def test_sharp_gates_give_the_loss_of_integer_ranks() -> None:
     model = tiny("llama", dtype=torch.float64)
     with fixed_basis(model) as basis:
         ranks = dict.fromkeys(basis.linears, 7)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from integration_tests.commands.conftest import WORDS
-from integration_tests.evaluation.rows import write_rows
+from integration_tests.evaluation.task_rows import write_rows
 from integration_tests.integrations.test_inner_checkpoints import needs_bnb
 from integration_tests.tiny_models import tiny
 from recipes.frontier import __main__ as command
@@ -270,10 +270,10 @@ def test_the_published_table_is_that_of_the_published_figures(tmp_path: Path) ->
     assert "–" not in published
 
 
-def test_the_readme_has_the_published_figures() -> None:
+def test_the_results_page_has_the_published_figures() -> None:
     results, settings = committed()
-    readme = (FRONTIER.parents[1] / "README.md").read_text(encoding="utf-8")
-    lines = {line.split("|")[1].strip(): line for line in readme.splitlines() if line.startswith("|")}
+    page = (FRONTIER.parent / "RESULTS.md").read_text(encoding="utf-8")
+    lines = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("|")}
 
     def shown(value: float) -> str:
         return f"{value:.0f}" if value > 1000 else f"{value:.1f}"
@@ -287,7 +287,7 @@ def test_the_readme_has_the_published_figures() -> None:
             assert accuracy
             perplexities = " / ".join(shown(found[name]) for name in settings.eval_dataset)
             cells += [f"{size['disk'] / 1e6:.0f}", perplexities, f"{100 * accuracy['mean']['value']:.1f}"]
-        name = f"{row.name} ({row.mark})" if row.mark == "every matrix whole" else row.name
+        name = f"{row.name} ({row.mark})" if row.mark == "every matrix dense" else row.name
         assert lines[name] == "| " + " | ".join([name, *cells]) + " |"
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from integration_tests.report.made_up import EXPERTS, GPT2, LLAMA, NEOX, OPT, Kind, made_up
+from integration_tests.report.made_up_reports import EXPERTS, GPT2, LLAMA, NEOX, OPT, Kind, made_up
 from optimum_dobisvd.report.grid import grid_of
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from integration_tests.report.made_up import EXPERTS, GPT2, LLAMA, NEOX, OPT, Kind, made_up
+from integration_tests.report.made_up_reports import EXPERTS, GPT2, LLAMA, NEOX, OPT, Kind, made_up
 from optimum_dobisvd.report.pictures import errors_picture, ranks_picture
 from optimum_dobisvd.report.report import CompressionReport
 from optimum_dobisvd.report.write import write_beside, write_pictures
@@ -88,7 +88,8 @@ def test_write_beside_writes_everything_or_all_but_the_pictures(
     from optimum_dobisvd.allocation.plan import Plan, PlannedModule
 
     report = made_up()
-    plan = Plan({module.name: PlannedModule(module.rank, module.storage) for module in report.modules}, "m", 0.8, "a")
+    modules = {module.name: PlannedModule(module.structure, module.encoding, module.rank) for module in report.modules}
+    plan = Plan(modules, "m", 0.8, "a")
     texts = ["dobisvd_plan.json", "dobisvd_report.json"]
     drawings = ["dobisvd_ranks.png", "dobisvd_errors.png"]
     assert [path.name for path in write_beside(tmp_path / "all", plan, report)] == texts + drawings

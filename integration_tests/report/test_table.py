@@ -1,10 +1,11 @@
 """The tables say what the report holds."""
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
-from integration_tests.report.made_up import GPT2, made_up
+from integration_tests.report.made_up_reports import GPT2, made_up
 from optimum_dobisvd.report.report import CompressionReport
 from optimum_dobisvd.report.table import bytes_text, count_text, print_report, ratio_text
 
@@ -44,11 +45,22 @@ def test_types_are_summed_up() -> None:
     assert cells[-2:] == [f"{sum(errors) / 3:.2%}", f"{max(errors):.2%}"], "the dense one has no error to average"
 
 
+def test_matrices_that_are_not_factorized_are_counted_by_encoding() -> None:
+    names = [f"transformer.h.{layer}.mlp.c_proj" for layer in range(3)]
+    report = made_up(GPT2, 4, dense=names)
+    report.modules = [
+        replace(module, encoding="int8") if module.name in names[:2] else module for module in report.modules
+    ]
+    assert row(printed(report), "mlp.c_proj")[:5] == ["4", "2", "int8,", "1", "64×256"]
+
+
 def test_every_matrix_is_listed_on_demand() -> None:
     report = made_up(dense=["model.layers.1.mlp.up_proj"])
     lines = printed(report, modules=True)
-    assert row(lines, "model.layers.1.mlp.up_proj")[:2] == ["128×64", "dense"]
+    assert row(lines, "model.layers.1.mlp.up_proj")[:3] == ["128×64", "dense", "float"]
     for module in report.modules:
+        if module.rank is not None:
+            assert row(lines, module.name)[1:4] == ["low_rank", str(module.rank), "float"]
         assert any(module.name in line for line in lines)
         assert not any(module.name in line for line in printed(report))
 

@@ -10,7 +10,7 @@ import pytest
 from optimum_dobisvd.learning.curve import Evaluation, Step, TrainingCurve
 from optimum_dobisvd.report.training_pictures import (
     before_after_picture,
-    prices_picture,
+    predictions_picture,
     svd_gradient_norm,
     svd_gradients_picture,
     training_picture,
@@ -81,9 +81,9 @@ def test_a_training_without_a_step_has_nothing_to_draw(tmp_path: Path, draw) -> 
     assert not list(tmp_path.iterdir())
 
 
-def test_prices_against_what_happened(tmp_path: Path) -> None:
+def test_predictions_against_what_happened(tmp_path: Path) -> None:
     points = [("0.8", 0.3, 0.36), ("0.6", 0.9, 1.1), ("0.4", 1.5, 2.1)]
-    assert pixels(prices_picture(points, tmp_path / "p.png", title="a model")).size
+    assert pixels(predictions_picture(points, tmp_path / "p.png", title="a model")).size
 
 
 def test_the_two_gradients_agree_where_values_are_apart_and_only_one_stays_small(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from integration_tests.statistics.collecting import assert_gram_close, collect, grams_of, inputs_by_linear
+from integration_tests.statistics.tiny_model_statistics import assert_gram_close, collect, grams_of, inputs_by_linear
 from integration_tests.tiny_models import MODEL_TYPES, tiny, tokens
 from optimum_dobisvd.calibration import temporarily
 from optimum_dobisvd.model.layout import find_layout
@@ -17,7 +17,7 @@ INPUTS = dict.fromkeys(MODEL_TYPES, 4) | {
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_grams_block_by_block_are_those_of_whole_forward_passes(model_type: str) -> None:
+def test_grams_block_by_block_are_those_of_full_forward_passes(model_type: str) -> None:
     model = tiny(model_type)
     layout = find_layout(model)
     ids = tokens(5, 24)  # the last batch is smaller
@@ -31,15 +31,15 @@ def test_grams_block_by_block_are_those_of_whole_forward_passes(model_type: str)
         statistics = store.block(block)
         assert len(statistics.inputs) == INPUTS[model_type]
         for name, inputs in statistics.inputs.items():
-            assert statistics.leader[name] == name
+            assert statistics.input_key[name] == name
             assert inputs.tokens == 5 * 24
             torch.testing.assert_close(inputs.abs_mean.double(), expected[name].abs().mean(1), rtol=1e-5, atol=1e-7)
 
 
 def test_the_linears_that_share_an_input_are_the_ones_that_should() -> None:
     model = tiny("llama")
-    leader = collect(model, tokens(2, 16)).block("model.layers.1").leader
-    short = {name.rsplit(".", 1)[1]: lead.rsplit(".", 1)[1] for name, lead in leader.items()}
+    input_key = collect(model, tokens(2, 16)).block("model.layers.1").input_key
+    short = {name.rsplit(".", 1)[1]: key.rsplit(".", 1)[1] for name, key in input_key.items()}
     assert short == {
         **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "q_proj"),
         "o_proj": "o_proj",
@@ -111,8 +111,8 @@ def test_batch_size_changes_nothing_but_rounding() -> None:
 def test_excluded_linears_are_not_watched() -> None:
     model = tiny("llama")
     store = collect(model, tokens(2, 16), exclude=["q_proj", "layers.1"])
-    assert store.block("model.layers.0").leader["model.layers.0.self_attn.k_proj"].endswith("k_proj")
-    assert not any(name.endswith("q_proj") for name in store.block("model.layers.0").leader)
+    assert store.block("model.layers.0").input_key["model.layers.0.self_attn.k_proj"].endswith("k_proj")
+    assert not any(name.endswith("q_proj") for name in store.block("model.layers.0").input_key)
     assert store.block("model.layers.1").inputs == {}
     assert store.block("model.layers.2").inputs
 

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from integration_tests.calibration.stateful_models import STATEFUL, Plain, SkipsABlock, make
-from integration_tests.statistics.collecting import assert_gram_close, collect_gradients, windows_of
+from integration_tests.statistics.tiny_model_statistics import assert_gram_close, collect_gradients, windows_of
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd.calibration.backward import BackwardRunner
-from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.calibration.loss import NextTokenLoss
-from optimum_dobisvd.nn.dense_linear import weight_matrix
+from optimum_dobisvd.model.layout import find_layout
+from optimum_dobisvd.model.linears import weight_matrix
 from optimum_dobisvd.statistics.gradients import GradientCollector, GradientStatistics
 from optimum_dobisvd.statistics.store import StatisticsStore, full_gram
 
 
 def expected_of(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> dict[str, dict[str, Any]]:
-    """The statistics from whole backward passes, window by window, with plain hooks and float64 sums."""
+    """The statistics from full backward passes, window by window, with plain hooks and float64 sums."""
     linears = find_layout(model).linears
     rows: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in linears}
     mask = torch.ones_like(ids).bool() if mask is None else mask.bool()
@@ -79,7 +79,7 @@ def assert_equal(store: StatisticsStore, model: nn.Module, expected: dict[str, d
 
 
 @pytest.mark.parametrize("model_type", ["llama", "llama_tied", "qwen2", "mistral", "gemma2", "phi", "opt", "gpt2"])
-def test_gradients_by_blocks_are_those_of_whole_backward_passes(model_type: str) -> None:
+def test_gradients_by_blocks_are_those_of_full_backward_passes(model_type: str) -> None:
     model, ids = tiny(model_type), tokens(5, 12)
     assert_equal(collect_gradients(model, ids), model, expected_of(model, ids))
 
@@ -93,7 +93,7 @@ def test_padding_has_no_gradient_and_is_not_counted() -> None:
 
 
 @pytest.mark.parametrize("kind", [Plain, *(kind for kind in STATEFUL if kind is not SkipsABlock)])
-def test_models_that_pass_state_between_blocks_are_taken_back_whole(kind: type[Plain]) -> None:
+def test_models_that_pass_state_between_blocks_are_differentiated_as_one(kind: type[Plain]) -> None:
     body = make(kind)
 
     class WithHead(nn.Module):
@@ -147,7 +147,7 @@ def test_sampled_labels_are_the_models_own_and_reproducible(tmp_path: Path) -> N
 @pytest.mark.parametrize("done", [0, 1, 2])
 def test_a_stopped_run_goes_on_and_gives_the_same_bits(tmp_path: Path, done: int) -> None:
     model, ids = tiny("llama"), tokens(5, 12)
-    whole = collect_gradients(model, ids, folder=tmp_path / "whole")
+    uninterrupted = collect_gradients(model, ids, folder=tmp_path / "uninterrupted")
     finished: list[str] = []
 
     class Stops(StatisticsStore):
@@ -162,7 +162,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bits(tmp_path: Path, done: int
     assert finished == list(reversed(find_layout(model).blocks))[:done]
     resumed = collect_gradients(model, ids, folder=tmp_path / "stopped")
     for block in find_layout(model).blocks:
-        for name, found in whole.gradients(block).items():
+        for name, found in uninterrupted.gradients(block).items():
             other = resumed.gradients(block)[name]
             assert torch.equal(found.gram, other.gram)
             assert found.joint_energy == other.joint_energy
@@ -234,7 +234,7 @@ def test_a_loss_that_is_nan_says_where() -> None:
         collect_gradients(Blind(lambda logits: logits * float("nan")), tokens(2, 8))
 
 
-def test_gradients_whose_settings_are_lost_are_collected_again_and_their_prices_dropped(tmp_path: Path) -> None:
+def test_gradients_whose_settings_are_lost_are_collected_again_and_their_spectra_dropped(tmp_path: Path) -> None:
     store = collect_gradients(tiny("llama"), tokens(3, 12), folder=tmp_path / "s")
     store.put_spectra("kfac", {"a": torch.ones(3)})
     (tmp_path / "s" / "gradients.json").unlink()
@@ -268,14 +268,14 @@ class Breaks(torch.autograd.Function):
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_hooks_are_gone_after_an_error_inside_a_block(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("as_one", [False, True])
+def test_hooks_are_gone_after_an_error_inside_a_block(as_one: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
     block = model.model.layers[1]
     forward = block.forward
     block.forward = lambda *args, **kwargs: Breaks.apply(forward(*args, **kwargs))
-    if whole:
+    if as_one:
         monkeypatch.setattr(BackwardRunner, "_blocks_stand_alone", lambda self: False)
     with pytest.raises(KeyboardInterrupt):
         collect_gradients(model, tokens(2, 8))
@@ -286,7 +286,7 @@ def test_hooks_are_gone_after_an_error_inside_a_block(whole: bool, monkeypatch: 
     ]
 
 
-def test_blocks_before_the_first_wanted_one_are_not_taken_back() -> None:
+def test_no_gradient_goes_to_blocks_before_the_first_wanted_one() -> None:
     model, ids = tiny("llama"), tokens(2, 8)
     layout = find_layout(model)
     backward: list[str] = []

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from integration_tests.statistics.collecting import collect
+from integration_tests.statistics.tiny_model_statistics import collect
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.statistics.store import StatisticsStore
@@ -24,7 +24,7 @@ KILLED = """
 import os, signal, sys
 import torch
 torch.set_num_threads(int(sys.argv[2]))
-from integration_tests.statistics.collecting import collect
+from integration_tests.statistics.tiny_model_statistics import collect
 from integration_tests.tiny_models import tiny, tokens
 
 rename = os.replace

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from integration_tests.statistics.collecting import inputs_by_linear, windows_of
+from integration_tests.statistics.tiny_model_statistics import inputs_by_linear, windows_of
 from integration_tests.tiny_models import tiny, tokens
-from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.calibration.runner import BlockRunner
 from optimum_dobisvd.factorization.dobi_ipca import IncrementalBasis, sample_basis
 from optimum_dobisvd.factorization.factors import Factors
-from optimum_dobisvd.nn.dense_linear import weight_matrix
 from optimum_dobisvd.factorization.sample_bases import SampleBasisVisitor
+from optimum_dobisvd.model.layout import find_layout
+from optimum_dobisvd.model.linears import weight_matrix
 
 RANK = 6
 

@@ -1,4 +1,4 @@
-"""The price list of ranks: the singular values of every matrix in a metric, computed once."""
+"""What ranks are priced by: the singular values of every matrix in a metric, computed once."""
 
 from pathlib import Path
 from typing import Any
@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from integration_tests.statistics.collecting import collect, collect_gradients, inputs_by_linear
+from integration_tests.statistics.tiny_model_statistics import collect, collect_gradients, inputs_by_linear
 from integration_tests.tiny_models import tiny, tokens
-from optimum_dobisvd.model.layout import find_layout
-from optimum_dobisvd.factorization.registry import Factorization, factorization_named
-from optimum_dobisvd.nn.dense_linear import weight_matrix
 from optimum_dobisvd.factorization.decompositions import PreparedInputs, compute_spectra
+from optimum_dobisvd.factorization.registry import FACTORIZATIONS, Factorization
+from optimum_dobisvd.model.layout import find_layout
+from optimum_dobisvd.model.linears import weight_matrix
 from optimum_dobisvd.statistics.store import full_gram
 
 METRICS = ("svd", "asvd", "svd_llm_v2", "output_pca")
@@ -25,7 +25,7 @@ def test_a_spectrum_is_that_of_the_outputs(model_type: str) -> None:
     ids = tokens(6, 32)
     store = collect(model, ids)
     inputs = inputs_by_linear(model, layout.linears, ids)
-    spectra = compute_spectra(layout, factorization_named("svd_llm_v2"), store, None)
+    spectra = compute_spectra(layout, FACTORIZATIONS.get("svd_llm_v2"), store, None)
     assert spectra.keys() == layout.linears.keys()
     for name, x in inputs.items():
         weight = weight_matrix(layout.linears[name]).double()
@@ -38,7 +38,7 @@ def test_every_metric_prices_every_rank_even_where_tokens_are_fewer_than_feature
     """An allocator reads min(m, n) values, descending: directions without inputs are free, and not missing."""
     model = tiny("llama")
     layout = find_layout(model)
-    spectra = compute_spectra(layout, factorization_named(metric), collect(model, tokens(1, 7)), None)
+    spectra = compute_spectra(layout, FACTORIZATIONS.get(metric), collect(model, tokens(1, 7)), None)
     for name, module in layout.linears.items():
         values = spectra[name]
         assert values.shape == (min(weight_matrix(module).shape),)
@@ -52,13 +52,13 @@ def test_every_metric_prices_every_rank_even_where_tokens_are_fewer_than_feature
 def test_no_data_needs_no_store() -> None:
     model = tiny("llama")
     layout = find_layout(model)
-    spectra = compute_spectra(layout, factorization_named("svd"), None, None)
+    spectra = compute_spectra(layout, FACTORIZATIONS.get("svd"), None, None)
     name = "model.layers.1.mlp.up_proj"
     torch.testing.assert_close(spectra[name], torch.linalg.svdvals(layout.linears[name].weight.detach().double()))
 
 
 def counting(name: str, calls: list[Any]) -> Factorization:
-    row = factorization_named("svd_llm_v2")
+    row = FACTORIZATIONS.get("svd_llm_v2")
 
     def prepare(statistic: Tensor) -> Any:
         calls.append("prepare")
@@ -71,7 +71,7 @@ def counting(name: str, calls: list[Any]) -> Factorization:
     return Factorization(name, "gram", prepare, row.decompose, spectrum)
 
 
-def test_a_shared_input_is_prepared_once_and_a_price_list_computed_once(tmp_path: Path) -> None:
+def test_a_shared_input_is_prepared_once_and_spectra_are_computed_once(tmp_path: Path) -> None:
     model = tiny("llama")
     layout = find_layout(model)
     calls: list[str] = []
@@ -87,10 +87,10 @@ def test_a_shared_input_is_prepared_once_and_a_price_list_computed_once(tmp_path
     assert calls
 
 
-def test_a_price_list_that_lacks_a_linear_is_made_again() -> None:
+def test_spectra_that_lack_a_linear_are_computed_again() -> None:
     model = tiny("llama")
     store = collect(model, tokens(2, 40))
-    row = factorization_named("svd_llm_v2")
+    row = FACTORIZATIONS.get("svd_llm_v2")
     some = compute_spectra(find_layout(model, ["down_proj"]), row, store, None)
     layout = find_layout(model)
     complete = compute_spectra(layout, row, store, None)
@@ -103,12 +103,12 @@ def test_errors_name_the_linear() -> None:
     model.model.layers[1].post_attention_layernorm.weight.data.zero_()
     store = collect(model, tokens(2, 16))
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.gate_proj: .* every calibration input"):
-        compute_spectra(find_layout(model), factorization_named("svd_llm_v2"), store, None)
+        compute_spectra(find_layout(model), FACTORIZATIONS.get("svd_llm_v2"), store, None)
     with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj: .* needs calibration statistics"):
-        compute_spectra(find_layout(model), factorization_named("svd_llm_v2"), None, None)
+        compute_spectra(find_layout(model), FACTORIZATIONS.get("svd_llm_v2"), None, None)
     fewer = collect(model, tokens(2, 16), exclude=["v_proj"])
     with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.v_proj: .* excluded when they were collected"):
-        compute_spectra(find_layout(model), factorization_named("svd_llm_v2"), fewer, None)
+        compute_spectra(find_layout(model), FACTORIZATIONS.get("svd_llm_v2"), fewer, None)
 
 
 def test_prepared_inputs_give_the_gram_or_nothing() -> None:
@@ -116,13 +116,13 @@ def test_prepared_inputs_give_the_gram_or_nothing() -> None:
     block, name = "model.layers.0", "model.layers.0.mlp.down_proj"
     store = collect(model, tokens(2, 16))
     for metric in METRICS:
-        assert PreparedInputs(factorization_named(metric), store, block, None).gram(name).shape == (48, 48)
-    assert PreparedInputs(factorization_named("svd"), None, block, None).gram(name) is None
-    assert PreparedInputs(factorization_named("svd"), None, block, None).of(name) is None
+        assert PreparedInputs(FACTORIZATIONS.get(metric), store, block, None).gram(name).shape == (48, 48)
+    assert PreparedInputs(FACTORIZATIONS.get("svd"), None, block, None).gram(name) is None
+    assert PreparedInputs(FACTORIZATIONS.get("svd"), None, block, None).of(name) is None
 
 
 def test_squares_of_the_loss_metric_are_nats_per_token() -> None:
-    """All of a matrix's price is the K-FAC estimate of what the loss gains when the matrix is taken away."""
+    """The sum over a matrix is the K-FAC estimate of what the loss gains when the matrix is taken away."""
     model, ids = tiny("llama"), tokens(6, 16)
     store = collect(model, ids)
     gradients = collect_gradients(model, ids[:4])
@@ -130,10 +130,10 @@ def test_squares_of_the_loss_metric_are_nats_per_token() -> None:
     layout = find_layout(model)
     for block in layout.blocks:
         store.put_gradients(block, gradients.gradients(block))
-    spectra = compute_spectra(layout, factorization_named("kfac"), store, None)
+    spectra = compute_spectra(layout, FACTORIZATIONS.get("kfac"), store, None)
     for block in layout.blocks:
         for name, module in layout.linears_of(block).items():
-            h = full_gram(store.block(block).inputs[store.block(block).leader[name]]) / (6 * 16)
+            h = full_gram(store.block(block).inputs[store.block(block).input_key[name]]) / (6 * 16)
             g = full_gram(gradients.gradients(block)[name]) / (4 * 16)
             g += 0.01 * g.diagonal().mean() * torch.eye(len(g))
             weight = weight_matrix(module).double()
@@ -142,7 +142,7 @@ def test_squares_of_the_loss_metric_are_nats_per_token() -> None:
     assert store.spectra("kfac") is not None
 
 
-def test_prices_need_gradients() -> None:
+def test_the_loss_metric_needs_gradients() -> None:
     model = tiny("llama")
-    with pytest.raises(ValueError, match=r"have no gradients, which this method prices ranks with"):
-        compute_spectra(find_layout(model), factorization_named("kfac"), collect(model, tokens(2, 16)), None)
+    with pytest.raises(ValueError, match=r"have no gradients, which this method.s importance scores need"):
+        compute_spectra(find_layout(model), FACTORIZATIONS.get("kfac"), collect(model, tokens(2, 16)), None)

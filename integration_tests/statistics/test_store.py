@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from integration_tests.statistics.collecting import collect
+from integration_tests.statistics.tiny_model_statistics import collect
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.statistics.store import INDEX_NAME, StatisticsStore
@@ -34,7 +34,7 @@ def test_a_store_on_disk_holds_what_one_in_memory_does(folder: Path) -> None:
     assert memory.is_complete
     for block in BLOCKS:
         one, other = disk.block(block), memory.block(block)
-        assert one.leader == other.leader
+        assert one.input_key == other.input_key
         assert list(one.inputs) == list(other.inputs)
         for name, inputs in one.inputs.items():
             assert (inputs.size, inputs.tokens) == (other.inputs[name].size, other.inputs[name].tokens)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from integration_tests.allocation.samples import SIZES
+from integration_tests.allocation.budget_cases import SIZES
 from optimum_dobisvd.nn.dense_linear import compressed_class
 from optimum_dobisvd.storage import STORAGES, Storage, pack, pack_dense, register_storage, storage_named, unpack
 from optimum_dobisvd.storage.eight_bit import UNIT, remapped_matrices

@@ -73,7 +73,7 @@ class Budget:
 
 
 def byte_budget(targets: Sequence[Target], ratio: float) -> int:
-    """Return ⌊ratio × dense bytes of all targets⌋, the ratio taken as the decimal number a person wrote (0.7 is 7/10)."""
+    """Return ⌊ratio × dense bytes of all targets⌋, the ratio taken as the decimal number that was written."""
     return math.floor(_exact(ratio) * sum(target.dense_bytes for target in targets))
 
 
@@ -141,7 +141,7 @@ def proportional_shares(
     upper: Sequence[int | Fraction],
     total: int | Fraction,
 ) -> list[int | Fraction]:
-    """Return shares of `total` proportional to `weights`, clipped to [lower, upper]; what clipping frees goes to the rest.
+    """Return shares of `total` proportional to `weights`, clipped; what clipping frees goes to the rest.
 
     That is `clip(c·weight, lower, upper)` with the one `c` for which the shares sum to `total`, exactly. Where `total`
     is not below Σ upper, the shares are `upper`.

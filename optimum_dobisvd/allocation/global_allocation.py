@@ -174,7 +174,7 @@ def allocate_by_loss(
 
 
 def _hull(front: ParetoFront, losses: Sequence[float]) -> list[tuple[float, int]]:
-    """The lower convex hull of (bytes, loss) from the first option up: `(gain per byte, option)` of its edges' ends."""
+    """The lower convex hull of (bytes, loss) from the first option up: `(gain per byte, option)` by edge."""
     hull: list[tuple[int, float, int]] = []
     for option, loss in enumerate(losses):
         size = front.bytes_at(option)

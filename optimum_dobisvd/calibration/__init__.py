@@ -1,1 +1,1 @@
-"""From text to what a model leaves behind: token windows, and the passes that run them through the model."""
+"""From text to activations and gradients: token windows, and the passes that run them through a model."""

@@ -1,9 +1,9 @@
-"""The loss back through a model, block by block: gradients at every linear's output.
+"""Backward passes of the loss through a model, block by block: gradients at every linear's output.
 
-A first walk keeps the hidden states at every boundary between blocks (on the CPU); the loss gives their gradient after
-the last block; then each block, from the last to the first, runs all batches again with gradients and hands the
-gradient at its input to the block before it. That is gradient checkpointing with the block as its unit: what stays in
-memory is the boundaries and one block's activations of one batch.
+A forward pass keeps the hidden states at every boundary between blocks (on the CPU). The loss gives their gradient
+after the last block. Then each block, from the last to the first, runs all batches again with gradients; the gradient
+at its input is what the block before it starts from. That is gradient checkpointing with the block as its unit: memory
+holds the boundaries and the activations of one block for one batch.
 """
 
 from __future__ import annotations
@@ -22,14 +22,19 @@ from .temporarily import evaluating, frozen, in_float32, on_device, replaced_for
 
 
 class BackwardRunner(BlockRunner):
-    """Takes the gradient of a loss back through the blocks of a causal language model.
+    """A runner of backward passes through the blocks of a causal language model.
 
-    The arguments are those of `BlockRunner`. Visitors see each block while it runs forward with gradients enabled, and
-    watch the backward pass through hooks on what its linears return.
+    The arguments are those of `BlockRunner`. Visitors observe each block while it runs forward with gradients enabled,
+    and the backward pass by hooks on the outputs of its linears.
     """
 
     def run_backward(self, visitor: BlockVisitor, loss: NextTokenLoss, description: str = "gradients") -> None:
-        """One walk back over the blocks, as far as the visitor wants any.
+        """Run all windows forward, and backward from the last block to the first one that the visitor wants.
+
+        Args:
+            visitor: observes the blocks that it wants.
+            loss: of the batches.
+            description: words beside the progress bar.
 
         Raises:
             ValueError: the model gives no next-token logits; no token has a label; the loss or a gradient is not
@@ -42,16 +47,16 @@ class BackwardRunner(BlockRunner):
                 with torch.no_grad():
                     alone = self._blocks_stand_alone()
                 if alone:
-                    self._walk_back(visitor, loss, description)
+                    self._backward_by_block(visitor, loss, description)
                 else:
-                    self._whole_model_back(visitor, loss, description)
+                    self._full_backward(visitor, loss, description)
         except BaseException:
             visitor.abandon()
             raise
         finally:
             self._hidden, self._arguments = [], []
 
-    def _walk_back(self, visitor: BlockVisitor, loss: NextTokenLoss, description: str) -> None:
+    def _backward_by_block(self, visitor: BlockVisitor, loss: NextTokenLoss, description: str) -> None:
         names = list(self._blocks)
         wanted = [name for name in names if visitor.wants(name)]
         first = names.index(wanted[0])  # blocks before it need no gradient
@@ -77,8 +82,10 @@ class BackwardRunner(BlockRunner):
 
     @torch.no_grad()
     def _walk_forward(self, first: int, progress: tqdm) -> dict[str, list[Tensor]]:
-        """The inputs of every block from the `first` on, by name and batch, on the CPU. `_hidden` ends as the outputs
-        of the last block."""
+        """Return the inputs of every block from the `first` on, by name and batch, on the CPU.
+
+        `_hidden` is left at the outputs of the last block.
+        """
         self._record(self._batches)
         boundaries: dict[str, list[Tensor]] = {}
         for position, (name, block) in enumerate(self._blocks.items()):
@@ -92,10 +99,12 @@ class BackwardRunner(BlockRunner):
         return boundaries
 
     def _loss_gradients(self, loss: NextTokenLoss) -> list[Tensor]:
-        """Gradients of the summed loss at the outputs of the last block, by batch, on the CPU; window by window, since
-        the logits of one window can be larger than everything else."""
+        """Return the gradients of the summed loss at the outputs of the last block, by batch, on the CPU.
+
+        Window by window, since the logits of one window can be larger than everything else.
+        """
         widens = any(self._in_float32(self._model, hidden) for hidden in self._hidden)
-        # The blocks compute nothing meanwhile; embeddings tied to the head are one tensor with it.
+        # The blocks compute nothing meanwhile. Embeddings tied to the head are the same tensor.
         widened = in_float32(self._model, without=self._blocks.values()) if widens else contextlib.nullcontext()
         gradients = []
         with widened, tqdm(total=sum(map(len, self._hidden)), desc="loss", unit="window", leave=False) as progress:
@@ -104,7 +113,7 @@ class BackwardRunner(BlockRunner):
                 for row in range(len(ids)):
                     leaf = hidden[row : row + 1].detach()
                     leaf = (leaf.float() if widens else leaf).requires_grad_(True)
-                    with torch.enable_grad(), replaced_forward(self._handing_over(leaf)):
+                    with torch.enable_grad(), replaced_forward(self._skipping_blocks(leaf)):
                         logits = self._logits(ids[row : row + 1], mask[row : row + 1])
                         loss(logits, ids[row : row + 1], mask[row : row + 1]).backward()
                     windows.append(_gradient_of(leaf).to("cpu", hidden.dtype))
@@ -113,8 +122,8 @@ class BackwardRunner(BlockRunner):
         self._hidden = []
         return gradients
 
-    def _handing_over(self, leaf: Tensor) -> dict[nn.Module, Callable[..., Any]]:
-        """Forwards with which no block computes and the last one returns `leaf`."""
+    def _skipping_blocks(self, leaf: Tensor) -> dict[nn.Module, Callable[..., Any]]:
+        """Return forwards with which no block computes and the last one returns `leaf`."""
         last = list(self._blocks)[-1]
 
         def forward_of(name: str) -> Callable[..., Any]:
@@ -127,10 +136,10 @@ class BackwardRunner(BlockRunner):
         return {block: forward_of(name) for name, block in self._blocks.items()}
 
     def _back_through(self, name: str, index: int, hidden: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient at a block's input from the one at its output, both on the CPU."""
+        """Return the gradient at a block's input, given the one at its output, both on the CPU."""
         block = self._blocks[name]
         leaf = hidden.to(self._compute_device(name)).requires_grad_(True)
-        # Around both: the way back reads the weights, too.
+        # Around both: the backward pass reads the weights, too.
         widened = in_float32(block) if self._in_float32(block, leaf) else contextlib.nullcontext()
         with torch.enable_grad(), widened:
             output = self._through(name, block, index, leaf)
@@ -143,8 +152,8 @@ class BackwardRunner(BlockRunner):
         devices = [p.device for p in self._blocks[name].parameters() if p.device.type != "meta"]
         return devices[0] if devices else torch.device("cpu")
 
-    def _whole_model_back(self, visitor: BlockVisitor, loss: NextTokenLoss, description: str) -> None:
-        """For models that pass state between their blocks: ordinary passes, all blocks at once."""
+    def _full_backward(self, visitor: BlockVisitor, loss: NextTokenLoss, description: str) -> None:
+        """Run ordinary passes with all blocks visited at once, for models that pass state between their blocks."""
         watched = {name: block for name, block in self._blocks.items() if visitor.wants(name)}
         for name, block in watched.items():
             visitor.enter(name, block)

@@ -1,4 +1,4 @@
-"""Calibration text → windows of token ids.
+"""From calibration text to windows of token ids.
 
 The draw is the published one: the whole text is tokenized at once and cut into consecutive windows that do not
 overlap; `torch.randperm` with a CPU generator seeded by `seed` orders them, and the first `nsamples` are taken.
@@ -30,11 +30,13 @@ _IDENTITY_PROBE = "The 3 quick foxes' café\n\n\tdef f(x): return x**2  # 模型
 class CalibrationWindows:
     """Token windows to run through a model, and a record of where they come from.
 
-    `input_ids`: int64 [N, seqlen] on the CPU. `attention_mask`: bool [N, seqlen]; False marks padding, which is kept
-    out of the statistics. `description`: JSON-able, no absolute paths; used in fingerprints and reports. Its keys:
-    `kind` ("dataset", "file", "texts" or "tokens"), `dataset` (its name, the file's base name, or the kind),
-    `sha256` (of the text in UTF-8; for tokens, of the windows), `nsamples` (windows taken), `windows_available`,
-    `seqlen`, `seed` (None for tokens, which are not drawn) and `tokenizer` (`tokenizer_identity`, or None).
+    Attributes:
+        input_ids: `N x seqlen`, int64, on the CPU.
+        attention_mask: `N x seqlen`, bool; False marks padding, which is kept out of the statistics.
+        description: JSON values without absolute paths, for fingerprints and reports. Its keys: `kind` ("dataset",
+            "file", "texts" or "tokens"), `dataset` (its name, the file's base name, or the kind), `sha256` (of the
+            text in UTF-8; for tokens, of the windows), `nsamples` (windows taken), `windows_available`, `seqlen`,
+            `seed` (None for tokens, which are not drawn) and `tokenizer` (`tokenizer_identity`, or None).
     """
 
     input_ids: Tensor
@@ -44,24 +46,25 @@ class CalibrationWindows:
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `(input_ids, attention_mask)` of `batch_size` windows in order; the last batch may be smaller.
 
-        Raises ValueError if `batch_size` is not a positive integer.
+        Raises:
+            ValueError: `batch_size` is not a positive integer.
         """
         _require_positive("batch_size", batch_size)
         for start in range(0, len(self.input_ids), batch_size):
             yield self.input_ids[start : start + batch_size], self.attention_mask[start : start + batch_size]
 
     def first(self, count: int) -> CalibrationWindows:
-        """The first `count` windows; all of them if there are no more."""
+        """Return the first `count` windows; all of them if there are no more."""
         ids = self.input_ids[:count]
         return CalibrationWindows(ids, self.attention_mask[:count], {**self.description, "nsamples": len(ids)})
 
     def split(self, held_out: int) -> tuple[CalibrationWindows, CalibrationWindows]:
-        """All but the last `held_out` windows, and these. ValueError if there is nothing before them."""
+        """Return all but the last `held_out` windows, and these. ValueError if nothing is left before them."""
         count = len(self.input_ids) - held_out
         if count < 1:
             raise ValueError(
                 f"there are {len(self.input_ids)} windows of calibration text, and {held_out} of them are held out to "
-                "judge learned ranks: give more, or lower held_out in training"
+                "evaluate learned ranks: give more, or lower held_out in training"
             )
         rest = CalibrationWindows(
             self.input_ids[count:], self.attention_mask[count:], {**self.description, "nsamples": held_out}
@@ -69,7 +72,7 @@ class CalibrationWindows:
         return self.first(count), rest
 
     def sha256(self) -> str:
-        """Hex digest over the shape, the ids and the mask."""
+        """Return a hexadecimal digest of the shape, the ids and the mask."""
         return _windows_sha256(self.input_ids, self.attention_mask)
 
 
@@ -83,15 +86,15 @@ def load_windows(
             - a name: "wikitext2", "c4" or "ptb" (train split, from the hub);
             - a path to a .txt, .jsonl, .json (one object a line) or .parquet file; .gz of the first three;
             - a list of strings, joined by blank lines;
-            - tokens: an int tensor [N, seqlen], a list of 1-D or 2-D ones, or what a tokenizer returns (a mapping with
-              `input_ids` and perhaps `attention_mask`, or a list of them). They are taken as given and in order:
+            - tokens: an integer tensor `N x seqlen`, a list of 1-D or 2-D ones, or what a tokenizer returns (a mapping
+              with `input_ids` and perhaps `attention_mask`, or a list of them). They are taken as given and in order:
               the first `nsamples` rows, or all if there are fewer; `seqlen` and `seed` have no effect, and shorter
               rows are padded on the right to the longest.
         tokenizer: a tokenizer, the name or path of one, or None if `dataset` is tokens.
         nsamples: how many windows to take.
         seqlen: tokens in a window.
         seed: of the draw.
-        held_out: how many more windows to take; `split` parts them from the others.
+        held_out: how many more windows to take; `split` separates them from the others.
 
     Raises:
         ValueError: nothing to draw from, too little text, an unknown name or suffix, a malformed file, a row of
@@ -135,11 +138,14 @@ def load_windows(
 
 
 def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
-    """Class name, vocabulary size, and a sha256 that changes when the tokenization does, as JSON-able data.
+    """Return class name, vocabulary size, and a sha256 that changes when the tokenization does, as JSON values.
 
     For a fast tokenizer the digest is over its serialized pipeline (vocabulary, merges, normalizer, special tokens);
     its padding and truncation are left out, because ordinary calls change them. For a Python tokenizer it is over the
-    vocabulary and the ids of a short probe text. Raises TypeError if it is no tokenizer.
+    vocabulary and the ids of a short probe text.
+
+    Raises:
+        TypeError: it is no tokenizer.
     """
     if not callable(tokenizer) or not hasattr(tokenizer, "get_vocab"):
         raise TypeError(f"expected a transformers tokenizer, its name or its path, got {type(tokenizer).__name__}")
@@ -157,9 +163,9 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
 
 
 def _draw(text: str, name: str, tokenizer: Any, counts: tuple[int, int], seqlen: int, seed: int) -> tuple[Tensor, int]:
-    """The published draw: `input_ids [N, seqlen]`, and how many windows there were to draw from.
+    """Draw windows at random; returns `input_ids` (`N x seqlen`) and how many windows there were to draw from.
 
-    `counts` are the windows to calibrate on and to hold out.
+    `counts` are the windows to calibrate on and to hold out. ValueError if the text has fewer.
     """
     nsamples, held_out = counts
     wanted = nsamples + held_out
@@ -167,7 +173,7 @@ def _draw(text: str, name: str, tokenizer: Any, counts: tuple[int, int], seqlen:
     available = len(ids) // seqlen
     if available < wanted:
         remedy = f"nsamples={available - held_out}, " if available > held_out else ""
-        more = f" and {held_out} more to judge learned ranks on" if held_out else ""
+        more = f" and {held_out} more to evaluate learned ranks on" if held_out else ""
         raise ValueError(
             f"{name!r} has {len(ids)} tokens, which is {available} windows of seqlen={seqlen}, but nsamples="
             f"{nsamples} were asked for{more}: use {remedy}a shorter seqlen (up to {len(ids) // wanted}), or a longer "
@@ -210,7 +216,7 @@ def _windows_from_tokens(dataset: Any, tokenizer: Any, nsamples: int) -> Calibra
 
 
 def _token_rows(dataset: Any) -> list[tuple[Tensor, Tensor]]:
-    """`(ids, mask)` of every row, both 1-D on the CPU, from any of the token forms."""
+    """Return `(ids, mask)` of every row, both 1-D on the CPU, from any of the accepted kinds of tokens."""
     if isinstance(dataset, Mapping):
         if "input_ids" not in dataset:
             raise ValueError(f"calibration tokens need the key 'input_ids'; found: {', '.join(map(str, dataset))}")
@@ -233,7 +239,7 @@ def _token_rows(dataset: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 def _flatten(value: Any, what: str) -> list[Tensor]:
-    """1-D integer rows from a tensor, an array, or nested lists of them."""
+    """Return the 1-D integer rows of a tensor, an array, or nested lists of them."""
     if isinstance(value, (list, tuple)) and value and not all(isinstance(part, int) for part in value):
         return [row for part in value for row in _flatten(part, what)]
     try:
@@ -251,7 +257,7 @@ def _flatten(value: Any, what: str) -> list[Tensor]:
 
 
 def _text_tokenizer(tokenizer: Any) -> Any:
-    """The tokenizer itself, loaded if it is a name; token ids need none, so this is called for text only."""
+    """Return the tokenizer, loaded if it is a name. Called for text only, since token ids need none."""
     if tokenizer is None:
         raise TypeError("calibrating on text needs a tokenizer: pass one, its name or its path, or pass token ids")
     if not isinstance(tokenizer, (str, os.PathLike)):

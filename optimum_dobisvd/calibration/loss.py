@@ -13,7 +13,7 @@ Fisher = Literal["empirical", "sampled"]
 
 
 def labeled(mask: Tensor) -> Tensor:
-    """Which positions have a label, `batch x (seqlen - 1)`: text that is followed by text."""
+    """Return which positions have a label, `batch x (seqlen - 1)`: tokens of text that a token of text follows."""
     return mask[:, 1:] & mask[:, :-1]
 
 
@@ -23,7 +23,7 @@ def require_labels(mask: Tensor, what: str) -> None:
 
 
 def require_logits(model: Any, output: Any, ids: Tensor) -> Tensor:
-    """The next-token logits (`batch x seqlen x vocabulary`) of a model's output; ValueError if it has none."""
+    """Return the next-token logits (`batch x seqlen x vocabulary`) of a model's output; ValueError if it has none."""
     logits: Tensor | None = getattr(output, "logits", None)
     if logits is None or logits.shape[:2] != ids.shape:
         raise ValueError(
@@ -42,16 +42,20 @@ def _require_some(labels: int, what: str) -> None:
 
 
 class NotFiniteError(ValueError):
-    """A loss or an activation is NaN or infinite; the message says where."""
+    """An error for a loss or an activation that is NaN or infinite; the message says where."""
 
 
 class NextTokenLoss:
-    """Summed cross-entropy of the next token, in nats, and a count of what was summed.
+    """The cross-entropy of the next token, summed over all calls.
 
     Args:
         fisher: what the labels are. `empirical`: the text itself. `sampled`: drawn from the model's own distribution,
             which makes the gradients' second moment the Fisher information.
         seed: of the draw.
+
+    Attributes:
+        total: the sum, in nats.
+        tokens: how many labels it is over.
     """
 
     def __init__(self, fisher: Fisher = "empirical", seed: int = 0) -> None:
@@ -61,9 +65,15 @@ class NextTokenLoss:
         self.tokens = 0
 
     def __call__(self, logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """`logits` is `batch x seqlen x vocabulary`; `ids` and `mask` (`batch x seqlen`) may be on another device.
+        """Return the summed loss of one batch, a scalar with gradients, and add it to `total`.
 
-        Raises NotFiniteError if the loss is NaN or infinite.
+        Args:
+            logits: `batch x seqlen x vocabulary`.
+            ids: tokens, `batch x seqlen`; may be on another device.
+            mask: which tokens are no padding, `batch x seqlen`, bool.
+
+        Raises:
+            NotFiniteError: the loss is NaN or infinite.
         """
         wanted = labeled(mask)
         rows = logits[:, :-1][wanted.to(logits.device)]

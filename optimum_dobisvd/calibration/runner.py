@@ -1,9 +1,9 @@
-"""Calibration windows through a model, block by block.
+"""Forward passes of calibration windows through a model, block by block.
 
 The inputs of the first block are recorded for every batch, together with the arguments each block is called with
-(masks, position embeddings). From then on one block at a time sits on the compute device, takes all batches, and hands
-its outputs to the next. Only the hidden states at one boundary are kept. Visitors look at the block while it runs.
-`backward.py` walks over the same blocks the other way.
+(masks, position embeddings). Then one block at a time is moved to the compute device and takes all batches; its
+outputs are the inputs of the next. Only the hidden states at one boundary are kept. Visitors observe a block while it
+runs. `backward.py` goes over the same blocks in reverse.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ logger = logging.getLogger(__name__)
 
 
 class BlockVisitor(Protocol):
-    """What wants to watch blocks run: hooks are its business, the walk is the runner's."""
+    """An observer of blocks while they run, by hooks of its own; the runner runs them."""
 
     def wants(self, name: str) -> bool:
-        """Whether this block is to be watched; the others run all the same, since the next needs their outputs."""
+        """Return whether to visit this block; the others run all the same, since the next needs their outputs."""
 
     def enter(self, name: str, block: nn.Module) -> None:
-        """Called before the block takes its first batch, with the block on the compute device."""
+        """Begin with a block: before its first batch, with the block on the compute device."""
 
     def start_batch(self, mask: Tensor) -> None:
-        """Called before each batch with its token mask (`batch x seqlen`, bool, False for padding)."""
+        """Begin with a batch, whose token mask this is (`batch x seqlen`, bool, False for padding)."""
 
     def leave(self, name: str, block: nn.Module) -> None:
-        """Called after the last batch, with the block back where it was."""
+        """End with a block: after its last batch, with the block back where it was."""
 
     def abandon(self) -> None:
-        """Called instead of `leave` when something failed: take the hooks off."""
+        """Remove all hooks, instead of `leave`, after an error."""
 
 
 _INPUT = "{}: its input, the embeddings,"
 
 
 class _Recorded(Exception):
-    """Raised inside the last block of a recording pass: nothing after it is needed."""
+    """A signal from the last block of a recording pass that nothing after it is needed."""
 
 
 class BlockRunner:
-    """Runs windows through the blocks of a model.
+    """A runner of calibration windows through the blocks of a model.
 
     Args:
         model: a transformers model; with Accelerate hooks its own placement is used, otherwise one block at a time is
@@ -69,6 +69,9 @@ class BlockRunner:
         windows: `N x seqlen` tokens.
         batch_size: windows per forward pass.
         device: compute device; None means where the weights are.
+
+    Raises:
+        ValueError: `batch_size` is not a positive integer.
     """
 
     def __init__(
@@ -91,10 +94,14 @@ class BlockRunner:
 
     @torch.no_grad()
     def run(self, visitor: BlockVisitor, description: str = "calibrating") -> None:
-        """One walk over all blocks.
+        """Run all windows once through all blocks.
+
+        Args:
+            visitor: observes the blocks that it wants.
+            description: words beside the progress bar.
 
         Raises:
-            ValueError: naming the block whose output is not finite on some token.
+            ValueError: the output of a block is not finite on some token; names the block.
         """
         try:
             with evaluating(self._model), without_cache(self._model):
@@ -102,11 +109,10 @@ class BlockRunner:
                     self._walk(visitor, description)
                 else:
                     logger.warning(
-                        "%s passes state between its blocks: calibrating with whole forward passes, all blocks "
-                        "at once",
+                        "%s passes state between its blocks: calibrating with full forward passes, all blocks at once",
                         type(self._model).__name__,
                     )
-                    self._whole_model(visitor, description)
+                    self._full_forwards(visitor, description)
         except BaseException:
             visitor.abandon()
             raise
@@ -120,12 +126,12 @@ class BlockRunner:
         """Change the blocks one after the other, each on the outputs of the changed ones before it.
 
         Args:
-            change: called with a block's name, the block on the compute device, and a function that takes all windows
-                through it, as it is by then, past a visitor; as often as it likes.
+            change: called with a block's name, the block on the compute device, and a function that runs all windows
+                through the block as it is by then, observed by a visitor; `change` may call it several times.
             description: words beside the progress bar.
 
         Raises:
-            ValueError: naming the block whose output is not finite on some token.
+            ValueError: the output of a block is not finite on some token; names the block.
         """
         try:
             with evaluating(self._model), without_cache(self._model):
@@ -141,7 +147,7 @@ class BlockRunner:
             self._hidden, self._arguments = [], []
 
     def _replay(self, name: str, block: nn.Module, alone: bool, visitor: BlockVisitor) -> None:
-        """All windows through one block, their outputs thrown away; through the whole model if it must be."""
+        """Run all windows through one block, discarding its outputs; a block not `alone` needs the full model."""
         visitor.enter(name, block)
         try:
             for index, (ids, mask) in enumerate(self._batches):
@@ -149,14 +155,14 @@ class BlockRunner:
                 if alone:
                     self._through(name, block, index, self._hidden[index])
                 else:
-                    self._whole_pass(ids, mask)
+                    self._full_forward(ids, mask)
         except BaseException:
             visitor.abandon()
             raise
         visitor.leave(name, block)
 
     def _advance(self, name: str, block: nn.Module) -> None:
-        """The hidden states of all windows from before a block to after it."""
+        """Replace the hidden states of all windows before a block by those after it."""
         for index, (_, mask) in enumerate(self._batches):
             self._hidden[index] = self._through(name, block, index, self._hidden[index])
             check_finite(f"{name}: its output", self._hidden[index], mask)
@@ -178,18 +184,22 @@ class BlockRunner:
             if watched:
                 visitor.leave(name, block)
 
-    def _whole_model(self, visitor: BlockVisitor, description: str) -> None:
+    def _full_forwards(self, visitor: BlockVisitor, description: str) -> None:
+        """Run full forward passes with all blocks visited at once."""
         watched = {name: block for name, block in self._blocks.items() if visitor.wants(name)}
         for name, block in watched.items():
             visitor.enter(name, block)
         for ids, mask in tqdm(self._batches, desc=description, unit="batch"):
             visitor.start_batch(mask)
-            self._whole_pass(ids, mask)
+            self._full_forward(ids, mask)
         for name, block in watched.items():
             visitor.leave(name, block)
 
     def _through(self, name: str, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        """One batch's hidden states through one block, back in the dtype and on the device they came in."""
+        """Run one batch's hidden states (`batch x seqlen x width`) through one block; dtype and device stay the same.
+
+        TypeError if the block returns no hidden states.
+        """
         args, kwargs = self._arguments[index][name]
         home, dtype = hidden.device, hidden.dtype
         if self._device is not None and not is_dispatched(block):
@@ -239,13 +249,13 @@ class BlockRunner:
                 self._arguments.append(self._shared_with_first(dict(current)))
 
     def _shared_with_first(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The first batch's arguments where they are equal: unpadded batches of one size need one mask, not many."""
+        """Return the first batch's arguments where they are equal, so that equal masks are held in memory once."""
         if self._arguments and _equal(arguments, self._arguments[0]):
             return self._arguments[0]
         return arguments
 
     def _forward(self, ids: Tensor, mask: Tensor, model: nn.Module | None = None) -> Any:
-        """A forward pass of `model`, by default of the blocks and what lies around them without the head."""
+        """Run a forward pass of `model`, by default the model without its head; `ids`, `mask`: `batch x seqlen`."""
         device = next((p.device for p in self._model.parameters() if p.device.type != "meta"), torch.device("cpu"))
         # An all-ones mask says nothing, and without it attention can take its fast path.
         attention = {} if bool(mask.all()) else {"attention_mask": mask.long().to(device)}
@@ -253,14 +263,14 @@ class BlockRunner:
         return body(input_ids=ids.to(device), use_cache=False, **attention)
 
     def _blocks_stand_alone(self) -> bool:
-        """Whether the blocks, run one after the other, give what the model gives: tried on one window, or two.
+        """Return whether the blocks, run one after the other, give what the model gives: tried on one window, or two.
 
         Two, because state that a block leaves behind for a later one looks right until the next window overwrites it.
         """
         windows = [(ids[:1], mask[:1]) for ids, mask in self._batches]
         other = next((window for window in windows[1:] if not torch.equal(window[0], windows[0][0])), None)
         windows = [windows[0]] if other is None else [windows[0], other]
-        passes = [self._whole_pass(*window) for window in windows]
+        passes = [self._full_forward(*window) for window in windows]
         if any(called != list(self._blocks) or last is None for called, last in passes):
             return False
         try:
@@ -280,8 +290,8 @@ class BlockRunner:
             self._may_widen = True
         return all(_close(found, last) for found, (_, last) in zip(self._hidden, passes, strict=True))
 
-    def _whole_pass(self, ids: Tensor, mask: Tensor) -> tuple[list[str], Tensor | None]:
-        """One forward pass of the model: its blocks in the order of their calls, and the output of the last."""
+    def _full_forward(self, ids: Tensor, mask: Tensor) -> tuple[list[str], Tensor | None]:
+        """Run a full forward pass; returns the blocks' names in the order of their calls, and the last output."""
         called: list[str] = []
         last: Tensor | None = None
 
@@ -323,13 +333,13 @@ def check_finite(what: str, hidden: Tensor | None, mask: Tensor) -> None:
 
 
 def hidden_of(output: Any) -> Tensor | None:
-    """The hidden states in what a block returns, None where there are none."""
+    """Return the hidden states in what a block returns, None where there are none."""
     hidden = output[0] if isinstance(output, tuple | list) and output else output
     return hidden if isinstance(hidden, Tensor) else None
 
 
 def _close(found: Tensor, expected: Tensor | None) -> bool:
-    """Equal but for what another device or kernel may round differently."""
+    """Return whether two tensors are equal up to the rounding of different devices and kernels."""
     if expected is None or found.shape != expected.shape:
         return False
     found, expected = (each.detach().cpu().nan_to_num() for each in (found, expected))  # padding may be NaN
@@ -338,7 +348,7 @@ def _close(found: Tensor, expected: Tensor | None) -> bool:
 
 
 def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A structure with the function applied to every tensor in it."""
+    """Apply a function to every tensor in nested tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):

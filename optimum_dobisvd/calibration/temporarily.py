@@ -1,4 +1,4 @@
-"""States a model is put into for calibration and taken out of afterwards, whatever happens in between."""
+"""Contexts that put a model into a state for calibration and restore it afterwards, after an error too."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..model.compute import WIDENED_FOR_SPEED, has_bf16_products
 
 
 def is_dispatched(module: nn.Module) -> bool:
-    """Whether Accelerate moves this module's weights or inputs by its own hooks."""
+    """Return whether Accelerate moves this module's weights or inputs by its own hooks."""
     return any(hasattr(child, "_hf_hook") for child in module.modules())
 
 
 @contextlib.contextmanager
 def on_device(block: nn.Module, device: torch.device | None) -> Iterator[None]:
-    """The block on the compute device, and afterwards back where it was. Accelerate's own placement is left alone."""
+    """Move a block to the compute device and back afterwards. One that Accelerate places is left alone."""
     home = next((parameter.device for parameter in block.parameters()), None)
     if device is None or home is None or home == device or is_dispatched(block):
         yield
@@ -33,18 +33,21 @@ def on_device(block: nn.Module, device: torch.device | None) -> Iterator[None]:
 
 
 def computes_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a module is better computed in float32 there: an x86 CPU without instructions for bfloat16, where
-    float32 is several times as fast. Not float16, in which overflows are to be seen."""
+    """Return whether a module is better computed in float32.
+
+    True for bfloat16 on an x86 CPU without instructions for it, where float32 is several times as fast. Not for
+    float16, whose overflows must not be hidden.
+    """
     slow = device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and not has_bf16_products()
     return slow and dtype is torch.bfloat16
 
 
 @contextlib.contextmanager
 def in_float32(module: nn.Module, without: Iterable[nn.Module] = ()) -> Iterator[None]:
-    """What a module holds in bfloat16 in float32, and afterwards the very same values again.
+    """Widen a module's bfloat16 parameters and buffers to float32; afterwards the original tensors are put back.
 
     Args:
-        module: on a device that can hold both.
+        module: on a device that has memory for both.
         without: modules in it that are left as they are.
     """
     left = {id(tensor) for each in without for tensor in _tensors(each)}
@@ -68,7 +71,7 @@ def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
 
 @contextlib.contextmanager
 def replaced_forward(forwards: dict[nn.Module, Any]) -> Iterator[None]:
-    """Give modules another `forward`, on the instance, as Accelerate's hooks do; put the old one back afterwards."""
+    """Replace the `forward` of module instances, as Accelerate's hooks do, and restore it afterwards."""
     previous = {module: module.__dict__.get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.forward = forward
@@ -84,7 +87,7 @@ def replaced_forward(forwards: dict[nn.Module, Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module's own mode again; modules that came in between take the model's."""
+    """Put a model into evaluation mode, and restore each module's own; modules added meanwhile get the model's."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -96,7 +99,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient, so that a backward pass computes those of the activations only."""
+    """Turn off the gradients of all parameters, so that a backward pass computes those of the activations only."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -109,7 +112,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """No key-value cache: nothing is generated, and it would keep every batch's keys alive."""
+    """Turn off the key-value cache: nothing is generated, and it would keep every batch's keys in memory."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "use_cache"):
         yield

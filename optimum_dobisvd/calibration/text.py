@@ -16,9 +16,15 @@ FILE_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", 
 
 @dataclass(frozen=True)
 class _HubText:
-    """A text that the field knows by name: `column` of a hub dataset, and what its splits are called there."""
+    """A text of the hub.
 
-    load: dict[str, Any]  # arguments of datasets.load_dataset
+    Attributes:
+        load: arguments of `datasets.load_dataset`.
+        column: the column that holds the text.
+        splits: our names of the splits, and what the dataset calls them.
+    """
+
+    load: dict[str, Any]
     column: str
     splits: dict[str, str] = field(default_factory=lambda: {s: s for s in ("train", "validation", "test")})
 
@@ -44,7 +50,7 @@ HUB_TEXTS = {
 
 
 def read_text(source: str | os.PathLike[str], split: str = "train", *, streamed_characters: int = 4_000_000) -> str:
-    """The text of a name the field uses ("wikitext2", "c4", "ptb") or of a file, documents joined by blank lines.
+    """Read the text of a benchmark dataset ("wikitext2", "c4", "ptb") or of a file, documents joined by blank lines.
 
     Args:
         source: the name, or the path; a name wins over a file called the same.
@@ -150,7 +156,7 @@ def _parquet_texts(path: Path) -> list[str]:
 
 
 def require_text(text: str, where: str) -> str:
-    """`text` itself; ValueError if there is nothing in it."""
+    """Return `text` itself; ValueError, naming `where` it is from, if it is blank."""
     if not text.strip():
         raise ValueError(f"{where} holds no text: pass another dataset")
     return text

@@ -25,10 +25,13 @@ class CheckpointConfig(QuantizationConfigMixin):
 
     def __init__(self, **values: Any) -> None:
         self.__dict__.update({"quant_method": "dobi_svd", **values})
-        if values.get("format_version", SUPPORTED_FORMAT) > SUPPORTED_FORMAT:
+        version = values.get("format_version", SUPPORTED_FORMAT)
+        if version != SUPPORTED_FORMAT:
+            newer = isinstance(version, int) and version > SUPPORTED_FORMAT
+            remedy = "pip install -U optimum-dobisvd" if newer else "compress the model again"
             raise ValueError(
-                f"this checkpoint has dobi_svd format {values['format_version']}, newer than its loader reads: "
-                "pip install -U optimum-dobisvd"
+                f"config.json says dobi_svd format {version!r}, and the loader beside it reads format "
+                f"{SUPPORTED_FORMAT} alone: copy all files from one checkpoint, or {remedy}"
             )
 
 

@@ -42,16 +42,17 @@ def convert(model: Any, quantization: Any = None, *, windows: CalibrationWindows
     Raises:
         ImportError: a library is missing; names the extra.
         ValueError: the model has nothing to store so, matrices that another library quantized or that are offloaded,
-            or too few that the encoding fits. Then nothing was changed.
+            or too few that the encoding fits; or there is no text for one that needs some. Then nothing was changed.
     """
     encoding, config = encoding_of(quantization), model.config.quantization_config
     encoding.require()
+    if encoding.needs_text and windows is None:
+        raise ValueError(f"{encoding.name} needs calibration text: pass windows")
     blocks = find_blocks(model)
     with torch.inference_mode(False), torch.no_grad():
         modules = _rewrite(model, encoding, config)
         quantize(model, encoding, Passes(blocks, windows, config.batch_size))
-    applied = None if encoding.name == "float" else encoding.as_applied()
-    attach(model, replace(config, modules=modules, quantization=applied, mixed=False))
+    attach(model, replace(config, modules=modules, quantization=encoding.as_applied(), mixed=False))
     forget_compression(model)
     return model
 
@@ -71,7 +72,8 @@ def _rewrite(model: Any, encoding: Encoding, config: DobiSVDConfig) -> dict[str,
     check_coverage(encoding, shapes, reasons, config.min_coverage)
     modules = {name: _entry(module) for name, module in compressed.items()}
     for name in shapes:
-        if reasons[name] is None:
+        stays = name in compressed and compressed[name].encoding == encoding.name
+        if reasons[name] is None and not stays:
             modules.pop(name, None)
             format, rank = _write_one(model, name, encoding)
             if not format.leaves_as_is:

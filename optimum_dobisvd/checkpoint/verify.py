@@ -106,7 +106,7 @@ def _check_is_listed(model: Any, tensor: str, expected: Collection[str], encodin
     if tensor in expected:
         return
     parts = tensor.split(".")
-    for end in range(len(parts) - 1, 0, -1):
+    for end in range(1, len(parts)):  # a wrapper before the linears in it: it is what config.json lists
         owner, inside = ".".join(parts[:end]), parts[end:]
         if not model_has(model, owner):
             continue

@@ -146,7 +146,7 @@ def _perplexities(
 
 
 def _remember_dataset(report: CompressionReport, model: Any, typed: str | None) -> None:
-    """Texts read from a glob or a package reach the quantizer as strings; put back the words that named them."""
+    """Put back the words that named a text: one from a glob or a package reaches the quantizer as strings."""
     if report.dataset is not None and report.dataset["kind"] == "texts":
         report.dataset["dataset"] = typed
         model.config.quantization_config.dataset = typed

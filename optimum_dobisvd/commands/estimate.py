@@ -1,4 +1,4 @@
-"""What a compression will take: memory, disk and time, from shapes alone."""
+"""An estimate of what a compression takes: memory, disk and time, from shapes alone."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _EIGEN_COPIES = 4  # Gram, eigenvectors, root and inverse, in float64
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes by what takes them.
+    """Bytes that a compression needs.
 
     Attributes:
-        host: in memory beside the model, by what for.
+        host: in memory, by what takes them.
         device: on the compute device, where that is another one.
         store: the statistics, in a folder if there is one and in memory otherwise.
     """
@@ -85,10 +85,10 @@ def _quantizes_on_text(config: DobiSVDConfig) -> bool:
 
 @dataclass(frozen=True)
 class Known:
-    """What is there already: the statistics, and the spectra that the allocation reads (or none are read)."""
+    """Results that are there already: the statistics, and the spectra that the allocation reads (or none are read)."""
 
     collected: bool
-    priced: bool
+    scored: bool
 
 
 def memory_need(model: nn.Module, job: Job, known: Known) -> Need:
@@ -134,7 +134,7 @@ def memory_need(model: nn.Module, job: Job, known: Known) -> Need:
 def _calibration_bytes(
     layout: Layout, config: DobiSVDConfig, widest: str, gram_sizes: list[int], with_gradients: bool
 ) -> dict[str, int]:
-    """While windows go through the widest block."""
+    """Return the bytes needed while windows go through the widest block, by what takes them."""
     linears = [weight_matrix(module) for module in layout.linears_of(widest).values()]
     element, outputs = linears[0].element_size(), [len(weight) for weight in linears]
     widened = computes_in_float32(torch.device(config.device or "cpu"), linears[0].dtype)
@@ -162,7 +162,7 @@ def _hidden_bytes(model: nn.Module, layout: Layout, config: DobiSVDConfig, eleme
 
 
 def _loss_bytes(model: nn.Module, layout: Layout, config: DobiSVDConfig, dtype: torch.dtype) -> dict[str, int]:
-    """While the loss is taken."""
+    """Return the bytes needed while the loss is taken, by what takes them."""
     found = {"one window's logits": _logits_bytes(model, config.seqlen)}
     if computes_in_float32(torch.device("cpu"), dtype):
         around = model_bytes(model.parameters())
@@ -182,7 +182,7 @@ def _logits_bytes(model: nn.Module, length: int) -> int:
 
 
 def _training_activations(model: nn.Module, layout: Layout, config: DobiSVDConfig, element: int) -> int:
-    """What one window leaves for the backward pass: inputs and outputs of all linears, logits and their gradient."""
+    """Bytes that one window leaves for the backward pass: inputs and outputs of all linears, logits and gradient."""
     length = min(config.rank_training.seqlen or config.seqlen, config.seqlen)
     shapes = [weight_matrix(module).shape for module in layout.linears.values()]
     kept = length * sum(m + n for m, n in shapes) * element + _logits_bytes(model, length)
@@ -207,12 +207,12 @@ def seconds_need(model: nn.Module, job: Job, speed: Speed, known: Known) -> dict
         seconds["calibration, forward"] = forward / rate
         if config.resolved_method().needs_gradients:
             # Boundaries, each block again, and its gradients by inputs only; the head; then the Grams of the outputs.
-            taken_back = min(config.gradient_windows, config.nsamples) * config.seqlen
-            head = 2 * 2 * taken_back * _hidden_size(model) * _vocabulary(model)
-            seconds["calibration, gradients"] = (3 * forward * taken_back / tokens + head) / rate
+            backward = min(config.gradient_windows, config.nsamples) * config.seqlen
+            head = 2 * 2 * backward * _hidden_size(model) * _vocabulary(model)
+            seconds["calibration, gradients"] = (3 * forward * backward / tokens + head) / rate
             outputs = [len(weight_matrix(module)) for module in layout.linears.values()]
-            squares = sum(size**2 for size in outputs)
-            seconds["calibration, gradients"] += 2 * taken_back * squares / speed.float32_products
+            gram_elements = sum(size**2 for size in outputs)
+            seconds["calibration, gradients"] += 2 * backward * gram_elements / speed.float32_products
         seconds["calibration, Grams"] = 2 * tokens * sum(size**2 for size in inputs) / speed.float32_products
     shapes = [weight_matrix(module).shape for module in layout.linears.values()]
     decompositions = sum(m * n * min(m, n) for m, n in shapes)
@@ -220,14 +220,14 @@ def seconds_need(model: nn.Module, job: Job, speed: Speed, known: Known) -> dict
         # A symmetric eigenproblem takes about a third of the SVD of the same size.
         decompositions += sum(size**3 for size in inputs) // 3
     seconds["factorization"] = decompositions / speed.float64_svds
-    if not known.priced:
-        seconds["pricing ranks"] = decompositions / speed.float64_svds
+    if not known.scored:
+        seconds["importance scores"] = decompositions / speed.float64_svds
     if job.given_plan is None and job.method.learns:
         training = config.rank_training
         length = min(training.seqlen or config.seqlen, config.seqlen)
-        judged = (training.steps // training.evaluate_every + 1) * training.held_out * config.seqlen
+        evaluated = (training.steps // training.evaluate_every + 1) * training.held_out * config.seqlen
         # A step is a forward and a backward pass with weights' gradients; an evaluation a forward pass.
-        passes = 3 * training.steps * training.windows * length + judged
+        passes = 3 * training.steps * training.windows * length + evaluated
         seconds["rank training"] = 2 * macs_of_blocks(layout) * passes / speed.model_products
         # Weights are rebuilt in every step, and every window's gradient of them projected on their directions.
         built = sum(m * n * min(m, n) for m, n in shapes)

@@ -73,9 +73,9 @@ _EXAMPLES = """\
 def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     """Measure and print; returns `{"perplexity": {text: {"dense": ..., "compressed": ...}}, "tasks": {...}, ...}`.
 
-    `tasks` is `{task: {"dense": figures, "compressed": figures}}` with the figures of `evaluation.harness.judge`,
+    `tasks` is `{task: {"dense": figures, "compressed": figures}}` with the figures of `evaluation.harness.evaluate`,
     `mean_accuracy` what `evaluation.mean_accuracy.compare_means` makes of them. Where the dense model is not known or
-    cannot be loaded, and was not named by --dense, only the compressed one is judged.
+    cannot be loaded, and was not named by --dense, only the compressed one is evaluated.
 
     Raises:
         ImportError: tasks without lm-eval.
@@ -89,19 +89,19 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     texts = {name: text_of(name, "test") for name in options["dataset"]}
     tasks = _load_tasks(options)
     dense, note = _dense_source(options)
-    judged: dict[str, _Measured] = {}
+    measured: dict[str, _Measured] = {}
     if dense is not None:
         try:
-            judged["dense"] = _measure(dense, texts, tasks, options)
+            measured["dense"] = _measure(dense, texts, tasks, options)
         except (OSError, ValueError, ImportError) as error:
             if options["dense"] is not None:
                 raise
-            note = f"the dense model {dense.typed} could not be judged: {' '.join(str(error).split())[:300]}"
-    judged["compressed"] = _measure(model_source(options["out"]), texts, tasks, options)
+            note = f"the dense model {dense.typed} could not be evaluated: {' '.join(str(error).split())[:300]}"
+    measured["compressed"] = _measure(model_source(options["out"]), texts, tasks, options)
 
-    found = {name: {which: each.perplexity[name] for which, each in judged.items()} for name in texts}
+    found = {name: {which: each.perplexity[name] for which, each in measured.items()} for name in texts}
     figures = {
-        name: {which: each.tasks[name] for which, each in judged.items()} for name in judged["compressed"].tasks
+        name: {which: each.tasks[name] for which, each in measured.items()} for name in measured["compressed"].tasks
     }
     means = compare_means(figures)
     _print(options["out"], found, figures, means, note, console)
@@ -124,7 +124,7 @@ def check(options: dict[str, Any]) -> None:
     names = _task_names(options)
     if not names and not options["dataset"]:
         raise UsageError(
-            "eval: nothing to judge by: give --dataset TEXT for perplexity, --tasks TASK for lm-eval, or both"
+            "eval: nothing to evaluate on: give --dataset TEXT for perplexity, --tasks TASK for lm-eval, or both"
         )
     for key, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
         value = options[key]
@@ -150,7 +150,7 @@ SPEC = CommandSpec(
 
 @dataclass(frozen=True)
 class _Measured:
-    """What was found of one model: perplexity by text, lm-eval's figures by task."""
+    """Figures of one model: perplexity by text, lm-eval's figures by task."""
 
     perplexity: dict[str, float]
     tasks: dict[str, dict[str, Any]]
@@ -179,7 +179,10 @@ def _dense_source(options: dict[str, Any]) -> tuple[ModelSource | None, str | No
         return model_source(options["dense"]), None
     made_with = compress_options(Path(options["out"]))
     if made_with is None or "model" not in made_with:
-        return None, f"{options['out']} has no {RECIPE_NAME} that names the dense model: pass --dense to judge it too"
+        return (
+            None,
+            f"{options['out']} has no {RECIPE_NAME} that names the dense model: pass --dense to evaluate it too",
+        )
     try:
         return model_source(made_with["model"], made_with.get("gguf_file")), None
     except (OSError, ValueError) as error:
@@ -189,8 +192,8 @@ def _dense_source(options: dict[str, Any]) -> tuple[ModelSource | None, str | No
 def _measure(
     source: ModelSource, texts: dict[str, str], tasks: LoadedTasks | None, options: dict[str, Any]
 ) -> _Measured:
-    """Everything of one model; it is gone from memory afterwards."""
-    from ..evaluation.harness import judge
+    """Measure everything of one model; it is gone from memory afterwards."""
+    from ..evaluation.harness import evaluate
     from ..evaluation.perplexity import perplexity
     from .load_dense import load_dense, load_tokenizer
 
@@ -211,7 +214,7 @@ def _measure(
     if tasks is None:
         return _Measured(perplexities, {})
     settings = {key: options[key] for key in ("limit", "num_fewshot", "batch_size")}
-    return _Measured(perplexities, judge(model, tokenizer, tasks, **settings))
+    return _Measured(perplexities, evaluate(model, tokenizer, tasks, **settings))
 
 
 def _print(
@@ -228,9 +231,9 @@ def _print(
     if perplexities:
         table = plain_table(f"perplexity of {out}", ("text", "dense", "compressed", "ratio"))
         for name, values in perplexities.items():
-            judged, against = values["compressed"], values.get("dense")
-            ratio = ("", "") if against is None else (f"{against:.3f}", f"{judged / against:.3f}")
-            table.add_row(name, ratio[0], f"{judged:.3f}", ratio[1])
+            compressed, against = values["compressed"], values.get("dense")
+            ratio = ("", "") if against is None else (f"{against:.3f}", f"{compressed / against:.3f}")
+            table.add_row(name, ratio[0], f"{compressed:.3f}", ratio[1])
         console.print(table)
     if figures:
         console.print(tasks_table(f"lm-eval tasks of {out}", figures, means))

@@ -1,4 +1,4 @@
-"""`optimum-cli dobisvd inspect`: what a compressed checkpoint is made of."""
+"""`optimum-cli dobisvd inspect`: structure, ranks, bytes and errors of a compressed checkpoint."""
 
 from __future__ import annotations
 

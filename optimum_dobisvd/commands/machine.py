@@ -1,4 +1,4 @@
-"""What this machine has: memory, disk, speed."""
+"""Memory, disk and speed of this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of the commands: one table is both the command line's flags and the recipe's keys."""
+"""Options of the commands: one table for the flags of the command line and the keys of recipes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class UsageError(Exception):
 
 
 class Refused(Exception):
-    """A request that this machine cannot fulfil. `result` is what `--json` writes all the same."""
+    """A request that this machine cannot fulfill. `result` is what `--json` writes all the same."""
 
     def __init__(self, message: str, result: dict[str, Any]) -> None:
         super().__init__(message)
@@ -69,7 +69,11 @@ _KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     dict: ((dict,), "a mapping"),
 }
 
-RENAMED = {"storage": "quantization", "inner": "quantization", "dense_storage": "quantization"}
+RENAMED = {
+    "storage": ("quantization", "mixed"),
+    "inner": ("quantization",),
+    "dense_storage": ("quantization",),
+}
 """Options of earlier versions, and what says the same now."""
 
 OptionGroups = Mapping[str, tuple[Option, ...]]
@@ -99,7 +103,7 @@ class CommandSpec:
 def add_options(parser: argparse.ArgumentParser, spec: CommandSpec) -> None:
     """Give an argparse parser the command's description, options and examples."""
     parser.description = spec.summary
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.formatter_class = _HelpFormatter
     parser.epilog = f"examples:\n{spec.examples}"
     parser.allow_abbrev = False
     for title, options in spec.groups.items():
@@ -108,8 +112,10 @@ def add_options(parser: argparse.ArgumentParser, spec: CommandSpec) -> None:
             _add_option(group, option)
     known = {option.key for option in spec.options}
     for old, new in RENAMED.items():
-        if new in known:
-            parser.add_argument(f"--{old.replace('_', '-')}", action=_Refuse, nargs="?", help=argparse.SUPPRESS)
+        now = " or ".join(f"--{key}" for key in new if key in known)
+        if now:
+            flag = f"--{old.replace('_', '-')}"
+            parser.add_argument(flag, action=_Refuse, nargs="?", const=now, help=argparse.SUPPRESS)
 
 
 def from_command_line(spec: CommandSpec, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -126,10 +132,8 @@ def from_recipe(spec: CommandSpec, given: Mapping[str, Any]) -> dict[str, Any]:
     known = {option.key: option for option in spec.options}
     values = {str(key).replace("-", "_"): value for key, value in given.items()}
     for key in values:
-        if key in RENAMED and key not in known:
-            raise UsageError(f"{spec.name}: there is no option {key!r} any more; write {RENAMED[key]!r}")
         if key not in known:
-            raise UsageError(f"{spec.name}: unknown option {key!r}; {near_or_all(key, known)}")
+            raise UsageError(f"{spec.name}: {unknown_option(key, known)}")
     result = {}
     for key, option in known.items():
         value = values.get(key)
@@ -137,6 +141,14 @@ def from_recipe(spec: CommandSpec, given: Mapping[str, Any]) -> dict[str, Any]:
             raise UsageError(f"{spec.name}: the option {key!r} is missing")
         result[key] = option.default if value is None else _checked(spec.name, option, value)
     return result
+
+
+def unknown_option(wanted: str, known: Iterable[str]) -> str:
+    """The end of an error message: an option that there is not, and what was probably meant."""
+    now = [key for key in RENAMED.get(wanted, ()) if key in known]
+    if now:
+        return f"there is no option {wanted!r} any more; write {' or '.join(map(repr, now))}"
+    return f"unknown option {wanted!r}; {near_or_all(wanted, known)}"
 
 
 def near_or_all(wanted: str, known: Iterable[str]) -> str:
@@ -174,41 +186,47 @@ def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
     )
 
 
-class _HelpWithDefault(str):
-    """A help text that looks its default up in `DobiSVDConfig` when it is printed: that imports transformers."""
+class _HelpOfConfig(str):
+    """The help of an option whose default is that of a field of `DobiSVDConfig`."""
 
     key: str
 
-    def __mod__(self, values: Any) -> str:
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """A formatter that adds the defaults of `DobiSVDConfig`: only now, since looking them up imports transformers."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if not isinstance(action.help, _HelpOfConfig):
+            return action.help
         from ..config import default_of
 
-        default = default_of(self.key)
-        return super().__mod__(values) + ("" if default in (None, [], {}) else f" (default: {default})")
+        return _with_default(action.help, default_of(action.help.key))
 
 
 def _help(option: Option) -> str:
+    text = option.help.replace("%", "%%")
     if option.from_config:
-        found = _HelpWithDefault(option.help.replace("%", "%%"))
+        found = _HelpOfConfig(text)
         found.key = option.key
         return found
-    text = option.help.replace("%", "%%")
     if option.required and not option.positional:
         return f"{text} (required)"
-    if option.kind is bool or option.default in (None, [], {}):
-        return text
-    return f"{text} (default: {option.default})"
+    return text if option.kind is bool else _with_default(text, option.default)
+
+
+def _with_default(text: str, default: Any) -> str:
+    return text if default in (None, [], {}) else f"{text} (default: {default})"
 
 
 class _Refuse(argparse.Action):
-    """A flag of an earlier version."""
+    """The refusal of a flag of an earlier version."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        old = str(option_string)
-        parser.error(f"there is no {old} any more; write --{RENAMED[old.strip('-').replace('-', '_')]}")
+        parser.error(f"there is no {option_string} any more; write {self.const}")
 
 
 class _Merge(argparse.Action):
-    """Collects objects into one, later entries winning."""
+    """The union of all objects given, later entries winning."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), **values})

@@ -1,4 +1,4 @@
-"""The folder a compression writes: there as a whole or not at all, and never in the place of something else."""
+"""The folder a compression writes: complete or not there at all, and never in the place of something else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .saved_recipe import RECIPE_NAME, files_listed
 
 
 def check_target(out: str, overwrite: bool) -> Path:
-    """The folder to write, resolved, after making sure that writing it destroys nothing unasked.
+    """Return the folder to write, resolved, after making sure that writing it destroys nothing unasked.
 
     Raises:
         ValueError: it is a file, holds the working directory, or holds files that an earlier run did not write.
@@ -40,7 +40,7 @@ def check_target(out: str, overwrite: bool) -> Path:
 
 @contextlib.contextmanager
 def staged_output(target: Path) -> Iterator[Path]:
-    """Yields a path, not there yet, to write the output to; it takes the place of `target` when the body is through.
+    """Yield a path, not there yet, to write the output to; it takes the place of `target` when the body is through.
 
     On an error nothing is left. A killed process leaves one hidden folder beside `target`, which the next run removes.
     """

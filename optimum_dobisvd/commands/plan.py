@@ -125,7 +125,7 @@ def _open_store(config: DobiSVDConfig, layout: Layout, meta_model: nn.Module) ->
 
 
 def _plan(job: Job, store: StatisticsStore | None) -> tuple[Plan, str]:
-    """The ranks, and in words where they come from."""
+    """Return the plan, and in words where its ranks come from."""
     from dataclasses import replace
 
     from ..pipeline.allocate import allocate
@@ -153,7 +153,7 @@ def _plan(job: Job, store: StatisticsStore | None) -> tuple[Plan, str]:
 
 
 def _needs(job: Job, meta_model: nn.Module, store: StatisticsStore | None, disk: dict[str, int]) -> dict[str, Any]:
-    """Memory, disk and seconds needed, what there is, and under `lacking` what cannot be done.
+    """Return memory, disk and seconds needed, what there is, and under `lacking` what cannot be done.
 
     `disk` is what the checkpoint takes, by its folder.
     """
@@ -164,12 +164,12 @@ def _needs(job: Job, meta_model: nn.Module, store: StatisticsStore | None, disk:
     collected = store is not None and store.is_complete
     if store is not None and method.needs_gradients:
         collected = collected and all(store.has_gradients(block) for block in job.layout.blocks)
-    priced = (
+    scored = (
         job.given_plan is not None
         or not method.allocator.needs_spectra
         or (store is not None and store.spectra(method.metric) is not None)
     )
-    known = Known(collected, priced)
+    known = Known(collected, scored)
     need = memory_need(meta_model, job, known)
     speed = machine.measure_speed(meta_model.dtype, config.device)  # type: ignore[arg-type]
     seconds = seconds_need(meta_model, job, speed, known)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .options import CommandSpec, Option, UsageError
 from .running import RUNNING
-from .shared_options import DTYPE, QUANTIZATION, TRUST_REMOTE_CODE
+from .shared_options import DTYPE, QUANTIZATION_HELP, TRUST_REMOTE_CODE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 _GROUPS = {
     "checkpoint": (
         Option("model", "folder of a low-rank checkpoint", positional=True, required=True, metavar="OUT"),
-        Option("quantization", QUANTIZATION.help, required=True, metavar="ENCODING"),
+        Option("quantization", QUANTIZATION_HELP, required=True, metavar="ENCODING"),
         Option("out", "folder of the quantized checkpoint (default: OUT-ENCODING)", metavar="DIR"),
         Option(
             "overwrite", "replace that folder even if it holds other files", kind=bool, default=False, transient=True
         ),
         Option(
             "min_coverage",
-            "smallest accepted share of the matrices' weights that can have the encoding (default: as OUT was compressed "
-            "with, usually 0.5)",
+            "smallest accepted share of the matrices' weights that can have the encoding (default: as OUT was "
+            "compressed with, usually 0.5)",
             kind=float,
         ),
         DTYPE,
@@ -39,9 +39,13 @@ _GROUPS = {
             "text to calibrate the rounding on, named as for compress (default: the one that OUT's recipe names)",
             metavar="TEXT",
         ),
-        Option("nsamples", "windows of text (default: as in OUT's recipe, else 128)", kind=int, metavar="N"),
-        Option("seqlen", "tokens in a window (default: as in OUT's recipe, else 2048)", kind=int, metavar="N"),
-        Option("seed", "of the draw of the windows (default: as in OUT's recipe, else 0)", kind=int, metavar="N"),
+        Option(
+            "nsamples", "windows of text (default: as in OUT's recipe, else as for compress)", kind=int, metavar="N"
+        ),
+        Option(
+            "seqlen", "tokens in a window (default: as in OUT's recipe, else as for compress)", kind=int, metavar="N"
+        ),
+        Option("seed", "of their draw (default: as in OUT's recipe, else as for compress)", kind=int, metavar="N"),
         Option("device_map", "where to put the weights: cpu, cuda, auto, ... (default: cpu)", metavar="MAP"),
     ),
     "running": RUNNING,
@@ -52,7 +56,7 @@ _EXAMPLES = """\
   optimum-cli dobisvd quantize llama-0.8 --quantization nf4 --dataset wikitext2 --nsamples 32 --seqlen 1024
   optimum-cli dobisvd quantize llama-0.8-healed-merged --quantization int8"""
 
-_DRAW = {"nsamples": 128, "seqlen": 2048, "seed": 0}
+_DRAW = ("nsamples", "seqlen", "seed")
 
 
 def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
@@ -111,20 +115,22 @@ def _default_folder(options: dict[str, Any]) -> str:
 
 def _with_draw(options: dict[str, Any], encoding: Encoding, made_with: dict[str, Any]) -> dict[str, Any]:
     """The options with text and draw of the compression where nothing else was asked for."""
+    from ..config import default_of
+
     if not encoding.uses_text:
         for key in ("dataset", *_DRAW):
             if options[key] is not None:
                 raise UsageError(f"quantize: {options['quantization']} reads no text: leave --{key} out")
         return options
     usual = {"dataset": None if encoding.own_text is not None else made_with.get("dataset")}
-    usual |= {key: made_with.get(key, otherwise) for key, otherwise in _DRAW.items()}
+    usual |= {key: made_with.get(key, default_of(key)) for key in _DRAW}
     return {**options, **{key: value for key, value in usual.items() if options[key] is None}}
 
 
 def _windows(
     encoding: Encoding, config: DobiSVDConfig, tokenizer: Any, options: dict[str, Any]
 ) -> CalibrationWindows | None:
-    """What the rounding is calibrated on, None if on nothing."""
+    """Return the windows that the rounding is calibrated on, None if on nothing."""
     from dataclasses import replace
 
     from ..calibration.dataset import load_windows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import compress, eval, generate, inspect, plan, quantize
-from .options import CommandSpec, Option, UsageError, from_recipe, near_or_all
+from .options import CommandSpec, Option, UsageError, from_recipe, near_or_all, unknown_option
 from .running import RUNNING
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
 
 
 def read_steps(path: str, changes: list[str]) -> list[tuple[CommandSpec, dict[str, Any]]]:
-    """The steps of a recipe with `--set` applied, each with all its options. Raises as `execute` does."""
+    """Return the steps of a recipe with `--set` applied, each with all its options. Raises as `execute` does."""
     steps = [_step(number, entry) for number, entry in enumerate(_read(path), start=1)]
     for change in changes:
         _apply(change, steps)
@@ -129,7 +129,7 @@ def _apply(change: str, steps: list[tuple[CommandSpec, dict[str, Any]]]) -> None
     takers = [given for spec, given in meant if option in {known.key for known in spec.options}]
     if not takers:
         known = {known.key for spec, _ in meant for known in spec.options}
-        raise UsageError(f"--set {change}: unknown option {option!r}; {near_or_all(option, known)}")
+        raise UsageError(f"--set {change}: {unknown_option(option, known)}")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:

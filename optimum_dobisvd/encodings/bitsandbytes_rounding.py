@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.quantizers.auto import AutoHfQuantizer
 
 from .error_feedback import ErrorFeedback
 
@@ -23,18 +22,34 @@ def require_bitsandbytes() -> None:
         raise ImportError(f"bitsandbytes is installed and cannot be imported: {error}") from error
 
 
+def hf_quantizer_of(settings: Any, pre_quantized: bool) -> Any:
+    """Return transformers' quantizer for a `BitsAndBytesConfig`."""
+    # Imported here, because with it come the quantizers of all other libraries, which takes seconds.
+    return importlib.import_module("transformers.quantizers.auto").AutoHfQuantizer.from_config(
+        settings, pre_quantized=pre_quantized
+    )
+
+
 def quantized_linear(linear: nn.Linear, settings: Any) -> Any:
     """Return bitsandbytes' linear of the same function, but for the rounding of each value."""
     holder: Any = _Holder(linear)
     put_empty_linears(holder, settings, pre_quantized=False)
     new = holder.linear
-    operation = AutoHfQuantizer.from_config(settings, pre_quantized=False).get_quantize_ops()
+    operation = hf_quantizer_of(settings, pre_quantized=False).get_quantize_ops()
     found = operation.convert({"linear.weight": [linear.weight.data]}, model=holder, full_layer_name="linear.weight")
     new.weight = found["linear.weight"]
     if linear.bias is not None:
         new.bias = nn.Parameter(linear.bias.data, requires_grad=False)
     keep_as_saved(new)
     return new.train(linear.training)
+
+
+def dequantized_weight(linear: Any) -> Tensor:
+    """Return the matrix that one of bitsandbytes' linears stands for (`m x n`), before its first forward pass."""
+    functional, weight = importlib.import_module("bitsandbytes.functional"), linear.weight
+    if hasattr(weight, "quant_state"):
+        return cast(Tensor, functional.dequantize_4bit(weight.data, weight.quant_state))
+    return cast(Tensor, functional.int8_vectorwise_dequant(weight.data, weight.SCB))
 
 
 def round_with_feedback(linear: nn.Linear, settings: Any, gram: Tensor) -> tuple[Any, Tensor]:

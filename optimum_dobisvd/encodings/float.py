@@ -20,6 +20,9 @@ class Float(Encoding):
     def named(cls, name: str, settings: Any = None) -> Float | None:
         return cls() if name == cls.name else None
 
+    def as_applied(self) -> None:
+        """There is nothing to remember: it is what a model without a setting has."""
+
     def bytes(self, shape: LinearShape, element_size: int) -> int:
         return shape.numel * element_size
 

@@ -1,7 +1,7 @@
 """Linears in GPTQ's encoding: their tensors while a checkpoint is loaded, and gptqmodel's kernels afterwards.
 
-gptqmodel is imported by name where it is needed: transformers would not load a bundled file that has an import statement
-for a library that is missing, whatever the checkpoint.
+gptqmodel is imported by name where it is needed: transformers would not load a bundled file that has an import
+statement for a library that is missing, whatever the checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 GPTQ_IN_MEMORY = "gptq_v2"
-"""gptqmodel's format: zero points as they are. The format of auto-gptq (`gptq`), which has them less one, is read, too."""
+"""gptqmodel's format: zero points as they are. That of auto-gptq (`gptq`), which has them less one, is read, too."""
 
 
 def require_gptqmodel(backend: str | None = None) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..factorization.factors import LARGEST_FRACTION, Gauge, rounded_up
 from .base import Encoding, ErrorMetric, LinearShape
-from .int8_matmul import UNIT, int8_matmul
+from .int8_matmul import UNIT, aligned, int8_matmul
 
 _LARGEST = 127
 NO_ADAPTERS = "stored in 8 bits, which take no adapter: name linears that are dense, or call convert(model) first"
@@ -25,7 +25,7 @@ class Int8(Encoding):
 
     name = "int8"
     gauge = Gauge.EQUAL_COLUMNS
-    dense_encodings = ("int8",)
+    dense_encodings: tuple[str, ...] = ("int8",)
     # Uniform rounding of rows whose largest value is about four times their root mean square: (4 / 127)^2 / 12.
     relative_error = 8e-5
     adapter_refusal = NO_ADAPTERS
@@ -40,75 +40,129 @@ class Int8(Encoding):
         """What PyTorch's CPU kernel and the GPU's matrix units take without padding."""
         return 16
 
+    def part(self, out_features: int, in_features: int, full_rank: int) -> tuple[int, int]:
+        """Return how many rows and columns are in 8 bits, from the first on: all."""
+        return out_features, in_features
+
     def bytes(self, shape: LinearShape, element_size: int) -> int:
-        return shape.numel + shape.out_features * element_size
+        rows, columns = self.part(shape.out_features, shape.in_features, shape.full_rank)
+        return rows * columns + (shape.numel - rows * columns + rows) * element_size
 
     def quantization_loss(self, weight: Tensor, full_rank: int, metric: ErrorMetric) -> float:
-        return metric.each_value_alone(fake_quantize_rows(weight) - weight)
+        rows, columns = self.part(len(weight), weight.shape[1], full_rank)
+        rounded = weight.clone()
+        rounded[:rows, :columns] = fake_quantize_rows(weight[:rows, :columns])
+        return metric.each_value_alone(rounded - weight)
 
     def quantize(
         self, linear: nn.Linear, full_rank: int, dtype: torch.dtype, gram: Tensor | None = None
     ) -> tuple[nn.Module, Tensor]:
-        """Round every value on its own."""
-        integers, scale = quantize_rows(linear.weight.detach(), dtype)
-        new = Int8Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        new.set_tensors(linear, weight=integers, scale=scale)
-        return new, new.dense_matrix()
+        """Round every value of the 8-bit part on its own; columns right of it are in units of their row's scale."""
+        weight = linear.weight.detach()
+        rows, columns = self.part(len(weight), weight.shape[1], full_rank)
+        integers, scale = quantize_rows(weight[:rows, :columns], dtype)
+        tensors = {"weight": integers, "scale": scale}
+        if rows < len(weight):
+            tensors["rest"] = weight[rows:].to(dtype)
+        elif columns < weight.shape[1]:
+            tensors["rest"] = (weight[:, columns:].double() / scale.double()[:, None]).to(dtype)
+        if "rest" in tensors and not bool(torch.isfinite(tensors["rest"]).all()):
+            raise ValueError(
+                f"a factor does not fit into {dtype}: its values overflow; load the model in bfloat16 or float32"
+            )
+        new = self._module(linear, full_rank, "meta")
+        for key, value in tensors.items():
+            setattr(new, key, nn.Parameter(value.contiguous(), requires_grad=False))
+        new.bias = linear.bias
+        return new.train(linear.training), new.dense_matrix()
 
     def empty(self, linear: nn.Linear, full_rank: int) -> nn.Module:
+        return self._module(linear, full_rank, linear.weight.device)
+
+    def _module(self, linear: nn.Linear, full_rank: int, device: Any) -> Int8Linear:
+        shape = (linear.out_features, linear.in_features)
         return Int8Linear(
-            linear.in_features,
-            linear.out_features,
+            *shape[::-1],
+            part=self.part(*shape, full_rank),
             bias=linear.bias is not None,
-            device=linear.weight.device,
+            device=device,
             dtype=linear.weight.dtype,
         )
 
     def tensors(self, shape: LinearShape) -> dict[str, tuple[list[int], str | None]]:
-        return {"weight": ([shape.out_features, shape.in_features], "I8"), "scale": ([shape.out_features], None)}
+        rows, columns = self.part(shape.out_features, shape.in_features, shape.full_rank)
+        found: dict[str, tuple[list[int], str | None]] = {"weight": ([rows, columns], "I8"), "scale": ([rows], None)}
+        rest = rest_shape((shape.out_features, shape.in_features), (rows, columns))
+        return found if rest is None else {**found, "rest": (list(rest), None)}
 
     def loaded(self, name: str, module: nn.Module) -> nn.Module:
-        if isinstance(module, IntegerLinear):
-            module.freeze()
-            read_offloaded_as_stored(name, module)
+        for key, parameter in module.named_parameters():
+            # Loading marks every floating-point parameter as one to train; these are not.
+            parameter.requires_grad_(key == "bias")
+        if module.weight.device.type == "cpu":
+            module.weight.data = aligned(module.weight.data)  # once, and not for every product
+        read_offloaded_as_stored(name, module)
         return module
 
 
-class IntegerLinear(nn.Module):
-    """A linear whose parameters are integers and their scales, and perhaps a bias. They are not trained.
+class Int8Linear(nn.Module):
+    """`y = x (Q / 128)^T * scale + bias`: `weight` is `Q` (`m x n`, int8), `scale` has one value a row.
 
-    Parameters and not buffers, because Accelerate offloads only these.
+    Its `part` may be smaller than the matrix. `rest` then has the rows below it, or the columns right of it, in the
+    model's dtype; such columns are in units of their row's scale.
+
+    Parameters and not buffers, because Accelerate offloads only these. But for the bias they are not trained.
     """
 
     adapter_refusal = NO_ADAPTERS
     weight: Tensor
+    scale: Tensor
+    rest: Tensor
     bias: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        part: tuple[int, int] | None = None,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        rows, columns = self._part = part or (out_features, in_features)
+        self._add("weight", (rows, columns), device, torch.int8)
+        self._add("scale", (rows,), device, dtype)
+        rest = rest_shape((out_features, in_features), (rows, columns))
+        if rest is not None:
+            self._add("rest", rest, device, dtype)
+        values = torch.empty(out_features, device=device, dtype=dtype)
+        self.register_parameter("bias", nn.Parameter(values) if bias else None)
 
     def _add(self, key: str, shape: tuple[int, ...], device: Any, dtype: torch.dtype | None) -> None:
         values = torch.empty(shape, device=device, dtype=dtype)
         self.register_parameter(key, nn.Parameter(values, requires_grad=False))
 
-    def _add_bias(self, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
-        values = torch.empty(self.out_features, device=device, dtype=dtype)
-        self.register_parameter("bias", nn.Parameter(values) if bias else None)
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = self._part
+        if columns < self.in_features:
+            eight, sixteen = x[..., :columns], x[..., columns:]
+            y = (int8_matmul(eight, self.weight) + nn.functional.linear(sixteen, self.rest)) * self.scale
+        else:
+            y = int8_matmul(x, self.weight, self.scale)
+            if rows < self.out_features:
+                y = torch.cat([y, nn.functional.linear(x, self.rest)], dim=-1)
+        return y if self.bias is None else y + self.bias
 
-    def set_tensors(self, linear: nn.Linear, **tensors: Tensor) -> None:
-        """Give it these tensors, and the bias of the linear it stands for."""
-        for key, value in tensors.items():
-            setattr(self, key, nn.Parameter(value.contiguous(), requires_grad=False))
-        if linear.bias is not None:
-            self.bias = linear.bias
-        self.train(linear.training)
-
-    def freeze(self) -> None:
-        """Loading marks every floating-point parameter as one to train; these are not."""
-        for key, parameter in self.named_parameters():
-            if key != "bias":
-                parameter.requires_grad_(False)
+    def dense_matrix(self) -> Tensor:
+        """Return the matrix it stands for, float32."""
+        rows, columns = self._part
+        scale = self.scale.float()[:, None]
+        part = self.weight.float() * (scale / UNIT)
+        if rows < self.out_features:
+            return torch.cat([part, self.rest.float()])
+        return torch.cat([part, self.rest.float() * scale], dim=1) if columns < self.in_features else part
 
     def __format__(self, spec: str) -> str:
         # PEFT refuses a module with f"Target module {module} is not supported": the only place in its message where a
@@ -119,31 +173,11 @@ class IntegerLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class Int8Linear(IntegerLinear):
-    """`y = x (Q / 128)^T * scale + bias`: `weight` is `Q` (`m x n`, int8), `scale` has one value a row."""
-
-    scale: Tensor
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features)
-        self._add("weight", (out_features, in_features), device, torch.int8)
-        self._add("scale", (out_features,), device, dtype)
-        self._add_bias(bias, device, dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = int8_matmul(x, self.weight, self.scale)
-        return y if self.bias is None else y + self.bias
-
-    def dense_matrix(self) -> Tensor:
-        """Return the matrix it stands for, float32."""
-        return self.weight.float() * (self.scale.float()[:, None] / UNIT)
+def rest_shape(whole: tuple[int, int], part: tuple[int, int]) -> tuple[int, int] | None:
+    """Return the shape of what is below a part of a matrix, or right of it; None if it is all."""
+    if part[0] < whole[0]:
+        return whole[0] - part[0], whole[1]
+    return (whole[0], whole[1] - part[1]) if part[1] < whole[1] else None
 
 
 def quantize_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,8 @@ KERNEL_CALLS: Counter[str] = Counter()
 # `_weight_int8pack_mm` reads beyond its operands where the inner dimension is no multiple of its vectors: with AVX2 of
 # 8 (wrong results, then a segmentation fault), with AVX-512 of 16.
 _CPU_MULTIPLE = 16
+# And with AVX-512 it crashes on operands at other addresses, as those in a mapped file are by the length of its head.
+_CPU_ALIGNMENT = 64
 _CACHED = 1 << 22
 """Elements that are unpacked at once on a CPU."""
 # Above so many rows the bf16 instructions of newer CPUs beat it, unpacking included.
@@ -214,8 +216,13 @@ def _cpu_packed(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     # In float16 a scale over 128 could fall below the normal range; in bfloat16 it is exact.
     fused = scale is not None and x.dtype is torch.bfloat16
     factors = scale.to(x.dtype) / UNIT if fused else x.new_full((len(weight),), 1 / UNIT)  # type: ignore[union-attr]
-    product = torch._weight_int8pack_mm(x.contiguous(), weight, factors)
+    product = torch._weight_int8pack_mm(aligned(x.contiguous()), aligned(weight), factors)
     return product if fused or scale is None else product * scale.to(x.dtype)
+
+
+def aligned(operand: Tensor) -> Tensor:
+    """Return a tensor on the CPU at an address that the CPU kernel can take: itself, or a copy."""
+    return operand if operand.data_ptr() % _CPU_ALIGNMENT == 0 else operand.clone()
 
 
 def _triton_refuses(x: Tensor, weight: Tensor) -> str | None:

@@ -1,4 +1,4 @@
-"""A model judged by lm-eval, the figures as plain values."""
+"""lm-eval on a model, its figures as plain values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Figures = dict[str, Any]
 """`{metric: {"value": float, "stderr": float or None}, ..., "samples": int}`"""
 
 
-def judge(
+def evaluate(
     model: Any,
     tokenizer: Any,
     tasks: LoadedTasks,
@@ -22,20 +22,20 @@ def judge(
     batch_size: int = 1,
     lm_class: type | None = None,
 ) -> dict[str, Figures]:
-    """lm-eval's figures of a model, by task; exactly those of its command `lm_eval --model hf` with these settings.
+    """Return lm-eval's figures of a model by task: exactly those of `lm_eval --model hf` with these settings.
 
     Args:
-        model: a causal language model of transformers, where and in what dtype it shall be judged.
+        model: a causal language model of transformers, on the device and in the dtype to evaluate it in.
         tokenizer: its tokenizer; it is given a padding token where it has none.
-        tasks: what to judge it on.
+        tasks: what to evaluate it on.
         limit: the first so many examples of each task; None takes all.
         num_fewshot: examples with their answers before each question; None takes what each task says.
         batch_size: sequences per forward pass.
-        lm_class: a subclass of lm-eval's `HFLM` to judge through, figures being its own; None takes `HFLM` itself.
+        lm_class: a subclass of lm-eval's `HFLM` to evaluate through, figures being its own; None takes `HFLM` itself.
 
     Returns:
         For each task or aggregated group its metrics as lm-eval calls them (those of a filter other than `none` with
-        its name: `exact_match,strict-match`), and `samples`, how many examples were judged. A standard error that
+        its name: `exact_match,strict-match`), and `samples`, how many examples were read. A standard error that
         lm-eval does not tell is None.
     """
     from lm_eval import simple_evaluate

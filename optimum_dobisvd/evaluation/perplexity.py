@@ -22,9 +22,9 @@ def perplexity(
     windows: int | None = None,
     progress: str | None = None,
 ) -> float:
-    """exp of the mean negative log-likelihood per predicted token, in float32.
+    """Return exp of the mean negative log-likelihood per predicted token, in float32.
 
-    The whole text is tokenized at once and cut into consecutive windows of `seqlen` tokens without overlap; what is
+    All of the text is tokenized at once and cut into consecutive windows of `seqlen` tokens without overlap; what is
     left over at the end is not used. The first token of a window is not predicted. Nothing else is left out.
 
     Args:
@@ -59,7 +59,7 @@ def perplexity(
 
 
 def window_ids(tokenizer: Any, text: str, *, seqlen: int, windows: int | None = None) -> Tensor:
-    """The windows as token ids, `N x seqlen`. ValueError as in `perplexity`."""
+    """Return the windows as token ids, `N x seqlen`. ValueError as in `perplexity`."""
     if seqlen < 2:
         raise ValueError(f"seqlen must be at least 2, so that there is a token to predict, got {seqlen}")
     if windows is not None and windows < 1:
@@ -75,7 +75,7 @@ def window_ids(tokenizer: Any, text: str, *, seqlen: int, windows: int | None = 
 
 
 def _summed_loss(model: nn.Module, window: Tensor) -> float:
-    """Negative log-likelihood of all predicted tokens of one window, summed."""
+    """Return the summed negative log-likelihood of all predicted tokens of one window, in nats."""
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     logits = model(input_ids=window[None].to(device), use_cache=False).logits[0, :-1]
     target = window[1:].to(logits.device)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """Only errors are logged meanwhile; progress bars stay."""
+    """Have lm-eval log errors only meanwhile; progress bars stay."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -28,7 +28,7 @@ def tasks_table(title: str, found: Mapping[str, Mapping[str, Figures]], means: M
 
 
 def means_line(means: Mapping[str, Any]) -> str:
-    """Which tasks the mean is over, and which accuracy of each."""
+    """Say which tasks the mean is over, and which accuracy of each."""
     by_metric: dict[str, list[str]] = {}
     for task, metric in means["metrics"].items():
         by_metric.setdefault(metric, []).append(task)

@@ -1,4 +1,4 @@
-"""Which tasks of lm-eval are judged: its own, whose data come from the hub, or the same on files in a folder."""
+"""Tasks of lm-eval: its own, whose data come from the hub, or the same on files in a folder."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _from_hub(names: list[str]) -> LoadedTasks:
 
 
 def _members(name: str, loaded: Any) -> dict[str, Any]:
-    """A group that has a figure of its own as itself; any other, and a tag, as its tasks."""
+    """Return a group that has a figure of its own as itself; any other, and a tag, as its tasks."""
     groups = loaded.get("groups", {})
     if name in groups:
         return _with_figures(name, groups[name])
@@ -136,7 +136,7 @@ def _from_files(names: list[str], data_dir: str) -> LoadedTasks:
 
 
 def _overlay(name: str, known: dict[str, Path], folder: Path) -> dict[str, Any]:
-    """What changes in a task's YAML: its name, and where its files are."""
+    """Return what changes in a task's YAML: its name, and where its files are."""
     if name not in known:
         hint = _near(name, known) or f"there are: {', '.join(known)}"
         raise ValueError(f"no task {name!r} reads local files; {hint} (without --data-dir tasks come from the hub)")
@@ -161,7 +161,7 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 
 class _FunctionsAsText(yaml.SafeLoader):
-    """Reads lm-eval's tag `!function` as the text behind it."""
+    """A loader that reads lm-eval's tag `!function` as the text behind it."""
 
 
 _FunctionsAsText.add_constructor("!function", lambda loader, node: node.value)

@@ -1,1 +1,1 @@
-"""Ranks learned on the loss itself (Dobi-SVD, Algorithm 1): everything but the truncation positions is frozen."""
+"""Learning ranks on the loss itself (Dobi-SVD, Algorithm 1): everything but the truncation positions is frozen."""

@@ -1,10 +1,10 @@
-"""Dobi-SVD's own objective (Algorithm 1): activations are decomposed and softly truncated in every forward pass."""
+"""The objective of Dobi-SVD (Algorithm 1): activations are decomposed and softly truncated in every forward pass."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,12 +21,12 @@ class ActivationTruncation:
     """The loss as a function of real ranks, with the outputs of the linears truncated instead of their weights.
 
     Each window's output `A` (`T x m`) of each linear, without its bias, becomes `U diag(s t(k)) V^T`. A window of `T`
-    tokens has `q = min(T, m)` singular values and the matrix `p = min(m, n)`: where `q < p` the gates stand at
-    `k q / p`, so that a rank means the same share of the spectrum whatever the window's length. (The paper's code
-    counts in multiples of the window's length, which leaves the narrow key and value projections of GQA none.)
+    tokens has `q = min(T, m)` singular values and the matrix `p = min(m, n)`: where `q < p` the gates are centered at
+    `k q / p`, so that a rank is the same share of the spectrum whatever the window's length. (The paper's code counts
+    ranks in multiples of the window's length, which leaves the narrow key and value projections of GQA none.)
 
     Args:
-        deployed: the model's weights as whole ranks will make them; its model and linears are the ones truncated here.
+        deployed: the model and its linears; matrices without a rank get their dense weights back.
     """
 
     def __init__(self, deployed: FixedBasis) -> None:
@@ -35,7 +35,13 @@ class ActivationTruncation:
     def loss_and_slopes(
         self, ranks: Mapping[str, float | None], betas: Mapping[str, float], ids: Tensor, mask: Tensor
     ) -> tuple[float, dict[str, float]]:
-        """As `FixedBasis.loss_and_slopes`; `betas` are per rank of the matrix, not of the activation."""
+        """Return loss and derivatives as `FixedBasis.loss_and_slopes` does, with the outputs truncated.
+
+        `betas` are per rank of the matrix, not per singular value of the activation.
+
+        Raises:
+            NotFiniteError: the loss or an output is NaN or infinite; names the linear.
+        """
         deployed = self._deployed
         deployed.put_dense(ranks)
         real = {
@@ -56,9 +62,11 @@ class ActivationTruncation:
 
     @contextlib.contextmanager
     def _truncating(self, ranks: Mapping[str, Tensor], betas: Mapping[str, float], mask: Tensor) -> Iterator[None]:
+        """A context in which the outputs of these linears are truncated."""
+        deployed = self._deployed
         handles = [
-            self._deployed.linears[name].register_forward_hook(
-                partial(self._truncate, name, self._deployed.count(name), rank, betas[name], mask)
+            deployed.linears[name].register_forward_hook(
+                _OutputTruncation(name, deployed.count(name), rank, betas[name], mask)
             )
             for name, rank in ranks.items()
         ]
@@ -68,23 +76,39 @@ class ActivationTruncation:
             for handle in handles:
                 handle.remove()
 
-    @staticmethod
-    def _truncate(
-        name: str, count: int, rank: Tensor, beta: float, mask: Tensor, module: Any, _args: tuple, output: Tensor
-    ) -> Tensor:
+
+@dataclass(frozen=True, eq=False)
+class _OutputTruncation:
+    """A forward hook that truncates the output of one linear; padding stays as it is.
+
+    Attributes:
+        name: of the linear, for messages.
+        count: number of singular values of its matrix.
+        rank: real, a scalar; gradients flow to it.
+        beta: sharpness of the gates, per rank.
+        mask: which tokens are no padding, `1 x seqlen`.
+    """
+
+    name: str
+    count: int
+    rank: Tensor
+    beta: float
+    mask: Tensor
+
+    def __call__(self, module: Any, _args: tuple, output: Tensor) -> Tensor:
         bias = 0 if module.bias is None else module.bias
         flat = (output - bias).reshape(-1, output.shape[-1])
-        rows = token_rows(name, flat, mask)
+        rows = token_rows(self.name, flat, self.mask)
         rows = rows if rows.dtype == torch.float64 else rows.float()
         if not bool(torch.isfinite(rows.detach()).all()):
             raise NotFiniteError(
-                f"the output of {name} has NaN or infinite values once the layers before are truncated"
+                f"the output of {self.name} has NaN or infinite values once the layers before are truncated"
             )
         left, values, right = stable_svd(rows)
-        scale = min(1.0, len(values) / count)
-        soft = gates(rank * scale, len(values), beta / scale).to(values)
+        scale = min(1.0, len(values) / self.count)
+        soft = gates(self.rank * scale, len(values), self.beta / scale).to(values)
         truncated = ((left * (soft * values)) @ right.T).to(flat.dtype)
-        if len(rows) < len(flat):  # padding stays as it is
-            keep = mask.reshape(-1).to(flat.device)
+        if len(rows) < len(flat):
+            keep = self.mask.reshape(-1).to(flat.device)
             truncated = flat.masked_scatter(keep[:, None], truncated)
         return truncated.reshape(output.shape) + bias

@@ -17,33 +17,35 @@ from .rank_optimizer import check_gradient, require_ranks
 from .settings import RankTraining
 
 SHARPEST = 10.0
-"""The paper's beta."""
+"""The paper's `beta`, per rank."""
 
 _WIDTH = (0.05, 0.02)
+"""Softness of the gates in the first and in the last step, as shares of the largest useful rank."""
 
 HARD = 50.0
-"""A sharpness at which gates are open or shut."""
+"""A sharpness at which the gates are a step: all 0 or 1."""
 
 
 class Objective(Protocol):
-    """The loss as a function of real ranks."""
+    """A loss as a function of real ranks."""
 
     def loss_and_slopes(
         self, ranks: Mapping[str, float | None], betas: Mapping[str, float], ids: Tensor, mask: Tensor
-    ) -> tuple[float, dict[str, float]]: ...
+    ) -> tuple[float, dict[str, float]]:
+        """Return the mean loss in nats per token and its derivative by rank. See `FixedBasis.loss_and_slopes`."""
 
 
 class AdamRankOptimizer:
-    """Dobi-SVD's: Adam with a cosine schedule on real ranks, projected onto the budget after every step.
+    """Adam with a cosine schedule on real ranks, projected onto the budget after every step (Dobi-SVD).
 
-    A matrix that starts dense stays so: between its largest useful rank and the dense weight there is nothing to slide
-    along. The others' ranks lie between the smallest allowed and the largest useful one, and their bytes always add up
-    to what the dense ones leave of the budget: the part of the gradient that all bytes have in common is taken off,
-    and what a step changes in the sum is put right by a shift of all shares. An overridden matrix is truncated hard.
+    A matrix that starts dense stays dense: from its largest useful rank no gradient leads to the dense weight. The
+    ranks of the others lie between the smallest allowed and the largest useful one, and their bytes always sum to what
+    the dense ones leave of the budget: the mean gradient per byte is subtracted, and after a step all shares are
+    shifted alike until the sum is right again. Overridden matrices keep their rank, with gates that are a step.
 
     Args:
-        objective: gives losses and their derivatives by ranks.
-        budget: what the ranks may weigh.
+        objective: gives losses and their derivatives by rank.
+        budget: the bytes there are.
         start: a planned module for every target.
         settings: of the training.
 
@@ -91,7 +93,7 @@ class AdamRankOptimizer:
     def _move(self, step: int, slopes: Mapping[str, float]) -> None:
         per_byte = _vector(slopes[name] for name in self._names) / self._cost
         weight = self._cost * self._largest
-        # What all bytes have in common buys nothing: they are all spent already.
+        # The part common to all bytes would only change their sum, which is fixed.
         excess = per_byte - (per_byte * weight).sum() / weight.sum()
         self._first = self._MOMENTS[0] * self._first + (1 - self._MOMENTS[0]) * excess
         self._second = self._MOMENTS[1] * self._second + (1 - self._MOMENTS[1]) * excess.square()
@@ -111,7 +113,7 @@ class AdamRankOptimizer:
         self._shares, self._first, self._second = (state[key] for key in ("shares", "first", "second"))
 
     def _held(self, shares: Tensor) -> Tensor:
-        """The shares shifted alike until their bytes are the budget's, each within its limits."""
+        """Shift all shares alike until their bytes sum to the budget, each clipped to its limits."""
         weight = self._cost * self._largest
 
         def shifted(by: float) -> Tensor:
@@ -125,12 +127,18 @@ class AdamRankOptimizer:
 
 
 def bytes_per_rank(options: SizeOptions) -> float:
-    """Return the mean over all ranks: an encoding's scales may make the first ones dearer."""
+    """Return the bytes of one rank, the mean over all ranks: scales of an encoding may add to the first ones."""
     return options.bytes_at(len(options.ranks) - 1) / options.ranks[-1]
 
 
 def betas_of(settings: RankTraining, step: int, largest: Tensor) -> list[float]:
-    """Sharpness of gates, per rank: softness falls geometrically from the first width to the last."""
+    """Return the sharpness of every matrix's gates, per rank; softness decays geometrically over the steps.
+
+    Args:
+        settings: of the training.
+        step: number of the step, from 0.
+        largest: largest useful rank of every matrix.
+    """
     begin, end = settings.width or _WIDTH
     width = begin * (end / begin) ** (step / max(1, settings.steps - 1))
     return (1 / (width * largest)).clamp_max(SHARPEST).tolist()

@@ -1,4 +1,4 @@
-"""What a rank training leaves behind: losses and ranks, step by step, as a JSON file."""
+"""The record of a rank training, losses and ranks step by step, as a JSON file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ CURVE_NAME = "dobisvd_training.json"
 
 @dataclass
 class Step:
-    """One optimizer step: the loss on its windows, and the real ranks it was taken at, None for a dense matrix."""
+    """One optimizer step.
+
+    Attributes:
+        loss: on the step's windows, in nats per token.
+        ranks: real ranks before the step, in the order of `TrainingCurve.names`; None for a dense matrix.
+    """
 
     loss: float
     ranks: list[float | None]
@@ -23,7 +28,12 @@ class Step:
 
 @dataclass
 class Evaluation:
-    """The loss on the held-out windows with whole ranks, after so many steps."""
+    """One evaluation of integer ranks.
+
+    Attributes:
+        step: optimizer steps before it.
+        loss: on the held-out windows, in nats per token.
+    """
 
     step: int
     loss: float
@@ -31,10 +41,17 @@ class Evaluation:
 
 @dataclass
 class TrainingCurve:
-    """`names` are the matrices whose ranks were learned, in the order of the ranks of every step.
+    """The record of one rank training.
 
-    `full` are their numbers of singular values. `kept` are the whole ranks that were kept (None: dense), reached after
-    step `best`; `stopped` says why the training ended before its last step, if it did.
+    Attributes:
+        mode: `fixed_basis` or `activation`.
+        names: the matrices whose ranks were learned, in the order of the ranks of every step.
+        full: their numbers of singular values.
+        steps: every optimizer step.
+        evaluations: every evaluation on the held-out windows.
+        best: the number of steps after which the kept ranks were reached.
+        kept: the integer ranks that were kept; None for a dense matrix.
+        stopped: why the training ended before its last step; None if it did not.
     """
 
     mode: str
@@ -47,18 +64,18 @@ class TrainingCurve:
     stopped: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return JSON values; `from_dict` reads them back."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainingCurve:
-        """Reads what `to_dict` gave. KeyError or TypeError where it was not that."""
+        """Build from what `to_dict` returned. KeyError or TypeError for a missing or unknown field."""
         steps = [Step(**step) for step in values["steps"]]
         evaluations = [Evaluation(**found) for found in values["evaluations"]]
         return cls(**{**values, "steps": steps, "evaluations": evaluations})
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `dobisvd_training.json` into a folder."""
+        """Write `dobisvd_training.json` into a folder, atomically; returns its path."""
         path = Path(folder) / CURVE_NAME
         write_text_atomically(path, json.dumps(self.to_dict()) + "\n")
         return path

@@ -1,4 +1,4 @@
-"""Ours: which singular directions are kept, by what each is measured to be worth to the loss."""
+"""A rank optimizer that keeps the singular directions measured to be most important to the loss."""
 
 from __future__ import annotations
 
@@ -17,45 +17,46 @@ from .rank_optimizer import NoGradientError, check_gradient, require_ranks
 
 
 class Measurable(Protocol):
-    """The loss as a function of which directions are kept."""
+    """A loss as a function of which directions are kept."""
 
     def loss_and_gains(
         self, planned: Mapping[str, PlannedModule], ids: Tensor, mask: Tensor
-    ) -> tuple[float, dict[str, Tensor]]: ...
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Return the mean loss and its decrease per opened gate, nats per token. See `FixedBasis.loss_and_gains`."""
 
 
 class DirectionOptimizer:
-    """The price list of `global`, corrected direction by direction.
+    """Importance scores of K-FAC, corrected direction by direction by measurements at the truncated model.
 
-    K-FAC says that direction `i` of a matrix is worth `s_i` nats per token (its squared singular value). At a
-    truncated model the loss tells better: `gain_i = -dLoss/dt_i` of a gate that is open (`t_i = 1`, kept) or shut is
-    what it is worth but for the curvature, `score_i = gain_i + (2 t_i - 1) c s_i`. Here `c s_i` is the second-order
-    term as K-FAC has it, and `c` what that is off by: where the kept directions of all matrices end, worth must not
-    jump, and `c` is what makes it so.
+    K-FAC says that dropping direction `i` of a matrix costs `s_i` nats per token, its squared singular value. The
+    gradient at the truncated model says it better. With a gate `t_i` on every direction (1: kept, 0: dropped),
+    `gain_i = -dLoss/dt_i` is its importance to first order, and `gain_i + (2 t_i - 1) c s_i` to second order: `c s_i`
+    is the curvature by K-FAC, which `c`, one number from 0 to 1 for the whole model, corrects. Importance must not
+    jump where the kept directions end, and that determines `c`.
 
-    One batch measures every direction, with much noise: a direction's worth is mostly what its matrix's other
-    directions near the border say (`f s_i`, with one factor `f` a matrix), corrected by its own mean as far as the
-    spread of these means is more than their noise (empirical Bayes), and at most by `_TRUST`. What directions are
-    worth depends on which others are kept; the limit keeps the choice where the measurements were taken, and older
-    ones decay. Ranks and kept directions are then chosen anew from all worths, as `global` chooses them.
+    One batch measures every direction, with much noise. So the importance of a direction is mostly what the other
+    directions near its matrix's border say (`f s_i`, with one factor `f` per matrix). Its own mean corrects that as
+    far as the means vary by more than their noise (empirical Bayes), and by at most a factor of `exp(_TRUST)`. The
+    importance of a direction depends on which others are kept: the limit keeps the choice near where it was measured,
+    and old measurements decay. Ranks and directions are then chosen from all scores as allocation `global` does.
 
     Args:
         objective: gives losses and gains.
         budget: what the ranks may weigh.
         start: a planned module for every target.
-        spectra: singular values in the metric `kfac`, so that their squares are nats per token.
+        spectra: `min(m, n)` singular values by name, in the metric `kfac`: their squares are nats per token.
 
     Raises:
         ValueError: no matrix has a rank to learn; a spectrum is missing.
     """
 
-    _HORIZON = 10.0  # steps after which a measurement weighs 1/e
-    _PRIOR = 1.0  # measurements that K-FAC's own price counts for in a matrix's factor
-    _FARTHEST = 16.0  # of a matrix's factor
-    _TRUST = 0.5  # of the logarithm of a direction's worth, off its matrix's factor
-    _LEAST = 0.02  # what directions must be worth on average, of K-FAC's price: less is noise
-    _MOST_STALE_STEPS = 5
-    _CURVATURE_STEPS = 4  # later the kept directions near the border are chosen for their gains, which hides the jump
+    _HORIZON = 10.0  # steps after which the weight of a measurement has decayed to 1/e
+    _PRIOR = 1.0  # how many measurements K-FAC's own score counts as in a matrix's factor
+    _LARGEST_FACTOR = 16.0  # limit of a matrix's factor, and of its inverse
+    _TRUST = 0.5  # limit of how far a direction's log importance may be from its matrix's
+    _LEAST = 0.02  # smallest measured importance at the borders, as a share of K-FAC's: below it all is noise
+    _MOST_STALE_STEPS = 5  # in a row, before the training ends
+    _CURVATURE_STEPS = 4  # later, directions near the border have been chosen for their gains, which hides the jump
 
     def __init__(
         self,
@@ -68,19 +69,19 @@ class DirectionOptimizer:
         for options in budget.options.values():
             check_spectrum(options.target, spectra, "dobi_fixed_basis")
         self._objective, self._budget = objective, budget
-        self._prices = {name: spectra[name].detach().cpu().double().square() for name in budget.options}
+        self._scores = {name: spectra[name].detach().cpu().double().square() for name in budget.options}
         self._largest = {name: each.ranks[-1] if each.ranks else 0 for name, each in budget.options.items()}
-        self._sums = {name: torch.zeros_like(prices) for name, prices in self._prices.items()}
-        self._squares = {name: torch.zeros_like(prices) for name, prices in self._prices.items()}
-        # By matrix, in the order of the budget: measured and expected worth of the directions near its border.
-        self._borders = torch.zeros(2, len(self._prices), dtype=torch.float64)
+        self._sums = {name: torch.zeros_like(scores) for name, scores in self._scores.items()}
+        self._squares = {name: torch.zeros_like(scores) for name, scores in self._scores.items()}
+        # Mean importance near the border by matrix, in the order of the budget: measured, and by K-FAC.
+        self._borders = torch.zeros(2, len(self._scores), dtype=torch.float64)
         self._weights = torch.zeros(2, dtype=torch.float64)  # sums of the measurements' weights and of their squares
-        self._curvature = torch.zeros(2, dtype=torch.float64)  # a sum and how many
-        self._stale_steps = torch.zeros(1, dtype=torch.float64)  # steps in a row that said nothing
+        self._curvature = torch.zeros(2, dtype=torch.float64)  # sum of the estimates of `c`, and how many
+        self._stale_steps = torch.zeros(1, dtype=torch.float64)  # steps in a row that measured nothing but noise
         self._planned = dict(start)
 
     def ranks(self) -> dict[str, float | None]:
-        found = {name: self._planned[name].rank for name in self._prices}
+        found = {name: self._planned[name].rank for name in self._scores}
         return {name: None if rank is None else float(rank) for name, rank in found.items()}
 
     def planned(self) -> dict[str, PlannedModule]:
@@ -88,35 +89,36 @@ class DirectionOptimizer:
 
     def step(self, step: int, ids: Tensor, mask: Tensor) -> float:
         loss, gains = self._objective.loss_and_gains(self._planned, ids, mask)
-        gains = {name: gains[name] for name in self._prices}
+        gains = {name: gains[name] for name in self._scores}
         check_gradient({name: float(found.abs().sum()) for name, found in gains.items()})
-        kept = {name: _kept(self._planned[name], len(prices)) for name, prices in self._prices.items()}
+        kept = {name: _kept(self._planned[name], len(scores)) for name, scores in self._scores.items()}
         if step < self._CURVATURE_STEPS:
             self._curvature += torch.tensor([self._jump(gains, kept), 1.0])
         curvature = min(max(float(self._curvature[0] / self._curvature[1]), 0.0), 1.0)
         decay = 1 - 1 / self._HORIZON
         self._weights = self._weights * torch.tensor([decay, decay**2], dtype=torch.float64) + 1
         borders = []
-        for name, prices in self._prices.items():
-            measured = gains[name] + curvature * (2 * kept[name] - 1) * prices
+        for name, scores in self._scores.items():
+            measured = gains[name] + curvature * (2 * kept[name] - 1) * scores
             self._sums[name] = decay * self._sums[name] + measured
             self._squares[name] = decay * self._squares[name] + measured.square()
             border = self._border(name)
-            borders.append([float(measured[border].mean()), float(prices[border].mean())])
+            borders.append([float(measured[border].mean()), float(scores[border].mean())])
         self._borders = decay * self._borders + torch.tensor(borders, dtype=torch.float64).T
-        scores = self._importance()
-        if scores is not None:
-            self._planned = allocate_by_importance(self._budget, scores)
-        self._stale_steps = torch.zeros_like(self._stale_steps) if scores is not None else self._stale_steps + 1
+        importance = self._importance()
+        if importance is not None:
+            self._planned = allocate_by_importance(self._budget, importance)
+        self._stale_steps = torch.zeros_like(self._stale_steps) if importance is not None else self._stale_steps + 1
         if float(self._stale_steps) >= self._MOST_STALE_STEPS:
             raise NoGradientError(
-                f"by {self._MOST_STALE_STEPS} batches in a row the directions at the border of what is kept are worth "
-                "next to nothing, so there is nothing to choose by; take more windows a step, or a ratio further from 1"
+                f"by {self._MOST_STALE_STEPS} batches in a row the directions at the border of what is kept have next "
+                "to no importance to the loss, so there is nothing to choose by; take more windows a step, or a ratio "
+                "further from 1"
             )
         return loss
 
     def _importance(self) -> dict[str, Tensor] | None:
-        """What every direction is worth, up to one scale; None where the measurements say that nothing is."""
+        """Return importance scores of all directions, up to one scale; None where the measurements are only noise."""
         sizes = torch.tensor([float(size) for size in self._largest.values()], dtype=torch.float64)
         measured, expected = (self._borders * sizes).sum(1).tolist()
         if not measured > self._LEAST * expected > 0:
@@ -124,49 +126,49 @@ class DirectionOptimizer:
         common = measured / expected
         total, squared = self._weights.tolist()
         count = total**2 / squared
-        scores = {}
-        for place, (name, prices) in enumerate(self._prices.items()):
+        importance = {}
+        for place, (name, scores) in enumerate(self._scores.items()):
             border = self._border(name)
             found, listed = self._borders[:, place].tolist()
-            price = float(prices[border].mean())
-            if not price > 0:  # a matrix that calibration never excites
-                scores[name] = prices
+            score = float(scores[border].mean())
+            if not score > 0:  # a matrix that calibration never excites
+                importance[name] = scores
                 continue
-            factor = (found / common + self._PRIOR * price) / (listed + self._PRIOR * price)
-            factor = min(max(factor, 1 / self._FARTHEST), self._FARTHEST)
-            matrix = factor * prices
+            factor = (found / common + self._PRIOR * score) / (listed + self._PRIOR * score)
+            factor = min(max(factor, 1 / self._LARGEST_FACTOR), self._LARGEST_FACTOR)
+            matrix = factor * scores
             if count > 1.5:
                 mean = self._sums[name] / total / common
                 spread = (self._squares[name] / total / common**2 - mean.square()).clamp_min(0)
                 noise = spread / (count - 1)
-                own = _own_share(mean, noise, prices, border)
+                own = _own_share(mean, noise, scores, border)
                 limit = math.exp(self._TRUST)
-                scores[name] = (matrix + own * (mean - matrix)).clamp(matrix / limit, matrix * limit)
+                importance[name] = (matrix + own * (mean - matrix)).clamp(matrix / limit, matrix * limit)
             else:
-                scores[name] = matrix
-        return scores
+                importance[name] = matrix
+        return importance
 
     def _border(self, name: str) -> Tensor:
-        """The directions among which a matrix's border lies; of a dense matrix those that it would lose first."""
+        """Return which directions are near a matrix's border, `min(m, n)` booleans; of a dense one, the last."""
         rank = self._planned[name].rank
-        number = torch.arange(1, len(self._prices[name]) + 1)
+        number = torch.arange(1, len(self._scores[name]) + 1)
         if rank is None:
             return number > 0.75 * self._largest[name]
         return (number > rank / 2) & (number <= 1.5 * rank + 4)
 
     def _jump(self, gains: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> float:
-        """Half of what the gains, in units of the price list, rise by where the kept directions end."""
+        """Return half of the step up of the gains, in units of K-FAC's scores, where the kept directions end."""
         sums = {True: [0.0, 0.0], False: [0.0, 0.0]}
-        for name, prices in self._prices.items():
+        for name, scores in self._scores.items():
             rank = self._planned[name].rank
             if rank is None:
                 continue
-            number = torch.arange(1, len(prices) + 1)
+            number = torch.arange(1, len(scores) + 1)
             near = (number > 0.75 * rank) & (number <= 1.25 * rank + 2)
             for inside, total in sums.items():
                 chosen = near & (kept[name].bool() == inside)
                 total[0] += float(gains[name][chosen].sum())
-                total[1] += float(prices[chosen].sum())
+                total[1] += float(scores[chosen].sum())
         if not (sums[True][1] > 0 and sums[False][1] > 0):
             return 0.0
         return (sums[False][0] / sums[False][1] - sums[True][0] / sums[True][1]) / 2
@@ -174,12 +176,12 @@ class DirectionOptimizer:
     def state(self) -> dict[str, Tensor]:
         found = {"borders": self._borders, "weights": self._weights, "curvature": self._curvature}
         found["stale_steps"] = self._stale_steps
-        for name, prices in self._prices.items():
+        for name, scores in self._scores.items():
             planned = self._planned[name]
-            if planned.rank is None:
-                kept = prices.new_full((len(prices),), -1.0 - self._dense_encodings(name).index(planned.encoding))
+            if planned.rank is None:  # negative: which of the dense encodings
+                kept = scores.new_full((len(scores),), -1.0 - self._dense_encodings(name).index(planned.encoding))
             else:
-                kept = _kept(planned, len(prices))
+                kept = _kept(planned, len(scores))
             found[name] = torch.stack([self._sums[name], self._squares[name], kept])
         return found
 
@@ -199,7 +201,7 @@ class DirectionOptimizer:
 
 
 def _kept(module: PlannedModule, count: int) -> Tensor:
-    """1 where a direction is kept, 0 elsewhere."""
+    """Return 1 for every kept direction and 0 for the others, `count` numbers (float64)."""
     if module.rank is None:
         return torch.ones(count, dtype=torch.float64)
     found = torch.zeros(count, dtype=torch.float64)
@@ -207,16 +209,22 @@ def _kept(module: PlannedModule, count: int) -> Tensor:
     return found
 
 
-def _own_share(mean: Tensor, noise: Tensor, prices: Tensor, border: Tensor) -> Tensor:
-    """How much of a direction's own mean to believe: the variance of what directions are worth over that of the means.
+def _own_share(mean: Tensor, noise: Tensor, scores: Tensor, border: Tensor) -> Tensor:
+    """Return how far to believe each direction's own mean, 0 to 1: real variance over real variance and noise.
 
-    Both relative to the price list and over the directions at the border; the noise of a mean goes with the price
-    itself (the gradient of a direction that is worth more is larger), so relative to it the small ones are noisier.
+    Both are relative to K-FAC's scores and estimated near the border. The noise of a mean is proportional to the score
+    (the gradient of an important direction is larger), so relative to it unimportant directions are noisier.
+
+    Args:
+        mean: measured importance of every direction.
+        noise: variance of each of these means.
+        scores: K-FAC's, in descending order.
+        border: which directions are near the border.
     """
-    near = border & (prices > 1e-9 * prices[0])  # below, prices are the rounding errors of a singular Gram
-    relative = (mean / prices)[near]
+    near = border & (scores > 1e-9 * scores[0])  # below, scores are the rounding errors of a singular Gram
+    relative = (mean / scores)[near]
     if len(relative) < 2:
-        return torch.zeros_like(prices)
-    noisy = float((noise / prices.square())[near].mean())
+        return torch.zeros_like(scores)
+    noisy = float((noise / scores.square())[near].mean())
     real = max(float(relative.var()) - noisy, 0.01)
-    return real / (real + noisy * float(prices[near].mean()) / prices.clamp_min(1e-300))
+    return real / (real + noisy * float(scores[near].mean()) / scores.clamp_min(1e-300))

@@ -1,8 +1,8 @@
 """The loss as a function of real ranks, in the basis that is deployed.
 
 With a matrix written as `W = L R` (best rank-one terms first, as its factorizer gives them), `W(k) = L diag(t(k)) R`
-is the very weight that truncation at `k` ships. So no singular value decomposition has to be differentiated: the
-weights are rebuilt, the model takes one ordinary forward and backward pass, and `dLoss/dt_i = l_i^T (dLoss/dW) r_i`.
+is exactly the weight that truncation at `k` deploys. So no singular value decomposition has to be differentiated: the
+weights are rebuilt, the model takes one ordinary forward and backward pass, and `dLoss/dt_i = l_i^T (dLoss/dW) r_i^T`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .gates import gates, reach, slopes
 
 
 class FixedBasis:
-    """A context in which the weights of a model follow its ranks; leaving it puts the dense weights back.
+    """A context in which the weights of a model are truncated in place; leaving it restores the dense weights.
 
     Args:
         model: a dense causal language model with its weights in memory.
         linears: the linears whose ranks are learned, by full name.
-        bases: their decompositions, taken over (balanced, in the weights' dtype).
+        bases: their decompositions; kept as balanced factors in the weights' dtype.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class FixedBasis:
         self._open = contextlib.ExitStack()
 
     def count(self, name: str) -> int:
-        """How many singular values a matrix has."""
+        """Return the number of singular values of a matrix, `min(m, n)`."""
         return len(self._bases[name][1])
 
     def __enter__(self) -> FixedBasis:
@@ -61,13 +61,13 @@ class FixedBasis:
 
     @torch.no_grad()
     def put_dense(self, names: Iterable[str]) -> None:
-        """Give these matrices their dense weights back."""
+        """Restore the dense weights of these matrices."""
         for name in names:
             weight_matrix(self.linears[name]).copy_(self._dense[name])
 
     @torch.no_grad()
     def put(self, planned: Mapping[str, PlannedModule]) -> None:
-        """Give the matrices the weights that a plan ships."""
+        """Give every matrix the weight that a plan deploys, before it is quantized."""
         for name in self.linears:
             module = planned[name]
             if module.rank is None:
@@ -80,14 +80,15 @@ class FixedBasis:
     def loss_and_gains(
         self, planned: Mapping[str, PlannedModule], ids: Tensor, mask: Tensor
     ) -> tuple[float, dict[str, Tensor]]:
-        """Mean loss in nats per token at a plan's weights, and `-dLoss/dt_i` by the gate of every direction there.
+        """Return the loss at a plan's weights, and by how much opening the gate of each direction decreases it.
 
         Args:
             planned: a planned module for every linear.
-            ids, mask: `batch x seqlen`; windows are taken one by one.
+            ids, mask: tokens and token mask, `batch x seqlen`; passed through the model window by window.
 
         Returns:
-            The loss, and for every linear, dense ones too, `min(m, n)` numbers (float64, CPU).
+            The mean loss in nats per token, and `-dLoss/dt_i` for every linear, dense ones included: `min(m, n)`
+            numbers (float64, CPU).
 
         Raises:
             ValueError: no token has a label; the loss is NaN or infinite.
@@ -106,12 +107,12 @@ class FixedBasis:
     def loss_and_slopes(
         self, ranks: Mapping[str, float | None], betas: Mapping[str, float], ids: Tensor, mask: Tensor
     ) -> tuple[float, dict[str, float]]:
-        """Mean loss in nats per token, and its derivative by every real rank, at softly truncated weights.
+        """Return the mean loss in nats per token at softly truncated weights, and its derivative by every real rank.
 
         Args:
             ranks: by name; None is the dense weight, which has no derivative.
-            betas: sharpness of the gates, by name.
-            ids, mask: `batch x seqlen`; windows are taken one by one.
+            betas: sharpness of the gates by name, per rank.
+            ids, mask: tokens and token mask, `batch x seqlen`; passed through the model window by window.
 
         Raises:
             ValueError: no token has a label; the loss is NaN or infinite.
@@ -130,7 +131,7 @@ class FixedBasis:
         return loss.total / loss.tokens, {name: slope / loss.tokens for name, slope in sums.items()}
 
     def loss(self, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-        """Mean loss in nats per token at the present weights."""
+        """Return the mean loss in nats per token at the present weights. ValueError if no token has a label."""
         loss = NextTokenLoss()
         with torch.no_grad():
             for ids, mask in batches:
@@ -143,12 +144,12 @@ class FixedBasis:
         left, right = self._bases[name]
         first, last = reach(rank, len(right), beta)
         soft = gates(torch.tensor(rank, dtype=torch.float64), len(right), beta)[:last].to(left)
-        soft[:first] = 1  # no slope is read there; of the leading terms, 0.04 % would count
+        soft[:first] = 1  # their slope is not read, and an error of 0.04 % of the leading terms would matter
         weight_matrix(self.linears[name]).copy_((left[:, :last] * soft) @ right[:last])
 
     @contextlib.contextmanager
     def _reading_gradients(self, names: Iterable[str], read: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """Weights ask for gradients; each is read (as a matrix) as soon as it is complete, and freed."""
+        """A context in which each weight's gradient (`m x n`) is passed to `read` once it is complete, and freed."""
         handles, users = [], {}
         for name in names:
             parameter = self.linears[name].weight
@@ -179,7 +180,11 @@ class FixedBasis:
 
 
 def backward_loss(model: Any, ids: Tensor, mask: Tensor) -> NextTokenLoss:
-    """The loss of a batch, summed, and taken back through the model window by window."""
+    """Run forward and backward passes over a batch (`batch x seqlen`), window by window; returns the summed loss.
+
+    Raises:
+        ValueError: no token has a label; the loss is NaN or infinite.
+    """
     loss = NextTokenLoss()
     with torch.enable_grad():
         for row in range(len(ids)):
@@ -192,7 +197,7 @@ def backward_loss(model: Any, ids: Tensor, mask: Tensor) -> NextTokenLoss:
 
 
 def logits_of(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """Next-token logits of a causal language model, `batch x seqlen x vocabulary`."""
+    """Return the next-token logits of a causal language model, `batch x seqlen x vocabulary`."""
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     attention = {} if bool(mask.all()) else {"attention_mask": mask.long().to(device)}
     return require_logits(model, model(input_ids=ids.to(device), use_cache=False, **attention), ids)

@@ -1,4 +1,4 @@
-"""From an untrained plan to learned ranks: the bases, the windows and the objective put together."""
+"""The rank training of one job: from an untrained plan to learned ranks."""
 
 from __future__ import annotations
 
@@ -31,13 +31,15 @@ if TYPE_CHECKING:
 def learn_ranks(
     model: Any, job: Job, start: Plan, store: StatisticsStore | None
 ) -> tuple[dict[str, PlannedModule], TrainingCurve]:
-    """Learn the ranks of a dense model's linears; the model is given back as it was.
+    """Learn the ranks of a dense model's linears. The model's weights are truncated meanwhile, and restored.
+
+    The method's mode decides what is truncated: `fixed_basis` the weights, in the basis of its factorizer;
+    `activation`, the paper's, the output of every linear.
 
     Args:
         model: a dense causal language model, its weights in memory.
-        job: what is to be done with it. Its windows are trained on, from the last to the first, since the first ones
-            are those of the gradients; whole ranks are evaluated on those held out. The method's mode `fixed_basis`
-            truncates the weights in the basis of its factorizer, `activation`, the paper's, every output.
+        job: the compression. It trains on the job's windows, from the last to the first, since the gradient statistics
+            are of the first ones, and evaluates integer ranks on the held-out windows.
         start: the untrained plan.
         store: the model's statistics.
 
@@ -45,7 +47,7 @@ def learn_ranks(
         A planned module for every target, and the curve.
 
     Raises:
-        ValueError: no rank to learn; whatever the loss raises at the start.
+        ValueError: there is no text, no rank to learn, or the loss at the start is not finite.
     """
     method, settings, layout = job.method, job.config.rank_training, job.layout
     if job.windows is None or job.held_out is None or method.learning_mode is None:
@@ -56,7 +58,7 @@ def learn_ranks(
         basis = FixedBasis(model, layout.linears, found)
     with basis:
         optimizer: RankOptimizer
-        if settings.optimizer_for(mode, method.metric, row.name) == "prices":
+        if settings.optimizer_for(mode, method.metric, row.name) == "importance":
             spectra = store.spectra(method.metric) if store is not None else None
             optimizer = DirectionOptimizer(basis, job.open_budget, start.modules, spectra or {})
         else:
@@ -67,7 +69,7 @@ def learn_ranks(
 
 
 def _journal(job: Job, start: Plan) -> Path | None:
-    """Where a training notes its state: beside the statistics, under the name of all that decides it."""
+    """Return the journal's path, named by a digest of all that decides the training; None without a store's folder."""
     if job.config.statistics is None:
         return None
     decides = [
@@ -82,7 +84,7 @@ def _journal(job: Job, start: Plan) -> Path | None:
 
 
 def _batches(windows: CalibrationWindows, settings: RankTraining) -> Sequence[Batch]:
-    """Windows cut to `seqlen`, what is left of one dropped, as many a step as the settings say."""
+    """Return one batch per step, `(ids, mask)`, of windows cut to `seqlen` tokens; a remainder is dropped."""
     length = min(settings.seqlen or windows.input_ids.shape[1], windows.input_ids.shape[1])
     pieces: list[Batch] = []
     for ids, mask in zip(windows.input_ids.flip(0), windows.attention_mask.flip(0), strict=True):

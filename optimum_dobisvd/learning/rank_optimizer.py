@@ -1,4 +1,4 @@
-"""What the training loop asks of an optimizer of ranks."""
+"""The interface between the training loop and an optimizer of ranks."""
 
 from __future__ import annotations
 
@@ -14,35 +14,42 @@ from ..calibration.loss import NotFiniteError
 
 
 class RankOptimizer(Protocol):
-    """Ranks that follow the gradient of a loss within a budget."""
+    """Ranks that follow the gradient of a loss within a byte budget."""
 
     def ranks(self) -> dict[str, float | None]:
-        """Where the next step is taken, for the matrices that have something to decide; None is dense."""
+        """Return the present rank of every matrix in `Budget.options`; None is dense."""
 
     def step(self, step: int, ids: Tensor, mask: Tensor) -> float:
-        """Measure on these windows and move; returns the loss there, in nats per token.
+        """Measure the gradient on a batch and update the ranks.
+
+        Args:
+            step: number of the step, from 0.
+            ids, mask: tokens and token mask, `batch x seqlen`.
+
+        Returns:
+            The loss before the update, in nats per token.
 
         Raises:
-            NotFiniteError: the loss or a gradient is NaN or infinite; nothing has moved.
-            NoGradientError: no rank has a gradient; nothing has moved.
+            NotFiniteError: the loss or a gradient is NaN or infinite; nothing was updated.
+            NoGradientError: no rank has a gradient.
         """
 
     def planned(self) -> dict[str, PlannedModule]:
-        """Whole ranks within the budget, for every target."""
+        """Return integer ranks within the budget, a planned module for every target."""
 
     def state(self) -> dict[str, Tensor]:
-        """All that the next step depends on."""
+        """Return all that the next step depends on, for the journal."""
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` gave. KeyError where it was not that."""
+        """Continue from what `state` returned. KeyError where a tensor is missing."""
 
 
 class NoGradientError(ValueError):
-    """No rank has a gradient."""
+    """An error for ranks none of which has a gradient."""
 
 
 def check_gradient(found: Mapping[str, float]) -> None:
-    """Raise if a gradient (by the name of its matrix) is not finite, or all are zero."""
+    """Raise NotFiniteError, naming the matrix, for a gradient that is not finite; NoGradientError if all are zero."""
     broken = [name for name, value in found.items() if not math.isfinite(value)]
     if broken:
         raise NotFiniteError(f"the gradient of the rank of {broken[0]} is not finite")
@@ -51,8 +58,8 @@ def check_gradient(found: Mapping[str, float]) -> None:
 
 
 def require_ranks(budget: Budget, start: Mapping[str, PlannedModule]) -> None:
-    """Raise ValueError if every matrix with something to decide is dense."""
+    """Raise ValueError if every matrix in `budget.options` starts dense."""
     if all(start[name].rank is None for name in budget.options):
         raise ValueError(
-            "no matrix has a rank to learn: all are whole or overridden; lower ratio, or leave quantization out"
+            "no matrix has a rank to learn: all are dense or overridden; lower ratio, or leave quantization out"
         )

@@ -1,4 +1,4 @@
-"""How ranks are learned: the settings, checked."""
+"""The settings of the rank training, checked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 Mode = Literal["fixed_basis", "activation"]
 
 DIRECTIONS_OF = "kfac"
-"""The factorizer whose squared singular values are nats per token, so that directions can be priced one by one."""
+"""The factorizer whose squared singular values are nats per token: an importance score for every direction."""
 
 
 @dataclass(frozen=True)
@@ -17,27 +17,29 @@ class RankTraining:
     """Settings of the rank training.
 
     Attributes:
-        optimizer: `adam`, the paper's, which slides ranks; or `prices`, which measures what every singular direction
-            is worth and chooses among them (see `DirectionOptimizer`). None: `prices` for the allocation
-            `dobi_fixed_basis` of kfac factors, `adam` elsewhere.
-        steps: how many optimizer steps.
-        windows: calibration windows a step, cut to `seqlen` tokens where that is given.
+        optimizer: `adam`, the paper's, which moves real ranks along the gradient; or `importance`, which measures the
+            importance of every singular direction to the loss and keeps the most important ones (see
+            `DirectionOptimizer`). None: `importance` for the allocation `dobi_fixed_basis` of kfac factors, `adam`
+            elsewhere.
+        steps: number of optimizer steps.
+        windows: calibration windows per step, cut to `seqlen` tokens where that is given.
         seqlen: tokens in a window; None: those of the calibration.
-        learning_rate: of `adam`, in shares of each matrix's largest useful rank, by default 0.02; falls along a
+        learning_rate: of `adam`, as a share of each matrix's largest useful rank, by default 0.02; decays along a
             cosine.
-        width: of `adam`: where the gates' softness starts and ends, as a share of the largest useful rank, by default
-            0.05 and 0.02: `beta` is `1 / (width * rank)`, and at most the paper's 10. At a `beta` of 10 from the
-            start, as in the paper, a whole rank has no gradient.
-        held_out: windows of calibration text that nothing else is computed from; the ranks with the lowest loss on
+        width: of `adam`: softness of the gates in the first and in the last step, as shares of the largest useful
+            rank, by default 0.05 and 0.02: `beta` is `1 / (width * rank)`, and at most the paper's 10. At a `beta` of
+            10 from the start, as in the paper, an integer rank has no gradient.
+        held_out: number of calibration windows that nothing else is computed from; the ranks with the lowest loss on
             them are kept.
-        evaluate_every: steps from one evaluation on them to the next.
-        patience: evaluations without a gain after which the training stops.
+        evaluate_every: steps from one evaluation on the held-out windows to the next.
+        patience: evaluations without improvement after which the training stops.
 
     Raises:
-        TypeError, ValueError: naming the field that cannot be.
+        TypeError: a value of the wrong type; names the field.
+        ValueError: a value out of range; names the field.
     """
 
-    optimizer: Literal["adam", "prices"] | None = None
+    optimizer: Literal["adam", "importance"] | None = None
     steps: int = 24
     windows: int = 2
     seqlen: int | None = None
@@ -48,8 +50,8 @@ class RankTraining:
     patience: int = 3
 
     def __post_init__(self) -> None:
-        if self.optimizer not in (None, "adam", "prices"):
-            raise ValueError(f"training: optimizer is 'adam' or 'prices', got {self.optimizer!r}")
+        if self.optimizer not in (None, "adam", "importance"):
+            raise ValueError(f"training: optimizer is 'adam' or 'importance', got {self.optimizer!r}")
         for name in ("steps", "windows", "held_out", "evaluate_every", "patience"):
             _check_count(name, getattr(self, name), 1)
         if self.seqlen is not None:
@@ -64,30 +66,35 @@ class RankTraining:
             _check_share("width", value)
         object.__setattr__(self, "width", tuple(float(value) for value in self.width))
 
-    def optimizer_for(self, mode: Mode, metric: str, factorization: str) -> Literal["adam", "prices"]:
-        """The optimizer for ranks priced in a metric and factors of a factorizer; their own if none was asked for.
+    def optimizer_for(self, mode: Mode, metric: str, factorization: str) -> Literal["adam", "importance"]:
+        """Return the optimizer that was asked for, or the default one.
+
+        Args:
+            mode: what is truncated, see `learning.learn`.
+            metric: the factorizer whose spectra the ranks were allocated by.
+            factorization: the factorizer of the factors.
 
         Raises:
-            ValueError: it cannot serve there, or a setting is one of the other's.
+            ValueError: the optimizer cannot work with these, or a setting belongs to the other optimizer.
         """
-        priced = mode == "fixed_basis" and metric == factorization == DIRECTIONS_OF
-        chosen = self.optimizer or ("prices" if priced else "adam")
-        if chosen == "prices" and not priced:
+        has_scores = mode == "fixed_basis" and metric == factorization == DIRECTIONS_OF
+        chosen = self.optimizer or ("importance" if has_scores else "adam")
+        if chosen == "importance" and not has_scores:
             raise ValueError(
-                "training: optimizer 'prices' corrects the prices of kfac's directions, with the allocation "
-                "dobi_fixed_basis and the factorization kfac; use 'adam' here"
+                "training: optimizer 'importance' corrects the importance scores of kfac's directions, with the "
+                "allocation dobi_fixed_basis and the factorization kfac; use 'adam' here"
             )
         for name in ("learning_rate", "width"):
-            if chosen == "prices" and getattr(self, name) is not None:
+            if chosen == "importance" and getattr(self, name) is not None:
                 raise ValueError(
-                    f"training: {name} is a setting of optimizer 'adam', and this training's is 'prices': drop it, or "
-                    "set optimizer to 'adam'"
+                    f"training: {name} is a setting of optimizer 'adam', and this training's is 'importance': drop "
+                    "it, or set optimizer to 'adam'"
                 )
         return chosen
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RankTraining:
-        """From JSON values; an unknown key is an error."""
+        """Build from JSON values. ValueError names an unknown key and lists the known ones."""
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
@@ -95,7 +102,7 @@ class RankTraining:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values; `from_dict` reads them back."""
+        """Return JSON values; `from_dict` reads them back."""
         return {**asdict(self), "width": None if self.width is None else list(self.width)}
 
 

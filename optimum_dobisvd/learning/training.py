@@ -1,4 +1,4 @@
-"""The loop of the rank training: take the derivative, move, evaluate whole ranks on held-out text, note it down."""
+"""The loop of the rank training: optimizer steps, evaluations on held-out text, and a journal to resume from."""
 
 from __future__ import annotations
 
@@ -29,15 +29,18 @@ Batch = tuple[Tensor, Tensor]
 
 
 class RankLearner:
-    """Learns ranks; keeps those that were best on the held-out windows, the ones it started from among them.
+    """The training loop: keeps the integer ranks with the lowest loss on the held-out windows, the start included.
 
     Args:
-        deployed: the weights as whole ranks will make them, to evaluate whole ranks with.
-        optimizer: measures, and follows what it measured within the budget.
+        deployed: the model with the weights that integer ranks give, to evaluate them.
+        optimizer: updates the ranks.
         start: a planned module for every target.
         settings: of the training.
-        mode: what the curve calls it.
-        journal: a file that holds the state after every step; with it a killed run goes on where it was.
+        mode: `fixed_basis` or `activation`, for the curve.
+        journal: a file that holds the state after every step; a killed run resumes from it.
+
+    Raises:
+        ValueError: the journal is damaged; names it.
     """
 
     def __init__(
@@ -61,13 +64,19 @@ class RankLearner:
     def run(
         self, batches: Sequence[Batch], held_out: Sequence[Batch]
     ) -> tuple[dict[str, PlannedModule], TrainingCurve]:
-        """Train; returns the best ranks, a planned module for every target, and the curve.
+        """Train.
 
-        A loss or gradient that is not finite ends the training; the curve says so, and the best ranks until then are
-        returned.
+        A loss or gradient that is not finite ends the training early: the curve says why.
+
+        Args:
+            batches: one for every step, from the first again when they are used up: `(ids, mask)`, `batch x seqlen`.
+            held_out: batches to evaluate on.
+
+        Returns:
+            The best ranks, a planned module for every target, and the curve.
 
         Raises:
-            ValueError: the start's loss is not finite, or no rank has a gradient.
+            ValueError: the loss of the start is not finite, or no rank has a gradient.
         """
         settings, curve = self._settings, self._curve
         if not curve.evaluations:

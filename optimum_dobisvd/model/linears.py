@@ -28,7 +28,7 @@ def weight_matrix(module: Any) -> Tensor:
 
 
 def as_matrix(module: nn.Module, stored: Tensor) -> Tensor:
-    """Return a tensor in the layout of a linear's weight (the weight, its gradient) as `out_features x in_features`."""
+    """Return a tensor in the layout of a linear's weight (or its gradient) as `out_features x in_features`."""
     return stored.T if type(module) is Conv1D else stored
 
 

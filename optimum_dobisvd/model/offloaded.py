@@ -19,7 +19,7 @@ def dense_weight(module: Any) -> Tensor:
 
 
 def dense_bias(module: Any) -> Tensor | None:
-    """Return a dense linear's bias in float64, if it has one; while it runs, Accelerate may have taken it away again."""
+    """Return a dense linear's bias in float64 if it has one, brought back from offload if need be."""
     if not isinstance(module.bias, Tensor):
         return None
     if module.bias.device.type != "meta":

@@ -217,8 +217,8 @@ def refuse_offloaded(modules: Mapping[str, nn.Module]) -> None:
     for name, module in modules.items():
         if any(parameter.is_meta for parameter in module.parameters()):
             raise ValueError(
-                f"{name} is offloaded, and GPTQ and bitsandbytes quantize only what is in memory: load the model "
-                "without cpu or disk offload to quantize it"
+                f"{name} is offloaded, and only what is in memory can be quantized or stored otherwise: load the "
+                "model without cpu or disk offload"
             )
 
 

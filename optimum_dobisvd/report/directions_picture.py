@@ -1,4 +1,4 @@
-"""Which singular directions a plan keeps, as a picture."""
+"""A picture of the singular directions that a plan keeps."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ def _path_and_layer(name: str) -> tuple[str, int]:
     place = next((index for index, part in enumerate(parts) if _NUMBER.fullmatch(part)), None)
     if place is None:
         return name, 0
-    inner = ["*" if _NUMBER.fullmatch(part) else part for part in parts[place + 1 :]]
-    return ".".join(inner) or name, int(parts[place])
+    below = ["*" if _NUMBER.fullmatch(part) else part for part in parts[place + 1 :]]
+    return ".".join(below) or name, int(parts[place])
 
 
 def _short_names(paths: list[str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ RANKS_PICTURE = "dobisvd_ranks.png"
 ERRORS_PICTURE = "dobisvd_errors.png"
 
 _ANNOTATED_LAYERS = 40  # with more, the numbers in the cells are too small to read
-_DENSE_COLOUR = "#d9d9d9"
+_DENSE_COLOR = "#d9d9d9"
 
 
 def matplotlib_is_installed() -> bool:
@@ -38,17 +39,15 @@ def ranks_picture(report: CompressionReport, path: str | os.PathLike[str]) -> Pa
     """
     grid = grid_of(report.modules)
     values = {key: _mean_fraction(found) for key, found in grid.cells.items()}
-    labels = {key: _rank_label(found) for key, found in grid.cells.items() if values[key] is not None}
-    return _heat_map(
-        report,
+    heat_map = _HeatMap(
         grid,
         values,
-        labels,
-        path,
+        labels={key: _rank_label(found) for key, found in grid.cells.items() if values[key] is not None},
         title="rank kept, by layer and type of matrix",
         scale="rank / full rank min(m, n)",
         colors="viridis",
     )
+    return _draw(heat_map, report, path)
 
 
 def errors_picture(report: CompressionReport, path: str | os.PathLike[str]) -> Path:
@@ -64,19 +63,36 @@ def errors_picture(report: CompressionReport, path: str | os.PathLike[str]) -> P
         )
     grid = grid_of(report.modules)
     values = {key: _mean_error(found) for key, found in grid.cells.items()}
-    labels = {
-        key: f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" for key, value in values.items() if value is not None
-    }
-    return _heat_map(
-        report,
+    heat_map = _HeatMap(
         grid,
         values,
-        labels,
-        path,
+        labels={key: _error_label(value) for key, value in values.items() if value is not None},
         title="relative error of the output, by layer and type of matrix",
         scale="‖(W − W′)X‖ / ‖WX‖  in %",
         colors="magma_r",
     )
+    return _draw(heat_map, report, path)
+
+
+@dataclass(frozen=True)
+class _HeatMap:
+    """A number for every type and layer.
+
+    Attributes:
+        grid: the matrices.
+        values: `(type, layer) -> number`; None leaves the cell blank.
+        labels: `(type, layer) -> text` in the cell, where there is room.
+        title: what is drawn.
+        scale: what the numbers are.
+        colors: name of matplotlib's color map.
+    """
+
+    grid: Grid[ModuleReport]
+    values: dict[tuple[str, int], float | None]
+    labels: dict[tuple[str, int], str]
+    title: str
+    scale: str
+    colors: str
 
 
 def _mean_fraction(modules: list[ModuleReport]) -> float | None:
@@ -90,26 +106,21 @@ def _rank_label(modules: list[ModuleReport]) -> str:
 
 
 def _mean_error(modules: list[ModuleReport]) -> float | None:
-    """In per cent, over the low-rank matrices; None where there are none or nothing was measured."""
+    """Mean error in per cent over the low-rank matrices; None where there are none or nothing was measured."""
     errors = [module.error for module in modules if module.error is not None and module.rank is not None]
     return 100 * sum(errors) / len(errors) if errors else None
 
 
-def _heat_map(
-    report: CompressionReport,
-    grid: Grid[ModuleReport],
-    values: dict[tuple[str, int], float | None],
-    labels: dict[tuple[str, int], str],
-    path: str | os.PathLike[str],
-    *,
-    title: str,
-    scale: str,
-    colors: str,
-) -> Path:
+def _error_label(value: float) -> str:
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
+
+
+def _draw(heat_map: _HeatMap, report: CompressionReport, path: str | os.PathLike[str]) -> Path:
+    grid, values, labels = heat_map.grid, heat_map.values, heat_map.labels
     figure, axes = _canvas(len(grid.layers), len(grid.types))
     rows = [[_or_nan(values.get((kind, layer))) for layer in grid.layers] for kind in grid.types]
     low, high = _limits(values)
-    image = axes.imshow(rows, aspect="auto", cmap=colors, interpolation="nearest", vmin=low, vmax=high)
+    image = axes.imshow(rows, aspect="auto", cmap=heat_map.colors, interpolation="nearest", vmin=low, vmax=high)
     for y, kind in enumerate(grid.types):
         for x, layer in enumerate(grid.layers):
             modules = grid.cells.get((kind, layer))
@@ -120,9 +131,9 @@ def _heat_map(
     _name_axes(axes, grid)
     _separate_cells(axes, grid)
     bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
-    bar.set_label(scale)
+    bar.set_label(heat_map.scale)
     several = "; *: mean over a layer's experts" if any(len(found) > 1 for found in grid.cells.values()) else ""
-    axes.set_title(_title(report, title) + several, loc="left", fontsize=10)
+    axes.set_title(_title(report, heat_map.title) + several, loc="left", fontsize=10)
     _add_legend(axes, report)
     write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=150))
     return Path(path)
@@ -154,7 +165,7 @@ def _limits(values: dict[tuple[str, int], float | None]) -> tuple[float, float]:
 def _mark_dense(axes: Axes, x: int, y: int) -> None:
     from matplotlib.patches import Rectangle
 
-    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=_DENSE_COLOUR, edgecolor="white", hatch="////", lw=0))
+    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=_DENSE_COLOR, edgecolor="white", hatch="////", lw=0))
 
 
 def _annotate(axes: Axes, image: Any, x: int, y: int, value: float, label: str) -> None:
@@ -193,7 +204,7 @@ def _add_legend(axes: Axes, report: CompressionReport) -> None:
         return
     from matplotlib.patches import Patch
 
-    dense = Patch(facecolor=_DENSE_COLOUR, edgecolor="white", hatch="////", label="left dense")
+    dense = Patch(facecolor=_DENSE_COLOR, edgecolor="white", hatch="////", label="left dense")
     axes.legend(
         handles=[dense], loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8, borderaxespad=0.2
     )

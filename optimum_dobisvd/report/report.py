@@ -53,15 +53,15 @@ class ModuleReport:
 
 @dataclass
 class CompressionReport:
-    """All that was measured while compressing. `ratio` is None where a size was asked for.
+    """The figures of one compression. `ratio` is None where a size was asked for.
 
     `*_macs`: multiply-adds per token of all linears, `lm_head` too.
 
     `*_model_bytes` are those of the checkpoint, `*_memory_bytes` those that the model's tensors were
     seen to take in memory, None where no model was loaded.
 
-    `predicted_increase` is what the price list of `kfac` says the loss gains, in nats per token of the calibration
-    text, where ranks were priced with it.
+    `predicted_increase` is what the importance scores of `kfac` say the loss gains, in nats per token of the
+    calibration text, where ranks were allocated by them.
     """
 
     model: str
@@ -93,7 +93,7 @@ class CompressionReport:
         return sum(module.dense_bytes for module in self.modules)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, with the three ratios that matter spelt out."""
+        """Return plain JSON values, with the three ratios that matter spelled out."""
         ratios = {
             "target_bytes": self.target_bytes / self.dense_target_bytes,
             "model_bytes": self.compressed_model_bytes / self.dense_model_bytes,

@@ -14,7 +14,7 @@ from .report import CompressionReport, ModuleReport
 
 
 def print_report(report: CompressionReport, console: Console, *, modules: bool = False) -> None:
-    """Print what a person wants to know first; with `modules` also a line for every matrix."""
+    """Print the summary, types and stages; with `modules` also a line for every matrix."""
     tables = [module_table(report)] if modules else []
     tables.append(kind_table(report))
     if report.seconds:
@@ -123,12 +123,12 @@ def plain_table(title: str, headings: tuple[str, ...]) -> Table:
 
 
 def coverage_line(report: CompressionReport) -> str:
-    """What share of the blocks' weights were targets, and what was not."""
+    """Say what share of the blocks' weights were targets, and what was not."""
     return f"targets are {report.coverage:.1%} of the weights in the blocks; not among them: {report.left_dense}"
 
 
 def slower_line(report: CompressionReport) -> str:
-    """What matrices take more arithmetic than dense, as 8-bit factors of a high rank do; empty where none does."""
+    """Say how many matrices take more arithmetic than dense, as 8-bit factors of a high rank do; empty if none."""
     dearer = [module for module in report.modules if module.macs > module.out_features * module.in_features]
     if not dearer:
         return ""
@@ -150,9 +150,9 @@ def count_text(count: float) -> str:
     return _scaled(count, ("", "k", "M", "G", "T", "P"))
 
 
-def ratio_text(part: float, whole: float) -> str:
-    """`part / whole`, or nothing where it makes no sense."""
-    return f"{part / whole:.4f}" if whole else ""
+def ratio_text(part: float, total: float) -> str:
+    """`part / total`, or nothing where it makes no sense."""
+    return f"{part / total:.4f}" if total else ""
 
 
 def _module_cells(module: ModuleReport) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Learned ranks as pictures: how they moved, where they went, and what their prices were worth."""
+"""Pictures of learned ranks: how they moved and where they went; and of predicted against measured loss."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ def before_after_picture(curve: TrainingCurve, path: str | os.PathLike[str]) -> 
     return save_figure(figure, path)
 
 
-def prices_picture(
+def predictions_picture(
     points: Sequence[tuple[str, float, float]], path: str | os.PathLike[str], *, title: str = ""
 ) -> Path:
-    """What the price list said the loss would gain, against what it gained.
+    """The increase of the loss that importance scores predicted, against the measured one.
 
     Args:
         points: `(label, predicted, measured)`, in nats per token, above 0.
@@ -211,7 +211,7 @@ def _share_of(rank: float | None, full: int) -> float:
 def _draw_losses(axes: Axes, curve: TrainingCurve) -> None:
     axes.plot(range(1, len(curve.steps) + 1), [step.loss for step in curve.steps], color="#b0b0b0", label="training")
     steps, losses = [e.step for e in curve.evaluations], [e.loss for e in curve.evaluations]
-    axes.plot(steps, losses, "o-", color="#31688e", label="held-out windows, whole ranks")
+    axes.plot(steps, losses, "o-", color="#31688e", label="held-out windows, integer ranks")
     axes.axvline(curve.best, color="#35b779", linestyle=":", label="kept")
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")

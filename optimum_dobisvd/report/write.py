@@ -1,4 +1,4 @@
-"""What is put beside every checkpoint for people: the plan, the report, the pictures."""
+"""Files beside every checkpoint for people: the plan, the report, the pictures."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_pictures(
     curve: TrainingCurve | None = None,
     plan: Plan | None = None,
 ) -> list[Path]:
-    """The pictures alone; none, and a line in the log, where matplotlib is missing."""
+    """Write the pictures alone; none, and a line in the log, where matplotlib is missing."""
     if not matplotlib_is_installed():
         logger.info("no pictures: matplotlib is not installed (pip install 'optimum-dobisvd[plots]')")
         return []

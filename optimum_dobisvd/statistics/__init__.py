@@ -1,1 +1,1 @@
-"""What the calibration text leaves behind at each linear: collected once, kept, reused for every ratio and method."""
+"""Statistics of every linear on the calibration text: collected once, stored, reused for every ratio and method."""

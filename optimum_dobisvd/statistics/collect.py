@@ -1,4 +1,4 @@
-"""Watch the linears of a block and sum up what goes into them."""
+"""Statistics of the inputs of a block's linears, summed while calibration text runs through it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from .packing import pack
 class InputStatistics:
     """Statistics of one input, shared by the linears that read it.
 
-    `gram` is the packed upper triangle of `H = X X^T` (float32, `n(n+1)/2`); `abs_mean` is `mean|x_j|` (float32, `n`);
-    `tokens` counts the tokens summed.
+    Attributes:
+        size: `n`, the features of the input.
+        tokens: how many tokens are summed.
+        abs_mean: `mean |x_j|`, `n` values, float32.
+        gram: packed upper triangle of `H = X X^T`, `n(n+1)/2` values, float32.
     """
 
     size: int
@@ -29,14 +32,19 @@ class InputStatistics:
 
 @dataclass
 class BlockStatistics:
-    """Statistics of one block: inputs by the name of the first linear that reads them, and each linear's key among these."""
+    """Statistics of one block.
+
+    Attributes:
+        inputs: by shared-input key, the name of the first linear that reads the input.
+        input_key: that key for every linear of the block.
+    """
 
     inputs: dict[str, InputStatistics] = field(default_factory=dict)
     input_key: dict[str, str] = field(default_factory=dict)
 
 
 class _Accumulator:
-    """Sums in float64; each batch's product is formed in float32 (float64 for float64 models)."""
+    """Sums in float64 over batches; each batch's product is formed in float32 (float64 for float64 models)."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.tokens = 0
@@ -44,13 +52,14 @@ class _Accumulator:
         self.gram = torch.zeros(size, size, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, weights: Tensor | None) -> None:
-        """`x` is `tokens x n`; `weights` says how many tokens each one counts as in the Gram."""
+        """Add a batch: `x` is `tokens x n`; `weights` (`tokens`) is how many tokens each counts as in the Gram."""
         x = x if x.dtype == torch.float64 else x.float()
         self.tokens += len(x)
         self.abs_sum += x.abs().sum(0)
         self.gram += x.T @ (x if weights is None else weights[:, None].to(x) * x)
 
     def result(self, name: str) -> InputStatistics:
+        """Return the statistics. ValueError, naming the linear, if there was no token or a value is not finite."""
         if self.tokens == 0:
             raise ValueError(
                 f"{name} saw no calibration token (a router may never choose it): calibrate on more text, or list it "
@@ -66,16 +75,16 @@ class _Accumulator:
 
 
 class InputCollector:
-    """A block visitor that sums up the inputs of a block's linears and hands each finished block to `finished`.
+    """A block visitor that sums the statistics of the inputs of a block's linears.
 
-    Linears that are given the very same tensor (q/k/v, gate/up) share one sum, under the name of the first one called.
+    Linears that read the same tensor (q/k/v, gate/up) share one sum, under the name of the first one called.
 
     Args:
         linears_of: block name -> its linears by full name.
-        finished: called with block name and `BlockStatistics`.
-        wanted: block name -> whether it is still to be collected.
-        weights_of: a batch's token mask -> how many tokens each one counts as in the Grams (`batch x seqlen`);
-            without it, each as one.
+        finished: called with block name and `BlockStatistics` after each block.
+        wanted: block name -> whether to collect it.
+        weights_of: token mask of a batch -> how many tokens each one counts as in the Grams, both `batch x seqlen`;
+            without it, each counts as one.
     """
 
     def __init__(
@@ -114,7 +123,7 @@ class InputCollector:
 
 
 class _OpenBlock:
-    """The hooks and sums of one block while it runs."""
+    """Hooks and sums of one block while it runs."""
 
     def __init__(self, linears: dict[str, nn.Module]) -> None:
         self._linears = linears
@@ -135,7 +144,7 @@ class _OpenBlock:
     def _observe(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
         if name not in self._input_key:
-            self._input_key[name] = next((lead for lead, seen in self._current.items() if seen is x), name)
+            self._input_key[name] = next((key for key, seen in self._current.items() if seen is x), name)
         input_key = self._input_key[name]
         if input_key != name:
             if self._current.get(input_key) is not x:
@@ -145,7 +154,7 @@ class _OpenBlock:
         if name not in self._sums:
             self._sums[name] = _Accumulator(weight_matrix(module).shape[1], x.device)
         rows = token_rows(name, x.detach(), self._mask)
-        # Linears that are given some of the tokens only (experts) do not say which.
+        # Of linears that read only some of the tokens (experts) it is not known which ones.
         weighted = self._weights is not None and len(self._weights) == len(rows)
         self._sums[name].add(rows, self._weights if weighted else None)
 
@@ -164,7 +173,16 @@ class _OpenBlock:
 
 
 def token_rows(name: str, activations: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows of a linear's input or output that are tokens, padding left out: `tokens x features`."""
+    """Return the rows of a linear's input or output that are no padding, `tokens x features`.
+
+    Args:
+        name: of the linear, for messages.
+        activations: `... x features`, one row for every position of the batch.
+        mask: which positions are no padding, `batch x seqlen`; None if all are.
+
+    Raises:
+        ValueError: there is padding, and the rows are not those of the batch.
+    """
     flat = activations.reshape(-1, activations.shape[-1])
     if mask is None or bool(mask.all()):
         return flat

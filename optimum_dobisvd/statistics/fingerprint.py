@@ -1,4 +1,4 @@
-"""What a set of statistics belongs to: these weights under this configuration, these tokens."""
+"""A fingerprint of what statistics were collected on: weights, the model's configuration, tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..calibration.dataset import CalibrationWindows
 _DECISIVE = ("weights", "tokens", "dtype")
 
 # Fields of a model's configuration that its forward pass over given tokens does not read.
-_IDLE_CONFIG = {
+_UNREAD_CONFIG = {
     *("architectures", "dtype", "torch_dtype", "use_cache", "transformers_version", "quantization_config"),
     *("name_or_path", "return_dict", "output_attentions", "output_hidden_states", "id2label", "label2id"),
     *("problem_type", "tokenizer_class", "task_specific_params", "bos_token_id", "eos_token_id", "pad_token_id"),
@@ -24,9 +24,10 @@ _IDLE_CONFIG = {
 
 
 def fingerprint(model: nn.Module, windows: CalibrationWindows) -> dict[str, Any]:
-    """JSON values. `weights`, `tokens` (sha256), `dtype` and `config` decide.
+    """Return JSON values that identify a model and its calibration windows.
 
-    The rest says in words where a difference comes from.
+    `weights`, `tokens` (both sha256), `dtype` and `config` decide whether statistics fit (see `differing_fields`); the
+    other fields tell a reader where a difference comes from.
     """
     return {
         "model_class": type(model).__name__,
@@ -39,23 +40,23 @@ def fingerprint(model: nn.Module, windows: CalibrationWindows) -> dict[str, Any]
 
 
 def model_config(model: nn.Module) -> dict[str, Any]:
-    """What of the model's configuration shapes its activations (rotary base, norm epsilon, ...), as JSON values."""
+    """Return the fields of the model's configuration that its activations depend on, as JSON values."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         return {}
     # One round through JSON, so that what was just computed equals what is read back from a file.
-    return _without_idle(json.loads(json.dumps(config.to_dict(), default=str)))
+    return _without_unread(json.loads(json.dumps(config.to_dict(), default=str)))
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """sha256 over all parameters and saved buffers in order of name, offloaded ones included."""
+    """Return the sha256 of all parameters and saved buffers in order of name, offloaded ones included."""
     digest = hashlib.sha256()
     for name, module in sorted(model.named_modules()):
         saved = {key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set}
         if not module._parameters and not saved:
             continue
-        # Only what is offloaded is fetched: of what lies on a GPU accelerate would make new parameters, and tied ones
-        # would be tied no longer.
+        # Only for what is offloaded: of what is on a GPU, Accelerate would make new parameters, and tied ones would no
+        # longer be tied.
         away = any(tensor is not None and tensor.is_meta for tensor in (*module._parameters.values(), *saved.values()))
         with align_module_device(module, execution_device="cpu") if away else nullcontext():
             for key, tensor in sorted([*module._parameters.items(), *saved.items()]):
@@ -66,9 +67,9 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def differing_fields(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Every field that differs, with both values; nothing if weights, dtype, configuration and tokens are equal.
+    """Return a line for every field that differs, with both values; none if all that decides is equal.
 
-    A field of the model's configuration that only one side has is a newer transformers' default, not a difference.
+    A field of the model's configuration that only one side has is a default of a newer transformers, no difference.
     """
     config = _differing_config(stored.get("config"), current.get("config"), "config")
     if not config and all(stored.get(key) == current.get(key) for key in _DECISIVE):
@@ -87,11 +88,11 @@ def _differing_config(stored: Any, current: Any, name: str) -> list[str]:
     return [] if stored == current else [f"{name}: {stored!r} in the store, {current!r} now"]
 
 
-def _without_idle(values: dict[str, Any]) -> dict[str, Any]:
+def _without_unread(values: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: _without_idle(value) if isinstance(value, dict) else value
+        key: _without_unread(value) if isinstance(value, dict) else value
         for key, value in values.items()
-        if key not in _IDLE_CONFIG and not key.startswith("_")
+        if key not in _UNREAD_CONFIG and not key.startswith("_")
     }
 
 

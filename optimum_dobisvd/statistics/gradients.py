@@ -1,4 +1,4 @@
-"""Watch the linears of a block during a backward pass and sum up the loss gradients at their outputs."""
+"""Statistics of the loss gradients at the outputs of a block's linears, summed during a backward pass."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ SCALARS = ("energy", "joint_energy", "first_order", "second_order")
 class GradientStatistics:
     """Second moments of the loss gradient `g` at one linear's output, one `g` per token, summed over tokens.
 
-    `gram` is the packed upper triangle of `G = sum g g^T` (float32, `m(m+1)/2`), `tokens` counts what was summed. With
-    `x` the linear's input and `y = W x` its output without the bias:
+    With `x` the linear's input and `y = W x` its output without the bias, all sums over tokens:
 
-    * `energy`: `sum ||g||^2`, the trace of `G`;
-    * `joint_energy`: `sum ||x||^2 ||g||^2`, the trace of the matrix's Fisher information; over
-      `sum ||x||^2 sum ||g||^2 / tokens` it tells how far `x` and `g` are from independent, which K-FAC assumes;
-    * `first_order`: `sum g . y`, the derivative of the loss by a scale of the matrix;
-    * `second_order`: `sum (g . y)^2`, its Fisher information.
+    Attributes:
+        size: `m`, the features of the output.
+        tokens: how many tokens are summed.
+        gram: packed upper triangle of `G = sum g g^T`, `m(m+1)/2` values, float32.
+        energy: `sum ||g||^2`, the trace of `G`.
+        joint_energy: `sum ||x||^2 ||g||^2`, the trace of the matrix's Fisher information. Divided by
+            `sum ||x||^2 sum ||g||^2 / tokens` it tells how far `x` and `g` are from independent, which K-FAC assumes.
+        first_order: `sum g . y`, the derivative of the loss by a scale of the matrix.
+        second_order: `sum (g . y)^2`, the Fisher information of that scale.
     """
 
     size: int
@@ -42,7 +45,7 @@ class GradientStatistics:
 
 
 class _Sums:
-    """Sums in float64; each batch's product is formed in float32 (float64 for float64 models)."""
+    """Sums in float64 over batches; each batch's product is formed in float32 (float64 for float64 models)."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.tokens = 0
@@ -50,7 +53,7 @@ class _Sums:
         self.scalars = torch.zeros(len(SCALARS), dtype=torch.float64)
 
     def add(self, x: Tensor, y: Tensor, gradient: Tensor) -> None:
-        """Rows are tokens: `x` is `tokens x n`, the others `tokens x m`."""
+        """Add a batch: `x` is `tokens x n`, `y` and `gradient` are `tokens x m`."""
         x, y, gradient = (each if each.dtype == torch.float64 else each.float() for each in (x, y, gradient))
         self.tokens += len(gradient)
         self.gram += gradient.T @ gradient
@@ -59,6 +62,7 @@ class _Sums:
         self.scalars += torch.stack(found).double().cpu()
 
     def result(self, name: str) -> GradientStatistics:
+        """Return the statistics. ValueError, naming the linear, if a value is not finite or all are zero."""
         if not bool(torch.isfinite(self.scalars).all() and torch.isfinite(self.gram.diagonal()).all()):
             raise ValueError(
                 f"{name}: the loss gradients at its output have NaN or infinite values. Load the model in float32 or "
@@ -66,20 +70,20 @@ class _Sums:
             )
         if not self.tokens or not float(self.gram.diagonal().sum()) > 0:
             raise ValueError(
-                f"{name}: the loss gradient at its output is zero on every calibration token, so its ranks have no "
-                "price: calibrate on more text, or list it in modules_to_not_convert"
+                f"{name}: the loss gradient at its output is zero on every calibration token, so its directions have "
+                "no importance scores: calibrate on more text, or list it in modules_to_not_convert"
             )
         values = dict(zip(SCALARS, self.scalars.tolist(), strict=True))
         return GradientStatistics(len(self.gram), self.tokens, pack(self.gram.cpu()), **values)
 
 
 class GradientCollector:
-    """A block visitor for a backward walk: sums up `GradientStatistics` of a block's linears.
+    """A block visitor for backward passes that sums `GradientStatistics` of a block's linears.
 
     Args:
         linears_of: block name -> its linears by full name.
-        finished: called with block name and the statistics by linear name.
-        wanted: block name -> whether it is still to be collected.
+        finished: called with block name and the statistics by linear name after each block.
+        wanted: block name -> whether to collect it.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A symmetric matrix as its upper triangle, row after row: half the bytes on disk and in memory."""
+"""Symmetric matrices packed as their upper triangle, row after row: half the bytes on disk and in memory."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 
 
 def packed_length(size: int) -> int:
-    """Elements of the packed triangle of a `size x size` matrix."""
+    """Return the number of elements of the packed triangle of a `size x size` matrix."""
     return size * (size + 1) // 2
 
 
 def unpacked_size(length: int) -> int:
-    """The size of the matrix whose packed triangle has that many elements, 0 if there is none."""
+    """Return the size of the matrix whose packed triangle has that many elements, 0 if there is none."""
     size = (math.isqrt(8 * length + 1) - 1) // 2
     return size if packed_length(size) == length else 0
 
 
 def pack(matrix: Tensor) -> Tensor:
-    """`n x n` symmetric -> `n(n+1)/2` float32 values."""
+    """Pack a symmetric `n x n` matrix into `n(n+1)/2` values, float32."""
     size = len(matrix)
     packed = torch.empty(packed_length(size), dtype=torch.float32)
     start = 0
@@ -31,7 +31,7 @@ def pack(matrix: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, size: int) -> Tensor:
-    """`n(n+1)/2` values -> `n x n` float64. ValueError if the length does not belong to `size`."""
+    """Unpack `n(n+1)/2` values into an `n x n` matrix, float64; `size` is `n`. ValueError if the length is another."""
     if packed.shape != (packed_length(size),):
         expected = packed_length(size)
         raise ValueError(f"a packed {size} x {size} Gram has {expected} values, found the shape {tuple(packed.shape)}")

@@ -1,4 +1,4 @@
-"""The statistics of one model on one set of windows: a folder of safetensors and one JSON, or the same in memory."""
+"""A store of the statistics of one model on one set of windows: safetensors and JSON in a folder, or in memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GRADIENTS_NAME = "gradients.json"
 
 
 class StatisticsStore:
-    """Statistics by block. With a folder each finished block is on disk at once, so a killed run resumes after it.
+    """Statistics by block. With a folder, each finished block is written at once, and a killed run resumes after it.
 
     Files: `statistics.json` (format version, fingerprint, block names), `block-00000.safetensors` per block
     (`{input}.gram` packed float32 triangle, `{input}.abs_mean`), `spectra-{metric}.safetensors` once computed. With
@@ -34,11 +34,16 @@ class StatisticsStore:
     def __init__(
         self, fingerprint: dict[str, Any], blocks: list[str], folder: str | os.PathLike[str] | None = None
     ) -> None:
-        """Open the store in `folder` if there is one, else begin one (`folder=None`: in memory).
+        """Open the store in a folder, or create it.
+
+        Args:
+            fingerprint: what `statistics.fingerprint` returned.
+            blocks: names of the model's blocks, in order.
+            folder: None keeps the statistics in memory.
 
         Raises:
-            ValueError: the folder holds something else, or a store of other weights, text or settings (says which
-                field differs).
+            ValueError: the folder holds something else, a damaged store, or one of other weights, text or settings
+                (names the fields that differ).
         """
         self.fingerprint = fingerprint
         self._blocks = blocks
@@ -77,16 +82,16 @@ class StatisticsStore:
             )
 
     def has(self, block: str) -> bool:
-        """Whether a block's statistics are there."""
+        """Return whether the store has a block's statistics."""
         return block in self._memory if self._folder is None else self._path(block).exists()
 
     @property
     def is_complete(self) -> bool:
-        """Whether every block has been collected."""
+        """Whether the store has the statistics of every block."""
         return all(self.has(block) for block in self._blocks)
 
     def put(self, block: str, statistics: BlockStatistics) -> None:
-        """Add a finished block."""
+        """Add the statistics of a block."""
         if self._folder is None:
             self._memory[block] = statistics
             return
@@ -95,12 +100,12 @@ class StatisticsStore:
             tensors[f"{name}.abs_mean"] = inputs.abs_mean
             tensors[f"{name}.gram"] = inputs.gram
         tokens = {name: inputs.tokens for name, inputs in statistics.inputs.items()}
-        # One key: safetensors writes several in an order of chance, and a resumed run must give the same bytes.
+        # One key: safetensors writes several in random order, and a resumed run must give the same bytes.
         metadata = {"statistics": json.dumps({"leader": statistics.input_key, "tokens": tokens})}
         write_atomically(self._path(block), lambda path: save_file(tensors, path, metadata=metadata))
 
     def block(self, block: str) -> BlockStatistics:
-        """All statistics of one block."""
+        """Return the statistics of a block. ValueError if there are none, or the file is damaged."""
         if self._folder is None:
             return self._memory[block]
         if not self.has(block):
@@ -110,19 +115,20 @@ class StatisticsStore:
         return self._last[1]
 
     def open_gradients(self, settings: dict[str, Any]) -> None:
-        """Begin collecting gradient statistics, or go on where a run with the same settings stopped.
+        """Prepare for gradient statistics: new ones, or those of an interrupted run with the same settings.
 
-        `settings` are JSON values; `tokens` among them is how many tokens of text the gradients are summed over.
+        Args:
+            settings: JSON values; `tokens` is how many tokens of text the gradients are summed over.
 
         Raises:
-            ValueError: the store has gradients of other settings (says which field differs), or a damaged file.
+            ValueError: the store has gradients of other settings (names the fields that differ), or a damaged file.
         """
         self._gradient_settings = settings
         if self._folder is None:
             return
         path = self._folder / GRADIENTS_NAME
         if not path.exists():
-            # Of a run whose settings are not known any more.
+            # Left by a run whose settings are unknown.
             for stale in [*self._folder.glob("gradients-*.safetensors"), self._folder / "spectra-kfac.safetensors"]:
                 stale.unlink(missing_ok=True)
             write_text_atomically(path, json.dumps({"format_version": FORMAT_VERSION, **settings}, indent=2) + "\n")
@@ -147,18 +153,18 @@ class StatisticsStore:
             self._gradient_settings = _read_gradient_settings(path) if path.exists() else None
         if self._gradient_settings is None:
             raise ValueError(
-                f"the statistics in {self._folder or 'memory'} have no gradients, which this method prices ranks "
-                "with: run `compress` with the calibration text and the same statistics folder to add them, or choose "
-                "a method that reads none (svd_llm_v2)"
+                f"the statistics in {self._folder or 'memory'} have no gradients, which this method's importance "
+                "scores need: run `compress` with the calibration text and the same statistics folder to add them, or "
+                "choose a method that reads none (svd_llm_v2)"
             )
         return int(self._gradient_settings["tokens"])
 
     def has_gradients(self, block: str) -> bool:
-        """Whether a block's gradient statistics are there."""
+        """Return whether the store has a block's gradient statistics."""
         return block in self._gradients if self._folder is None else self._path(block, "gradients").exists()
 
     def put_gradients(self, block: str, gradients: dict[str, GradientStatistics]) -> None:
-        """Add a finished block's gradient statistics."""
+        """Add the gradient statistics of a block, by linear."""
         if self._folder is None:
             self._gradients[block] = gradients
             return
@@ -171,19 +177,19 @@ class StatisticsStore:
         write_atomically(self._path(block, "gradients"), lambda path: save_file(tensors, path, metadata=metadata))
 
     def gradients(self, block: str) -> dict[str, GradientStatistics]:
-        """A block's gradient statistics by linear. ValueError if they were not collected."""
+        """Return a block's gradient statistics by linear. ValueError if there are none, or the file is damaged."""
         if self._folder is None and block in self._gradients:
             return self._gradients[block]
         if not self.has_gradients(block):
-            _ = self.gradient_tokens  # says that there are no gradients at all, if so
+            _ = self.gradient_tokens  # raises if there are no gradients at all
             raise ValueError(f"{self._folder or 'memory'} has no gradients of {block} yet; collect them first")
         return _read_gradients(self._path(block, "gradients"))
 
     def require(self, linears: Mapping[str, Iterable[str]]) -> None:
-        """Make sure that these linears (by block) are in the store, before anything is changed for their sake.
+        """Check that the store has the statistics of these linears (by block).
 
         Raises:
-            ValueError: names one that was excluded when the statistics were collected.
+            ValueError: one was excluded when the statistics were collected; names it.
         """
         for block, names in linears.items():
             known = self.block(block).input_key
@@ -195,7 +201,11 @@ class StatisticsStore:
                 )
 
     def spectra(self, metric: str) -> Mapping[str, Tensor] | None:
-        """Singular values by linear in a metric, if they were computed before."""
+        """Return the singular values in a metric by linear, `min(m, n)` each; None if they are not in the store.
+
+        Raises:
+            ValueError: the file is damaged; names it.
+        """
         if metric not in self._spectra and self._folder is not None:
             path = self._folder / f"spectra-{metric}.safetensors"
             if path.exists():
@@ -206,7 +216,7 @@ class StatisticsStore:
         return self._spectra.get(metric)
 
     def put_spectra(self, metric: str, spectra: dict[str, Tensor]) -> None:
-        """Keep the price list of a metric for the next ratio."""
+        """Add the singular values in a metric by linear, so that another ratio need not compute them again."""
         self._spectra[metric] = spectra
         if self._folder is not None:
             path = self._folder / f"spectra-{metric}.safetensors"
@@ -219,17 +229,17 @@ class StatisticsStore:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether there is nothing in it but what a run left that was killed while it wrote the index."""
+    """Return whether a folder is empty but for what a run left that was killed while it wrote the index."""
     return folder.is_dir() and all(entry.name.startswith(f".{INDEX_NAME}.") for entry in folder.iterdir())
 
 
 def full_gram(statistics: InputStatistics | GradientStatistics) -> Tensor:
-    """`H`, `n x n`, or `G`, `m x m`, float64."""
+    """Return the Gram as a full matrix, float64: `H` (`n x n`) of inputs or `G` (`m x m`) of gradients."""
     return unpack(statistics.gram, statistics.size)
 
 
 def _read_block(path: Path) -> BlockStatistics:
-    """Read one block's file; names and sizes are checked against each other before anything is used."""
+    """Read the statistics of one block; names and sizes are checked before tensors. ValueError names the file."""
     try:
         with safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {})["statistics"])
@@ -263,7 +273,7 @@ def _read_gradient_settings(path: Path) -> dict[str, Any]:
 
 
 def _read_gradients(path: Path) -> dict[str, GradientStatistics]:
-    """Read one block's gradients; sizes are checked before anything is used."""
+    """Read the gradients of one block; sizes are checked before tensors. ValueError names the file."""
     found: dict[str, GradientStatistics] = {}
     try:
         with safe_open(path, framework="pt") as file:

@@ -119,7 +119,7 @@ class CompressedLinear(nn.Module, ABC):
     def bias(self) -> Tensor | None:
         """The bias, wherever it lies."""
         owner, _, key = self.bias_key.rpartition(".")
-        found: Tensor | None = getattr(self.get_submodule(owner), key)
+        found: Tensor | None = getattr(self.get_submodule(owner), key, None)
         return found
 
     def matrices(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A structure with an encoding of its linears: what a matrix weighs, computes and can be, and the module it becomes."""
+"""A structure with an encoding of its linears: what a matrix weighs and computes, and the module it becomes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Format:
         return next((why for shape in shapes if (why := self.encoding.unsupported_reason(*shape)) is not None), None)
 
     def largest_rank_below(self, size: int, out_features: int, in_features: int, element_size: int) -> int:
-        """Return the largest rank that takes less than `size` bytes (the dense matrix's: the break-even rank), or 0."""
+        """Return the largest rank that takes less than `size` bytes, or 0; for the dense matrix's, break-even."""
         ranks = range(1, min(out_features, in_features) + 1)
         return bisect.bisect_left(
             ranks, size, key=lambda rank: self.bytes(out_features, in_features, rank, element_size)

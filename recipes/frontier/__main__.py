@@ -32,7 +32,7 @@ _HERE = Path(__file__).parent
 
 
 def main(argv: list[str]) -> int:
-    """Do what is missing, a process for each row and state; 1 if one failed."""
+    """Do what is missing, a process for each row and state; returns 1 if one failed."""
     arguments = _arguments(argv)
     settings = _settings(arguments)
     results = Results(arguments.results, settings)
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
 
 
 def _missing(arguments: argparse.Namespace, results: Results) -> Iterator[tuple[Row, bool, list[str]]]:
-    """Steps that are still to be done: first of all rows as they are, so that a part of a run is of use."""
+    """Yield steps still to be done: first those of all rows as they are, so that a part of a run is of use."""
     rows = [row_named(name) for name in arguments.rows] if arguments.rows else list(ROWS)
     states = [state == "healed" for state in arguments.states]
     for healed in states:
@@ -77,7 +77,7 @@ def _measure(row: Row, healed: bool, steps: list[str], settings: Settings, resul
     folder = checkpoint_of(row, work, healed)
     if healed and not is_made(row, work, settings, healed=True):
         if steps == ["speed"]:
-            # Longer training gives other values of the same form, which take the same time.
+            # Longer training gives other values in the same encoding, which take the same time.
             briefly = replace(settings, heal_steps=1)
             if not is_made(row, work, briefly, healed=True):
                 heal(row, work, briefly)
@@ -93,7 +93,7 @@ def _measure(row: Row, healed: bool, steps: list[str], settings: Settings, resul
 
 
 def _needed(row: Row) -> list[Row]:
-    """The rows whose checkpoints this one needs, its own last."""
+    """Return the rows whose checkpoints this one needs, its own last."""
     below = row.options.get("on")
     return [*([row_named(below)] if below else []), row]
 
@@ -105,7 +105,7 @@ def _timed(call: Callable[[], None]) -> dict[str, Any]:
 
 
 def in_new_process(argv: list[str]) -> int:
-    """`main` with memory of its own; returns the exit status."""
+    """Run `main` with memory of its own; returns the exit status."""
     return subprocess.run([sys.executable, "-m", "recipes.frontier", *argv]).returncode
 
 
@@ -113,7 +113,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--dataset", required=True, help="train text, to calibrate and to heal on")
-    parser.add_argument("--eval-dataset", nargs="+", required=True, help="texts to judge by")
+    parser.add_argument("--eval-dataset", nargs="+", required=True, help="texts to evaluate on")
     parser.add_argument("--data-dir", required=True, help="the tasks' files, see recipes/README.md")
     parser.add_argument("--work", default="frontier-work", help="checkpoints")
     parser.add_argument("--statistics", help="of an earlier run on the same text")

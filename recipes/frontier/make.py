@@ -1,4 +1,4 @@
-"""Making a row's checkpoint, the dense model off its grid, and healing either."""
+"""Make a row's checkpoint, and the dense model off its grid, and heal either."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer, adapter_targets
+from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer, adapter_targets, convert
 from optimum_dobisvd.allocation.plan import Plan, PlannedModule
 from optimum_dobisvd.calibration.dataset import CalibrationWindows, load_windows, read_text
-from optimum_dobisvd.pipeline.validate import check_model
-from optimum_dobisvd.inner import inner_config, inner_storage
-from optimum_dobisvd.checkpoint.hf_quantizer import stack_inner, store_as
+from optimum_dobisvd.encodings.registry import encoding_of
 from optimum_dobisvd.evaluation.perplexity import window_ids
+from optimum_dobisvd.pipeline.validate import check_model
 
 from .rows import SHIPPED, Row, row_named
 from .settings import Settings
@@ -34,21 +33,21 @@ _OWN_EIGHT_BITS = ("remap", "int8")
 
 
 def checkpoint_of(row: Row, work: Path, healed: bool = False) -> Path:
-    """Where a row's checkpoint lies."""
+    """Return the folder of a row's checkpoint."""
     return work / row.slug / ("healed" if healed else "checkpoint")
 
 
 def is_made(row: Row, work: Path, settings: Settings, healed: bool = False) -> bool:
-    """Whether it lies there, made as the row and the settings say now."""
+    """Whether the checkpoint is there, made as the row and the settings say now."""
     return _has_record(checkpoint_of(row, work, healed), _record(row, settings, healed))
 
 
 def make(row: Row, work: Path, settings: Settings) -> None:
     """Make the checkpoint of a row, in bfloat16."""
-    with _whole_folder(checkpoint_of(row, work), _record(row, settings)) as folder:
+    with _complete_folder(checkpoint_of(row, work), _record(row, settings)) as folder:
         base = base_model(row.base, work, settings)
         tokenizer = AutoTokenizer.from_pretrained(base)
-        model = _MAKERS[row.make](row, base, work, settings)
+        model = MAKERS[row.make](row, base, work, settings)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -63,12 +62,12 @@ def heal(row: Row, work: Path, settings: Settings) -> None:
     from peft import LoraConfig, get_peft_model
 
     made = checkpoint_of(row, work)
-    with _whole_folder(checkpoint_of(row, work, healed=True), _record(row, settings, healed=True)) as folder:
-        storage = row.options.get("storage", "plain")
+    with _complete_folder(checkpoint_of(row, work, healed=True), _record(row, settings, healed=True)) as folder:
+        eight_bits = row.options.get("quantization") if _is_in_own_eight_bits(row) else None
         tokenizer = AutoTokenizer.from_pretrained(made)
         model = load_in(made, torch.float32, settings.device)
-        if storage in _OWN_EIGHT_BITS:
-            model = store_as(model, "plain")
+        if eight_bits is not None:
+            model = convert(model)
         lora = LoraConfig(
             r=settings.lora_rank,
             lora_alpha=settings.lora_rank,
@@ -80,7 +79,7 @@ def heal(row: Row, work: Path, settings: Settings) -> None:
         adapted.config.use_cache = True  # Trainer turned it off
         if _can_merge(row):
             model = adapted.merge_and_unload().to(torch.bfloat16)
-            model = store_as(model, storage) if storage in _OWN_EIGHT_BITS else model
+            model = model if eight_bits is None else convert(model, eight_bits)
             model.save_pretrained(folder)
         else:
             for parameter in adapted.parameters():
@@ -91,8 +90,10 @@ def heal(row: Row, work: Path, settings: Settings) -> None:
 
 
 def load_in(folder: str | Path, dtype: torch.dtype, device: str) -> Any:
-    """A checkpoint with everything that is not quantized in `dtype`; transformers leaves it as saved beside
-    bitsandbytes' linears, whatever it is asked for."""
+    """Load a checkpoint with everything that is not quantized in `dtype`.
+
+    transformers leaves it as saved beside bitsandbytes' linears, whatever it is asked for.
+    """
     # Not on CPUs: with a map that names one, transformers saves a model as if it were offloaded.
     where = {} if device == "cpu" else {"device_map": device}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **where)
@@ -103,13 +104,13 @@ def load_in(folder: str | Path, dtype: torch.dtype, device: str) -> Any:
 
 
 def base_model(base: str, work: Path, settings: Settings) -> str:
-    """The folder of a dense model; the one off the grid is trained when it is first asked for."""
+    """Return the folder of a dense model; the one off the grid is trained when it is first asked for."""
     if base == SHIPPED:
         return settings.model
     folder = work / "off-the-grid"
     record = _record(row_named(f"dense bf16, {base}"), settings)
     if not _has_record(folder, record):
-        with _whole_folder(folder, record) as new:
+        with _complete_folder(folder, record) as new:
             model = load_in(settings.model, torch.float32, settings.device)
             tokenizer = AutoTokenizer.from_pretrained(settings.model)
             train(model, tokenizer, settings, settings.off_grid_steps, settings.off_grid_rate)
@@ -120,7 +121,7 @@ def base_model(base: str, work: Path, settings: Settings) -> str:
 
 
 def train(model: Any, tokenizer: Any, settings: Settings, steps: int, rate: float) -> None:
-    """Brief training on the calibration text, in place."""
+    """Train briefly on the calibration text, in place."""
     windows = window_ids(tokenizer, read_text(settings.dataset, "train"), seqlen=settings.train_seqlen)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(settings.seed))
     arguments = TrainingArguments(
@@ -146,7 +147,7 @@ def _dense(row: Row, base: str, work: Path, settings: Settings) -> Any:
 
 
 def _bnb(row: Row, base: str, work: Path, settings: Settings) -> Any:
-    """transformers' own, without us."""
+    """Quantize with transformers alone."""
     config = BitsAndBytesConfig(**row.options)
     return AutoModelForCausalLM.from_pretrained(
         base, dtype=torch.bfloat16, quantization_config=config, device_map=settings.device
@@ -154,14 +155,15 @@ def _bnb(row: Row, base: str, work: Path, settings: Settings) -> Any:
 
 
 def _compress(row: Row, base: str, work: Path, settings: Settings, plan: Plan | None = None) -> Any:
-    """The package's own method `global` with a row's options; with all matrices as a plan says, if there is one."""
+    """Compress by the method `global` with a row's options; with all matrices as a plan says, if there is one."""
     model = load_in(base, torch.bfloat16, settings.device)
     tokenizer = AutoTokenizer.from_pretrained(base)
     windows = calibration_windows(tokenizer, settings)
     options = dict(row.options)
-    if "inner" in options:
-        # Rounding by GPTQ is content with fewer windows than prices of ranks.
-        options["inner"] = {**options["inner"], "dataset": list(windows.input_ids[: settings.rounding_windows])}
+    if isinstance(options.get("quantization"), dict):
+        # Rounding by GPTQ is content with fewer windows than the importance scores of ranks.
+        text = list(windows.input_ids[: settings.rounding_windows])
+        options["quantization"] = {**options["quantization"], "dataset": text}
     if row.base == SHIPPED:
         statistics = settings.statistics or str(work / "statistics")
     else:
@@ -179,42 +181,52 @@ def _compress(row: Row, base: str, work: Path, settings: Settings, plan: Plan | 
     return quantizer.quantize_model(model, tokenizer, windows=windows)
 
 
-def _whole(row: Row, base: str, work: Path, settings: Settings) -> Any:
-    """Every matrix whole, in the form of the inner quantization."""
-    inner: Any = inner_config(row.options["inner"])
-    form = inner_storage(inner)
+def _quantize_dense(row: Row, base: str, work: Path, settings: Settings) -> Any:
+    """Quantize every matrix as it is, none factorized."""
+    encoding = encoding_of(row.options["quantization"]).name
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     targets = check_model(model, DobiSVDConfig(method="global")).targets
-    modules = {target.name: PlannedModule(None, form) for target in targets}
+    modules = {target.name: PlannedModule("dense", encoding) for target in targets}
     plan = Plan(modules, method="global", ratio=None, allocation="global")
     return _compress(row, base, work, settings, plan)
 
 
-def _stack(row: Row, base: str, work: Path, settings: Settings) -> Any:
-    """A quantization on another row's checkpoint."""
+def _quantize_low_rank(row: Row, base: str, work: Path, settings: Settings) -> Any:
+    """Quantize another row's checkpoint."""
     below = checkpoint_of(row_named(row.options["on"]), work)
     model = load_in(below, torch.bfloat16, settings.device)
     windows = calibration_windows(AutoTokenizer.from_pretrained(below), settings)
-    inner: Any = inner_config(row.options["inner"])
-    return stack_inner(model, inner, windows.first(settings.rounding_windows))
+    return convert(model, row.options["quantization"], windows=windows.first(settings.rounding_windows))
 
 
-_MAKERS = {"dense": _dense, "bnb": _bnb, "compress": _compress, "whole": _whole, "stack": _stack}
+MAKERS = {
+    "dense": _dense,
+    "bnb": _bnb,
+    "compress": _compress,
+    "quantize_dense": _quantize_dense,
+    "quantize_low_rank": _quantize_low_rank,
+}
+"""Functions that make a row's checkpoint, by its `make`."""
+
+
+def _is_in_own_eight_bits(row: Row) -> bool:
+    return row.options.get("quantization") in _OWN_EIGHT_BITS
 
 
 def _can_merge(row: Row) -> bool:
     """Whether the weights under the adapter are 16-bit."""
-    return row.make == "dense" or (row.make == "compress" and "inner" not in row.options)
+    own = "quantization" not in row.options or _is_in_own_eight_bits(row)
+    return row.make == "dense" or (row.make == "compress" and own)
 
 
 def _targets(model: Any) -> list[str] | str:
-    """Every linear of the blocks; factors where there are some."""
+    """Return every linear of the blocks; factors where there are some."""
     found = getattr(model.config, "quantization_config", None)
     return adapter_targets(model) if isinstance(found, DobiSVDConfig) else "all-linear"
 
 
 def calibration_windows(tokenizer: Any, settings: Settings) -> CalibrationWindows:
-    """The same for every row."""
+    """Return the calibration windows, the same for every row."""
     return load_windows(
         settings.dataset, tokenizer, nsamples=settings.nsamples, seqlen=settings.seqlen, seed=settings.seed
     )
@@ -233,8 +245,8 @@ def _has_record(folder: Path, record: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _whole_folder(folder: Path, record: dict[str, Any]) -> Iterator[Path]:
-    """Write beside the folder and move it there when it is whole; what it was made with is written in it."""
+def _complete_folder(folder: Path, record: dict[str, Any]) -> Iterator[Path]:
+    """Write beside the folder and move it there when it is complete; what it was made with is written in it."""
     scratch = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

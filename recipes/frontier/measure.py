@@ -1,4 +1,4 @@
-"""Measuring a checkpoint, through `from_pretrained` alone."""
+"""Measure a checkpoint, through `from_pretrained` alone."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from transformers import AutoTokenizer
 
 from optimum_dobisvd.calibration.dataset import read_text
-from optimum_dobisvd.evaluation.harness import judge
+from optimum_dobisvd.evaluation.harness import evaluate
 from optimum_dobisvd.evaluation.mean_accuracy import compare_means
-from optimum_dobisvd.evaluation.tasks import load_tasks
 from optimum_dobisvd.evaluation.perplexity import perplexity
-from optimum_dobisvd.report.report import resident_bytes
+from optimum_dobisvd.evaluation.tasks import load_tasks
+from optimum_dobisvd.model.footprint import resident_bytes
 
 from .make import ADAPTER, load_in
 from .settings import TASKS, Settings
@@ -28,7 +28,7 @@ _ROUNDS = 5
 
 
 def load(folder: Path, dtype: torch.dtype, device: str) -> Any:
-    """A checkpoint, or an adapter with the checkpoint below it, either in `dtype`."""
+    """Load a checkpoint, or an adapter with the checkpoint below it, either in `dtype`."""
     if not (folder / ADAPTER).exists():
         return load_in(folder, dtype, device)
     from peft import PeftConfig, PeftModel
@@ -42,7 +42,7 @@ def load(folder: Path, dtype: torch.dtype, device: str) -> Any:
 
 
 def sizes(folder: Path, settings: Settings) -> dict[str, Any]:
-    """Bytes of the weights on disk, the model below an adapter included, and in memory."""
+    """Return the bytes of the weights on disk, the model below an adapter included, and in memory."""
     files = list(folder.glob("*.safetensors"))
     if (folder / ADAPTER).exists():
         files += (folder.parent / "checkpoint").glob("*.safetensors")
@@ -53,7 +53,7 @@ def sizes(folder: Path, settings: Settings) -> dict[str, Any]:
 
 
 def perplexities(folder: Path, settings: Settings) -> dict[str, Any]:
-    """By text, computed in float32."""
+    """Return the perplexity by text, computed in float32."""
     model, tokenizer = load(folder, torch.float32, settings.device), AutoTokenizer.from_pretrained(folder)
     return {
         Path(name).name: perplexity(
@@ -64,16 +64,16 @@ def perplexities(folder: Path, settings: Settings) -> dict[str, Any]:
 
 
 def accuracies(folder: Path, settings: Settings) -> dict[str, Any]:
-    """lm-eval's figures by task and their mean, computed in float32.
+    """Return lm-eval's figures by task and their mean, computed in float32.
 
     LLM.int8() rounds activations as the batch's largest ones will have it, and what else is read changes an answer:
-    it is judged by lm-eval's own batches.
+    it is evaluated in lm-eval's own batches.
     """
     from .shared_contexts import SharedContextLM
 
     model, tokenizer = load(folder, torch.float32, settings.device), AutoTokenizer.from_pretrained(folder)
     in_int8 = getattr(model, "is_loaded_in_8bit", False)
-    found = judge(
+    found = evaluate(
         model,
         tokenizer,
         load_tasks(TASKS, settings.data_dir),
@@ -87,10 +87,10 @@ def accuracies(folder: Path, settings: Settings) -> dict[str, Any]:
 
 @torch.inference_mode()
 def speeds(folder: Path, dense: Path, settings: Settings) -> dict[str, Any]:
-    """Milliseconds per token of a prompt of 512 and of decoding with the cache, and over dense.
+    """Return milliseconds per token of a prompt of 512 tokens and of decoding with the cache, and over dense.
 
-    Both models take their turns round by round in this process; medians. In bfloat16, but on CPUs in float32: many
-    multiply nothing shorter fast, and a form that unpacks to it would be compared with a dense model that nobody runs
+    Both models take turns round by round in this process; medians. In bfloat16, but on CPUs in float32: many multiply
+    nothing shorter fast, and an encoding that unpacks to it would be compared with a dense model that nobody runs
     there.
     """
     dtype = torch.float32 if settings.device == "cpu" else torch.bfloat16
@@ -117,7 +117,7 @@ def speeds(folder: Path, dense: Path, settings: Settings) -> dict[str, Any]:
 
 
 def _one_round(model: Any, prompt: torch.Tensor) -> tuple[float, float]:
-    """Milliseconds per token of the prompt, and of the tokens after it."""
+    """Return milliseconds per token of the prompt, and of the tokens after it."""
     started = _now()
     out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     middle = _now()
@@ -129,7 +129,7 @@ def _one_round(model: Any, prompt: torch.Tensor) -> tuple[float, float]:
 
 
 def _now() -> float:
-    """Seconds; everything that was begun on a GPU is done."""
+    """Return the time in seconds, everything that was begun on a GPU being done."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()

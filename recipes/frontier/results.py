@@ -1,4 +1,4 @@
-"""Figures on disk, one JSON object a line."""
+"""The figures on disk, one JSON object a line."""
 
 from __future__ import annotations
 
@@ -25,20 +25,22 @@ class Results:
         self._settings = settings.deciding()
         self._device = settings.device
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole, _, broken_off = text.rpartition("\n")
+        complete, _, broken_off = text.rpartition("\n")
         if broken_off:  # by a kill in the middle of a line, to which the next one would be glued
-            write_text_atomically(path, f"{whole}\n" if whole else "")
-        lines = [json.loads(line) for line in whole.splitlines()]
+            write_text_atomically(path, f"{complete}\n" if complete else "")
+        lines = [json.loads(line) for line in complete.splitlines()]
         self.lines = [line for line in lines if decide_alike(line["step"], line["settings"], self._settings)]
 
     @property
     def devices(self) -> list[str]:
-        """Those that speeds were taken on."""
+        """The devices that speeds were taken on."""
         return sorted({line["device"] for line in self.lines if line["step"] == "speed"})
 
     def found(self, row: Row, healed: bool, step: str, device: str | None = None) -> dict[str, Any] | None:
-        """The last figures of a step, None if it was not done with the row as it is now; speeds of a device only,
-        by default of that of the settings."""
+        """Return the last figures of a step, None if it was not done with the row as it is now.
+
+        Speeds are those of a device, by default of that of the settings.
+        """
         wanted = (row.name, row.recipe, healed, step)
         for line in reversed(self.lines):
             here = step != "speed" or line["device"] == (device or self._device)

@@ -1,4 +1,4 @@
-"""What decides the figures."""
+"""The settings of a run, and which of them decide which figures."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 TASKS = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "mathqa", "boolq")
 
 _WHERE = ("work", "data_dir", "statistics", "device")  # places; but for speeds they change no figure
-_JUDGING = ("eval_dataset", "eval_windows", "limit")
+_EVALUATING = ("eval_dataset", "eval_windows", "limit")
 _HEALING = ("heal_steps", "lora_rank", "lora_rate")
-_NOT_SPEEDS = (*_JUDGING, "heal_steps", "lora_rate")  # longer training gives other weights of the same form
+_NOT_SPEEDS = (*_EVALUATING, "heal_steps", "lora_rate")  # longer training gives other weights in the same encoding
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Settings:
     Attributes:
         model: a folder, or a hub id.
         dataset: train text, to calibrate and to heal on.
-        eval_dataset: texts to judge by; only measured, never chosen by.
+        eval_dataset: texts to evaluate on; only measured, never chosen by.
         data_dir: the files of the tasks (`recipes/README.md`).
         work: folder of the checkpoints.
         statistics: of an earlier run with the same text, else below `work`.
@@ -53,14 +53,14 @@ class Settings:
     seed: int = 0
 
     def deciding(self) -> dict[str, Any]:
-        """What is written beside a figure, without the folders of a machine."""
+        """Return what is written beside a figure, without the folders of a machine."""
         values = {key: value for key, value in asdict(self).items() if key not in _WHERE}
         named = {key: Path(values[key]).name for key in ("model", "dataset")}
         return {**values, **named, "eval_dataset": [Path(name).name for name in self.eval_dataset]}
 
     def making(self, healed: bool) -> dict[str, Any]:
-        """Of these, what decides a checkpoint."""
-        others = _JUDGING if healed else (*_JUDGING, *_HEALING)
+        """Return what of these decides a checkpoint."""
+        others = _EVALUATING if healed else (*_EVALUATING, *_HEALING)
         return {key: value for key, value in self.deciding().items() if key not in others}
 
 

@@ -33,44 +33,44 @@ class SharedContextLM(HFLM):
 
     A sequence holds several questions, and after each one its answers; a token sees its own answer and the question
     before it, nothing else, and has the position it would have alone. Logits are computed for answers only.
-    The model must take masks of four dimensions and positions, as Llama and its kin do: a few answers are judged
-    by lm-eval's own way, too, and RuntimeError tells of a model for which the two differ.
+    The model must take masks of four dimensions and positions, as Llama and its kin do: a few answers are evaluated
+    in lm-eval's own way, too, and RuntimeError tells of a model for which the two differ.
     """
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
         questions, too_long = _grouped(requests, self.max_length)
         found: dict[int, tuple[float, bool]] = {}
         if too_long:  # lm-eval cuts their contexts from the left, each for its answer
-            whole = super()._loglikelihood_tokens([requests[index] for index in too_long], disable_tqdm, override_bs)
-            found.update(zip(too_long, whole, strict=True))
+            alone = super()._loglikelihood_tokens([requests[index] for index in too_long], disable_tqdm, override_bs)
+            found.update(zip(too_long, alone, strict=True))
         packs = list(_packed(questions, _PACK))
         size = max(1, int(self.batch_size) // 4)
         batches = [packs[start : start + size] for start in range(0, len(packs), size)]
-        with tqdm(total=len(requests), desc="Judging answers", disable=disable_tqdm) as bar:
+        with tqdm(total=len(requests), desc="Evaluating answers", disable=disable_tqdm) as bar:
             for number, batch in enumerate(batches):
-                judged = self._judged(batch)
+                evaluated = self._evaluate(batch)
                 if number == 0:
-                    self._check(requests, judged)
-                found.update(judged)
-                bar.update(len(judged))
+                    self._check(requests, evaluated)
+                found.update(evaluated)
+                bar.update(len(evaluated))
         return [found[index] for index in range(len(requests))]
 
-    def _check(self, requests: Any, judged: dict[int, tuple[float, bool]]) -> None:
-        """A few answers of the first batch, which has the longest questions, judged by lm-eval's own way."""
-        some = sorted(judged)[:4]
+    def _check(self, requests: Any, evaluated: dict[int, tuple[float, bool]]) -> None:
+        """Evaluate a few answers of the first batch, which has the longest questions, in lm-eval's own way, too."""
+        some = sorted(evaluated)[:4]
         for index, (alone, _) in zip(
             some, super()._loglikelihood_tokens([requests[index] for index in some], True), strict=True
         ):
-            packed = judged[index][0]
+            packed = evaluated[index][0]
             if not math.isclose(alone, packed, rel_tol=1e-3, abs_tol=_TOLERANCE):
                 raise RuntimeError(
                     f"{type(self.model).__name__} gives an answer {packed:.4f} nats beside other answers and "
-                    f"{alone:.4f} alone: it does not follow masks and positions; judge it by HFLM"
+                    f"{alone:.4f} alone: it does not follow masks and positions; evaluate it by HFLM"
                 )
 
     @torch.no_grad()
-    def _judged(self, packs: Sequence[list[_Question]]) -> dict[int, tuple[float, bool]]:
-        """Log-likelihood of every answer in these sequences, and whether it is the greedy one."""
+    def _evaluate(self, packs: Sequence[list[_Question]]) -> dict[int, tuple[float, bool]]:
+        """Return the log-likelihood of every answer in these sequences, and whether it is the greedy one."""
         batch = _Batch(packs)
         device = self.device
         head = self.model.get_output_embeddings()
@@ -88,12 +88,12 @@ class SharedContextLM(HFLM):
         targets = torch.tensor(batch.targets, device=device)
         log_likelihoods = -torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
         greedy = logits.argmax(-1) == targets
-        judged, start = {}, 0
+        found, start = {}, 0
         for index, length in batch.answers:
             part = slice(start, start + length)
-            judged[index] = (float(log_likelihoods[part].sum()), bool(greedy[part].all()))
+            found[index] = (float(log_likelihoods[part].sum()), bool(greedy[part].all()))
             start += length
-        return judged
+        return found
 
 
 class _Batch:
@@ -141,12 +141,12 @@ class _Batch:
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask that every implementation of attention adds, `B x 1 x T x T`."""
+    """Return the mask that every implementation of attention adds, `B x 1 x T x T`."""
     return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
 def _grouped(requests: Any, max_length: int) -> tuple[list[_Question], list[int]]:
-    """Requests by context, and those that are longer than the model reads."""
+    """Return requests by context, and those that are longer than the model reads."""
     questions: dict[tuple[int, ...], _Question] = {}
     too_long = []
     for index, (_, context, answer) in enumerate(requests):
@@ -158,7 +158,7 @@ def _grouped(requests: Any, max_length: int) -> tuple[list[_Question], list[int]
 
 
 def _packed(questions: Sequence[_Question], size: int) -> Iterator[list[_Question]]:
-    """Questions in sequences of at most `size` tokens, longest first; a longer one is alone in its own."""
+    """Pack questions into sequences of at most `size` tokens, longest first; a longer one is alone in its own."""
     packs: list[tuple[int, list[_Question]]] = []
     for question in sorted(questions, key=lambda each: -each.length):
         for number, (used, pack) in enumerate(packs):

@@ -12,7 +12,7 @@ from .results import Results
 from .rows import OFF_GRID, ROWS, Row
 from .settings import Settings
 
-_COLOURS = {
+_COLORS = {
     "dense": "black",
     "bitsandbytes": "tab:orange",
     "GPTQ": "tab:red",
@@ -26,7 +26,7 @@ _PHASES = ("prefill", "decode")
 
 
 def write_table(results: Results, settings: Settings, path: Path) -> None:
-    """Markdown: a line for every row and state; what was not measured is a dash."""
+    """Write a Markdown table: a line for every row and state; what was not measured is a dash."""
     texts = [Path(name).name for name in settings.eval_dataset]
     times = [f"{phase}, ms/token, {device}" for device in results.devices for phase in _PHASES]
     heads = ["", "", "disk, MB", "memory, MB", *texts, "mean accuracy", *times]
@@ -41,7 +41,7 @@ def write_table(results: Results, settings: Settings, path: Path) -> None:
 
 
 def draw(results: Results, settings: Settings, path: Path) -> None:
-    """Bytes on disk against perplexity of every text and against decoding time; healed rows are filled."""
+    """Draw bytes on disk against perplexity of every text and against decoding time; healed rows are filled."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -57,7 +57,7 @@ def draw(results: Results, settings: Settings, path: Path) -> None:
     figure, axes = pyplot.subplots(1, max(len(panels), 1), figsize=size, constrained_layout=True, squeeze=False)
     labels = [_panel(axis, results, title, value) for axis, (title, value) in zip(axes[0], panels, strict=False)]
     families = dict.fromkeys(row.family for row in ROWS)
-    handles = [pyplot.Line2D([], [], marker="o", linestyle="", color=_COLOURS[family]) for family in families]
+    handles = [pyplot.Line2D([], [], marker="o", linestyle="", color=_COLORS[family]) for family in families]
     figure.legend(handles, list(families), loc="outside lower center", ncols=len(handles))
     figure.suptitle("hollow: as compressed; filled: healed; squares: made from the model off its 4-bit grid")
     figure.draw_without_rendering()  # only now do points have places on the page
@@ -73,7 +73,7 @@ _HIGHEST = 8
 
 
 def _panel(axis: Any, results: Results, title: str, value: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
-    """One measure against bytes, both logarithmic, with the border of what no other row beats.
+    """Draw one measure against bytes, both logarithmic, with the Pareto front of the rows.
 
     Returns the points of every row, the one to be labeled first.
     """
@@ -90,19 +90,19 @@ def _panel(axis: Any, results: Results, title: str, value: Sequence[str]) -> dic
             axis.plot(
                 *pair[-1],
                 marker="^" if figure > highest else "s" if row.base == OFF_GRID else "o",
-                color=_COLOURS[row.family],
+                color=_COLORS[row.family],
                 fillstyle="full" if healed else "none",
                 linestyle="",
             )
         if pair:
             beyond = [f"{figure:.4g}" for _, figure, _ in measured if figure > highest]
             named[f"{_short(row)} ({', '.join(beyond)})" if beyond else _short(row)] = pair
-            axis.plot(*zip(*pair, strict=True), color=_COLOURS[row.family], linewidth=0.6)
+            axis.plot(*zip(*pair, strict=True), color=_COLORS[row.family], linewidth=0.6)
         if row.base != OFF_GRID:
             points += pair
-    border = _border(points)
-    if border:
-        axis.plot(*zip(*border, strict=True), color="gray", linewidth=0.8, linestyle="--", drawstyle="steps-post")
+    front = _pareto_front(points)
+    if front:
+        axis.plot(*zip(*front, strict=True), color="gray", linewidth=0.8, linestyle="--", drawstyle="steps-post")
     axis.set(xscale="log", yscale="log", xlabel="weights on disk, MB", title=title)
     for each in (axis.xaxis, axis.yaxis):
         each.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
@@ -114,7 +114,7 @@ def _panel(axis: Any, results: Results, title: str, value: Sequence[str]) -> dic
 
 
 def _points(results: Results, row: Row, value: Sequence[str]) -> list[tuple[float, float, bool]]:
-    """MB on disk, the measure, and whether healed; as far as they were taken."""
+    """Return MB on disk, the measure, and whether healed; as far as they were taken."""
     found = []
     for healed in (False, True):
         size, figure = (_figure(results, row, healed, key) for key in (("sizes", "disk"), value))
@@ -147,14 +147,14 @@ _Box = tuple[float, float, float, float]
 
 
 def _shared(one: _Box, other: _Box) -> float:
-    """The area that two boxes share."""
+    """Return the area that two boxes share."""
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     return max(width, 0) * max(height, 0)
 
 
-def _border(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points that no smaller one equals, by size."""
+def _pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points that no smaller one equals, by size."""
     best: list[tuple[float, float]] = []
     for point in sorted(points):
         if not best or point[1] < best[-1][1]:

@@ -1,0 +1,83 @@
+"""From a ratio, overrides or a given plan to what every matrix becomes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from integration_tests.pipeline.tiny_model_compression import (
+    DOWN2,
+    Q0,
+    assert_as_planned,
+    compress,
+    done,
+    logits,
+)
+from integration_tests.tiny_models import tiny
+from optimum_dobisvd import Plan
+from optimum_dobisvd.allocation.plan import PlannedModule
+from optimum_dobisvd.model.layout import find_layout
+from optimum_dobisvd.structures.base import compressed_linears
+
+
+def test_a_smaller_ratio_costs_more_error() -> None:
+    totals = []
+    for ratio in (0.9, 0.6, 0.3):
+        _, report = done(compress(tiny("llama"), ratio=ratio))
+        totals.append(sum(module.error or 0 for module in report.modules))
+    assert totals[0] < totals[1] < totals[2]
+
+
+def test_keeping_everything_leaves_the_model_dense() -> None:
+    model, dense = tiny("llama"), tiny("llama")
+    plan, report = done(compress(model, ratio=1.0))
+    assert {entry.leaves_as_is for entry in plan.modules.values()} == {True}
+    assert report.target_bytes == report.dense_target_bytes
+    assert torch.equal(logits(model), logits(dense))
+
+
+def test_overrides_and_exclusions_are_honored() -> None:
+    model, dense = tiny("llama"), tiny("llama")
+    quantizer = compress(
+        model,
+        ratio=0.6,
+        overrides={"re:.*down_proj": {"ratio": 0.9}, "layers.1.mlp.gate_proj": {"dense": True}, Q0: {"rank": 3}},
+        modules_to_not_convert=["v_proj", "model.layers.2.self_attn"],
+    )
+    plan, report = done(quantizer)
+    assert_as_planned(model, dense, plan)
+    assert type(model.get_submodule("model.layers.1.mlp.gate_proj")) is nn.Linear
+    assert plan.modules[Q0].rank == 3
+    assert {plan.modules[f"model.layers.{i}.mlp.down_proj"].rank for i in range(3)} == {int(0.9 * 48 * 32 / 80)}
+    excluded = {name for name in plan.modules if "v_proj" in name or "layers.2.self_attn" in name}
+    assert excluded == set()
+    for name in ("model.layers.1.self_attn.v_proj", "model.layers.2.self_attn.q_proj"):
+        assert type(model.get_submodule(name)) is nn.Linear
+    assert (
+        report.left_dense == f"{3 * 16 * 32 + 2 * 32 * 32 + 16 * 32:,} parameters excluded by modules_to_not_convert"
+    )
+    assert report.target_bytes <= 0.6 * report.dense_target_bytes
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_given_plan_is_used_exactly(tmp_path: Path, as_file: bool) -> None:
+    model, dense = tiny("llama"), tiny("llama")
+    modules = dict.fromkeys(find_layout(dense).linears, PlannedModule("low_rank", "float", 5))
+    modules |= {Q0: PlannedModule("low_rank", "float", 2), DOWN2: PlannedModule("dense", "float")}
+    plan = Plan(modules, method="svd_llm_v2", ratio=None, allocation="by hand")
+    if as_file:
+        plan.save(tmp_path / "plan.json")
+    quantizer = compress(model, plan=tmp_path / "plan.json" if as_file else plan, ratio=0.01)
+    assert quantizer.plan == plan
+    assert_as_planned(model, dense, plan)
+    assert compressed_linears(model)[Q0].rank == 2
+    assert type(model.get_submodule(DOWN2)) is nn.Linear
+
+
+def test_a_plan_made_here_can_be_given_again(tmp_path: Path) -> None:
+    one, other = tiny("llama"), tiny("llama")
+    plan, _ = done(compress(one, ratio=0.5))
+    plan.save(tmp_path / "plan.json")
+    compress(other, plan=tmp_path / "plan.json", ratio=0.9)
+    assert torch.equal(logits(one), logits(other))
