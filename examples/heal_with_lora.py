@@ -43,11 +43,11 @@ if getattr(AutoConfig.from_pretrained(base), "quantization_config", None) is Non
     AutoModelForCausalLM.from_pretrained(args.model, quantization_config=config).save_pretrained(base)
     tokenizer.save_pretrained(base)
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-inner_forms = model.config.quantization_config.inner_forms  # of GPTQ or bitsandbytes, where it was quantized
-if args.merge and "gptq" in inner_forms:
+quantized_as = model.config.quantization_config.foreign_encodings  # of GPTQ or bitsandbytes; () in 16 bits and ours
+if args.merge and any(name.startswith("gptq") for name in quantized_as):
     parser.error("PEFT merges nothing into GPTQ's linears: keep the adapter beside them, and leave --merge out")
-if args.bare and inner_forms:
-    parser.error(f"--bare trains factors in 16 bits, and these are stored as {inner_forms}: leave it out")
+if args.bare and quantized_as:
+    parser.error(f"--bare trains factors in 16 bits, and these are stored as {', '.join(quantized_as)}: leave it out")
 
 if args.bare:
     model.requires_grad_(False)
@@ -59,18 +59,18 @@ else:
     model = get_peft_model(model, lora)
     model.print_trainable_parameters()
 
-judged = {name: read_text(name, "test") for name in args.eval_text}
+evaluated = {name: read_text(name, "test") for name in args.eval_text}
 
 
 def measure(when: str) -> None:
-    for name, text in judged.items():
+    for name, text in evaluated.items():
         found = perplexity(model, tokenizer, text, seqlen=2 * args.seqlen, windows=args.eval_windows)
         print(f"perplexity of {name} {when}: {found:.2f}", flush=True)
 
 
 def save(healed: torch.nn.Module, folder: str) -> None:
     healed.config.use_cache = True  # Trainer turned it off
-    if not inner_forms:  # quantized weights have dtypes of their own
+    if not quantized_as:  # quantized weights have dtypes of their own
         healed = healed.to(AutoConfig.from_pretrained(base).dtype)
     healed.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

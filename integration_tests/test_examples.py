@@ -12,9 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPTQConfig
 
 from integration_tests.tiny_models import tiny
-from optimum_dobisvd import DobiSVDQuantizer, LowRankLinear
+from optimum_dobisvd import DobiSVDQuantizer, LowRankLinear, convert
 from optimum_dobisvd.calibration.dataset import load_windows
-from optimum_dobisvd.checkpoint.hf_quantizer import stack_inner
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = ["--nsamples", "4", "--seqlen", "32"]
@@ -125,13 +124,13 @@ def test_heal_with_lora_on_quantized_linears(tmp_path: Path, inputs: list[str]) 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "wide", dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "dense")
     DobiSVDQuantizer(method="svd", ratio=0.6).quantize_model(model).save_pretrained(tmp_path / "low")
-    for name, inner in (
+    for name, quantization in (
         ("nf4", BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")),
         ("gptq", GPTQConfig(bits=4, group_size=32)),
     ):
         low = AutoModelForCausalLM.from_pretrained(tmp_path / "low")
         windows = load_windows(str(tmp_path / "text.txt"), tokenizer, nsamples=4, seqlen=32, seed=0)
-        stack_inner(low, inner, windows).save_pretrained(tmp_path / name)
+        convert(low, quantization, windows=windows).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
         asked = ["--model", name, *texts, "--out", f"{name}-lora", *(["--merge"] if name == "nf4" else [])]
         before, after = perplexities(run("heal_with_lora.py", *asked, cwd=tmp_path))

@@ -61,8 +61,8 @@ def test_gptq_rounds_to_what_its_kernel_computes_and_beats_the_nearest_values(bi
         assert lost[0] < lost[1]
 
 
-@needs_bnb
-def test_ranks_are_alike_before_they_are_rounded(tmp_path):
+@pytest.mark.parametrize("key", marked("nf4", "llm_int8"))
+def test_ranks_are_alike_before_they_are_rounded(key, tmp_path):
     """Without the rotation everything else works as well, and perplexity is far worse."""
     dense = wide("llama")
     for name, parameter in dense.named_parameters():
@@ -83,10 +83,10 @@ def test_ranks_are_alike_before_they_are_rounded(tmp_path):
 
     unquantized = compressed("float", 40, None)
     assert max(spreads(unquantized)) > 6
-    assert max(spreads(compressed("nf4", 64, SETTINGS["nf4"]()))) < 3
+    assert max(spreads(compressed(key, 64, SETTINGS[key]()))) < 3
     unquantized.save_pretrained(tmp_path / "unquantized")
     again = AutoConfig.from_pretrained(tmp_path / "unquantized")
-    again.quantization_config["quantization"] = SETTINGS["nf4"]().to_dict()
+    again.quantization_config["quantization"] = SETTINGS[key]().to_dict()
     assert max(spreads(AutoModelForCausalLM.from_pretrained(tmp_path / "unquantized", config=again))) < 3
 
 

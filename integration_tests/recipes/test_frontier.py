@@ -1,5 +1,6 @@
 """The frontier on a tiny model: resumed, told when a row fails, shown when unfinished."""
 
+import importlib.util
 import json
 import random
 import traceback
@@ -14,10 +15,10 @@ from safetensors.torch import load_file
 
 from integration_tests.commands.conftest import WORDS
 from integration_tests.evaluation.task_rows import write_rows
-from integration_tests.integrations.test_inner_checkpoints import needs_bnb
 from integration_tests.tiny_models import tiny
 from recipes.frontier import __main__ as command
 from recipes.frontier import rows as rows_module
+from recipes.frontier.make import MAKERS
 from recipes.frontier.measure import load
 from recipes.frontier.results import Results
 from recipes.frontier.rows import ROWS, row_named
@@ -25,6 +26,8 @@ from recipes.frontier.settings import TASKS, Settings
 from recipes.frontier.show import write_table
 
 FRONTIER = Path(__file__).parents[2] / "recipes" / "frontier"
+needs_bnb = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+needs_gptq = pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is None, reason="gptqmodel is not installed")
 
 NUMBERS = {"nsamples": 4, "seqlen": 32, "eval-windows": 2, "rounding-windows": 2, "heal-steps": 3, "train-seqlen": 32}
 
@@ -68,6 +71,7 @@ def table_lines(place: Path) -> list[str]:
 def test_rows_have_names_and_folders_of_their_own() -> None:
     assert len({row.name for row in ROWS}) == len({row.slug for row in ROWS}) == len(ROWS) > 12
     for row in ROWS:
+        assert row.make in MAKERS
         if "on" in row.options:
             assert row_named(row.options["on"]).make == "compress"
 
@@ -89,6 +93,27 @@ def test_a_run_goes_on_where_it_was_and_heals_what_is_in_8_bits(place: Path, fro
     assert table.count("healed") == 2
     assert "–" in table, "what was not measured is a dash"
     assert (place / "frontier.png").stat().st_size > 10_000
+
+
+@needs_gptq
+def test_gptq_on_dense_matrices_on_low_rank_and_in_mixtures(place: Path, frontier: Callable[..., int]) -> None:
+    rows = ("GPTQ-4", "SVD 0.8 + GPTQ-4", "mixture, bytes of GPTQ-4")
+    assert frontier("--rows", *rows, "--states", "plain", "--steps", "sizes") == 0
+    found = {line["row"]: line["found"]["disk"] for line in figures(place) if line["step"] == "sizes"}
+    assert found["SVD 0.8 + GPTQ-4"] < found["GPTQ-4"]
+    assert found["mixture, bytes of GPTQ-4"] < 1.02 * found["GPTQ-4"]
+    modules = {name: entries_of(place / "work" / row_named(name).slug / "checkpoint") for name in rows}
+    assert {entry["structure"] for entry in modules["GPTQ-4"]} == {"dense"}
+    assert "low_rank" in {entry["structure"] for entry in modules["SVD 0.8 + GPTQ-4"]}
+    for name in rows[:2]:
+        assert {entry["encoding"] for entry in modules[name]} == {"gptq4_g32"}, "every matrix"
+    assert any(entry["encoding"].startswith("gptq") for entry in modules["mixture, bytes of GPTQ-4"])
+
+
+def entries_of(checkpoint: Path) -> list[dict[str, Any]]:
+    """What config.json says of every compressed matrix."""
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    return list(config["quantization_config"]["modules"].values())
 
 
 @needs_bnb
@@ -179,7 +204,7 @@ def test_speeds_of_another_device_are_not_this_ones(place: Path, frontier: Calla
 
 
 def test_longer_healing_is_not_another_speed(place: Path, frontier: Callable[..., int]) -> None:
-    """Other values of the same form; an adapter of another rank is another one."""
+    """Other values in the same encoding; an adapter of another rank is another one."""
     healed = ("--rows", "dense bf16", "--states", "healed", "--steps", "perplexity", "speed")
 
     def taken() -> list[str]:
@@ -194,7 +219,7 @@ def test_longer_healing_is_not_another_speed(place: Path, frontier: Callable[...
 
 
 def test_speeds_alone_take_one_step_of_healing(place: Path, frontier: Callable[..., int]) -> None:
-    """And what needs the whole training is not measured on it."""
+    """And what needs the full training is not measured on it."""
     healed = ("--rows", "SVD 0.6", "--states", "healed", "--steps")
 
     def steps_trained() -> int:
@@ -235,7 +260,7 @@ def test_a_checkpoint_made_otherwise_is_not_taken_for_this_one(
     assert made == [("SVD 0.6", False), ("SVD 0.6", True), ("SVD 0.6", True)], "healing alone is done again"
     healed = [line["found"] for line in figures(place) if line["healed"] and line["step"] == "perplexity"]
     assert healed[0] != healed[1]
-    changed = replace(row_named("SVD 0.6"), options={"storage": "plain", "ratio": 0.5})
+    changed = replace(row_named("SVD 0.6"), options={"ratio": 0.5})
     for module in (rows_module, command):
         monkeypatch.setattr(module, "row_named", lambda name: changed)
     assert frontier(*rows, "--states", "plain") == 0
@@ -247,10 +272,10 @@ def test_a_figure_broken_off_by_a_kill_is_taken_again(place: Path, frontier: Cal
     rows = ("--rows", "dense bf16", "--states", "plain", "--steps", "sizes", "perplexity")
     assert frontier(*rows) == 0
     path = place / "results.jsonl"
-    whole = path.read_text()
-    path.write_text(whole[:-40])
+    complete = path.read_text()
+    path.write_text(complete[:-40])
     assert frontier(*rows) == 0
-    assert path.read_text() == whole
+    assert path.read_text() == complete
 
 
 def committed() -> tuple[Results, Settings]:
@@ -266,18 +291,18 @@ def test_the_published_table_is_that_of_the_published_figures(tmp_path: Path) ->
     write_table(results, settings, tmp_path / "frontier.md")
     published = (FRONTIER / "frontier.md").read_text(encoding="utf-8")
     assert (tmp_path / "frontier.md").read_text(encoding="utf-8") == published
-    assert len(published.splitlines()) == 2 + 2 * len(ROWS)
+    assert len(published.splitlines()) == 2 + 2 * len(ROWS) == 2 + 52
     assert "–" not in published
+
+
+def shown(value: float) -> str:
+    return f"{value:.0f}" if value > 1000 else f"{value:.1f}"
 
 
 def test_the_results_page_has_the_published_figures() -> None:
     results, settings = committed()
     page = (FRONTIER.parent / "RESULTS.md").read_text(encoding="utf-8")
     lines = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("|")}
-
-    def shown(value: float) -> str:
-        return f"{value:.0f}" if value > 1000 else f"{value:.1f}"
-
     for row in ROWS:
         cells = []
         for healed in (False, True):
@@ -289,6 +314,26 @@ def test_the_results_page_has_the_published_figures() -> None:
             cells += [f"{size['disk'] / 1e6:.0f}", perplexities, f"{100 * accuracy['mean']['value']:.1f}"]
         name = f"{row.name} ({row.mark})" if row.mark == "every matrix dense" else row.name
         assert lines[name] == "| " + " | ".join([name, *cells]) + " |"
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("| dense, bfloat16 | 1 |", "dense bf16"),
+        ("| `global`, int8 (no matrix is factorized yet) | 0.505 |", "SVD 0.505 int8"),
+        ("| `global`, int8 | 0.4 |", "SVD 0.4 int8"),
+        ("| GPTQ, 4 bits, groups of 32, no low rank | 0.29 |", "GPTQ-4"),
+        ("| `global`, mixture of ranks and bits (at 3-bit GPTQ's bytes) | 0.227 |", "mixture, bytes of GPTQ-3"),
+    ],
+)
+def test_the_readme_has_the_published_figures(line: str, name: str) -> None:
+    results, settings = committed()
+    size, found = (results.found(row_named(name), False, step) for step in ("sizes", "perplexity"))
+    assert size
+    assert found
+    cells = [f"{size['disk'] / 1e6:.0f}", *(shown(found[text]) for text in settings.eval_dataset)]
+    readme = (FRONTIER.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"{line} {' | '.join(cells)} |" in readme.splitlines()
 
 
 def test_an_unknown_row_is_named(frontier: Callable[..., int]) -> None:

@@ -49,6 +49,6 @@ def test_log_likelihoods_are_those_of_one_answer_at_a_time(
 def test_a_model_that_sees_less_than_the_mask_allows_is_refused(tiny_tokenizer: Any) -> None:
     """A sliding window is not part of a mask that is passed whole."""
     model = tiny("mistral", sliding_window=4, initializer_range=0.5).eval()
-    judge = SharedContextLM(pretrained=model, tokenizer=tiny_tokenizer, batch_size=8, max_length=640)
-    with pytest.raises(RuntimeError, match="MistralForCausalLM gives an answer .* judge it by HFLM"):
-        judge._loglikelihood_tokens(requests([(40, [5, 5])]), disable_tqdm=True)
+    side_by_side = SharedContextLM(pretrained=model, tokenizer=tiny_tokenizer, batch_size=8, max_length=640)
+    with pytest.raises(RuntimeError, match="MistralForCausalLM gives an answer .* evaluate it by HFLM"):
+        side_by_side._loglikelihood_tokens(requests([(40, [5, 5])]), disable_tqdm=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..factorization.factors import LARGEST_FRACTION, Gauge, rounded_up
 from .base import Encoding, ErrorMetric, LinearShape
-from .int8_matmul import UNIT, aligned, int8_matmul
+from .int8_matmul import UNIT, int8_matmul, is_aligned
 
 _LARGEST = 127
 NO_ADAPTERS = "stored in 8 bits, which take no adapter: name linears that are dense, or call convert(model) first"
@@ -99,10 +99,21 @@ class Int8(Encoding):
         for key, parameter in module.named_parameters():
             # Loading marks every floating-point parameter as one to train; these are not.
             parameter.requires_grad_(key == "bias")
-        if module.weight.device.type == "cpu":
-            module.weight.data = aligned(module.weight.data)  # once, and not for every product
         read_offloaded_as_stored(name, module)
         return module
+
+    def loaded_model(self, model: Any) -> None:
+        """Give the model memory of its own, if its file is mapped to where the CPU kernel cannot take the weights.
+
+        Once, and not the weights for every product; and all of it, since a tensor that stayed would keep the whole
+        file mapped beside the copies.
+        """
+        weights = [module.weight for module in model.modules() if isinstance(module, Int8Linear)]
+        if all(weight.device.type != "cpu" or is_aligned(weight) for weight in weights):
+            return
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() != tensor.nbytes:
+                tensor.data = tensor.data.clone()
 
 
 class Int8Linear(nn.Module):

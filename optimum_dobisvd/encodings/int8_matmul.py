@@ -216,13 +216,18 @@ def _cpu_packed(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     # In float16 a scale over 128 could fall below the normal range; in bfloat16 it is exact.
     fused = scale is not None and x.dtype is torch.bfloat16
     factors = scale.to(x.dtype) / UNIT if fused else x.new_full((len(weight),), 1 / UNIT)  # type: ignore[union-attr]
-    product = torch._weight_int8pack_mm(aligned(x.contiguous()), aligned(weight), factors)
+    product = torch._weight_int8pack_mm(_aligned(x.contiguous()), _aligned(weight), factors)
     return product if fused or scale is None else product * scale.to(x.dtype)
 
 
-def aligned(operand: Tensor) -> Tensor:
-    """Return a tensor on the CPU at an address that the CPU kernel can take: itself, or a copy."""
-    return operand if operand.data_ptr() % _CPU_ALIGNMENT == 0 else operand.clone()
+def is_aligned(operand: Tensor) -> bool:
+    """Whether a tensor on the CPU is at an address that the CPU kernel can take."""
+    return operand.data_ptr() % _CPU_ALIGNMENT == 0
+
+
+def _aligned(operand: Tensor) -> Tensor:
+    """Return a tensor itself, or a copy at such an address."""
+    return operand if is_aligned(operand) else operand.clone()
 
 
 def _triton_refuses(x: Tensor, weight: Tensor) -> str | None:

@@ -1,0 +1,229 @@
+"""Encodings by name and by setting: sizes, what they can take, and how values are rounded in them."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import BitsAndBytesConfig, GPTQConfig
+
+from optimum_dobisvd import DobiSVDConfig
+from optimum_dobisvd.encodings.base import ErrorMetric, InputGram, LinearShape
+from optimum_dobisvd.encodings.bitsandbytes import CODES, fake_quantize_to_code
+from optimum_dobisvd.encodings.gptq import fake_quantize_groups
+from optimum_dobisvd.encodings.int8 import fake_quantize_rows
+from optimum_dobisvd.encodings.registry import encoding_named, encoding_of
+
+GPTQ_BITS = (2, 3, 4, 8)
+NAMES = (
+    *("float", "int8", "remap", "gptq2_g16", "gptq3_g32", "gptq4_g1024", "gptq8_rows"),
+    *("nf4", "fp4", "nf4_dq", "fp4_dq", "llm_int8"),
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_encoding_is_found_by_its_name(name: str) -> None:
+    assert encoding_named(name).name == name
+    assert encoding_named(name) is encoding_named(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gptq5_g32",
+        "gptq4",
+        "gptq4_g0",
+        "nf5",
+        "NF4",
+        "",
+        "gptq4_g32 ",
+        "plain",
+        "dense",
+        "dense_int8",
+        None,
+        3,
+        ["int8"],
+    ],
+)
+def test_other_names_are_refused_with_those_there_are(name: object) -> None:
+    with pytest.raises(ValueError, match=r"unknown encoding .*; known: float, int8, remap, gptq4_g32 .*, llm_int8"):
+        encoding_named(name)
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        (None, "float"),
+        ("float", "float"),
+        ("int8", "int8"),
+        ("remap", "remap"),
+        ("gptq4", "gptq4_g128"),
+        ("gptq3_g64", "gptq3_g64"),
+        ("gptq8_rows", "gptq8_rows"),
+        ("nf4", "nf4"),
+        ("fp4_dq", "fp4_dq"),
+        ("llm_int8", "llm_int8"),
+        (GPTQConfig(bits=4, group_size=32), "gptq4_g32"),
+        (GPTQConfig(bits=4, group_size=-1, act_group_aware=False), "gptq4_rows"),
+        ({"quant_method": "gptq", "bits": 2, "group_size": 64}, "gptq2_g64"),
+        (json.dumps({"quant_method": "gptq", "bits": 2, "group_size": 64}), "gptq2_g64"),
+        (BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), "nf4"),
+        (BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True), "fp4_dq"),
+        (BitsAndBytesConfig(load_in_8bit=True), "llm_int8"),
+        ({"load_in_8bit": True}, "llm_int8"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4"),
+    ],
+)
+def test_a_users_setting_means_an_encoding(setting: object, name: str) -> None:
+    encoding = encoding_of(setting)
+    assert encoding.name == name
+    assert encoding_of(encoding.remembered()).name == name
+    assert json.loads(json.dumps(encoding.remembered())) == encoding.remembered()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("int3", "unknown quantization 'int3': int8, remap, gptq2, gptq3, gptq4 or gptq8"),
+        ("gptq5", "unknown quantization 'gptq5'"),
+        ("{bits: 4}", "quantization is no JSON"),
+        ({"bits": 4}, "quantization is 'dict', which factors cannot be stored in: give a name such as 'int8', a GPTQ"),
+        ({"quant_method": "awq"}, "quantization is 'awq', which factors cannot be stored in"),
+        (7, "quantization is 'int', which factors cannot be stored in"),
+        (DobiSVDConfig(), "quantization is a DobiSVDConfig, and low rank is what the outer one does"),
+        (
+            {"quant_method": "gptq", "bits": 4, "group_sice": 32},
+            "has no option 'group_sice'; did you mean 'group_size'",
+        ),
+        ({"load_in_4bit": True, "bnb_4bit_quant_typ": "nf4"}, "has no option 'bnb_4bit_quant_typ'; did you mean"),
+        (BitsAndBytesConfig(), "quantizes nothing: pass load_in_4bit=True or load_in_8bit=True"),
+        (GPTQConfig(bits=4, group_size=48), "group_size=48.* is none of gptqmodel's"),
+    ],
+)
+def test_a_setting_that_means_none_names_the_remedy(setting: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encoding_of(setting)
+
+
+def test_the_other_bits_at_the_same_group_size_are_a_mixtures_choice() -> None:
+    assert encoding_named("gptq4_g64").alternatives == ("gptq2_g64", "gptq3_g64", "gptq8_g64")
+    assert encoding_named("gptq2_rows").alternatives == ("gptq3_rows", "gptq4_rows", "gptq8_rows")
+    assert {encoding_named(name).alternatives for name in NAMES if not name.startswith("gptq")} == {()}
+
+
+@given(
+    m=st.integers(1, 9),
+    n=st.integers(1, 9),
+    bits=st.sampled_from(GPTQ_BITS),
+    group_size=st.sampled_from([-1, 16, 32, 64]),
+)
+def test_gptq_bytes_are_those_of_its_tensors(m: int, n: int, bits: int, group_size: int) -> None:
+    m, n = 32 * m, 64 * n
+    encoding = encoding_named(f"gptq{bits}_rows" if group_size == -1 else f"gptq{bits}_g{group_size}")
+    assert encoding.unsupported_reason(m, n) is None
+    place = encoding.empty(torch.nn.Linear(n, m, bias=False, device="meta"), min(m, n))
+    found = sum(tensor.numel() * tensor.element_size() for tensor in place.parameters())
+    assert encoding.bytes(LinearShape(m, n, min(m, n)), 2) == found
+
+
+def test_ranks_are_outputs_of_one_linear_and_inputs_of_another() -> None:
+    needed = {name: encoding_named(name).required_rank_multiple for name in NAMES}
+    assert needed == {
+        **dict.fromkeys(("float", "int8", "remap", "llm_int8"), 1),
+        **dict.fromkeys(("gptq2_g16", "gptq3_g32", "gptq8_rows"), 32),
+        "gptq4_g1024": 1024,
+        **dict.fromkeys(("nf4", "fp4", "nf4_dq", "fp4_dq"), 64),
+    }
+    liked = {name: encoding_named(name).rank_multiple for name in NAMES}
+    assert liked == {**needed, "int8": 16, "remap": 16}
+
+
+def test_what_would_make_linears_fit_is_said() -> None:
+    encoding = encoding_named("gptq4_g128")
+    remedy = encoding.remedy_for({"a": (576, 576), "b": (1536, 576)})
+    assert remedy == "take group_size=64 (on the command line gptq4_g64)"
+    assert encoding.remedy_for({"a": (30, 30)}) == "take another group_size"
+    assert "take another encoding" in encoding_named("nf4").remedy_for({"a": (30, 30)})
+
+
+def fake_quantize(weight: Tensor, name: str) -> Tensor:
+    """Every value rounded on its own."""
+    if name in CODES:
+        return fake_quantize_to_code(weight, CODES[name])
+    if name == "int8":
+        return fake_quantize_rows(weight)
+    return fake_quantize_groups(weight, int(name[4]), int(name.removeprefix(name[:7])))
+
+
+@pytest.mark.parametrize("name", ["gptq2_g32", "gptq3_g32", "gptq4_g32", "gptq8_g32", "nf4", "fp4", "int8"])
+def test_rounding_is_idempotent_and_of_few_values(name: str) -> None:
+    weight = torch.randn(32, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    once = fake_quantize(weight, name)
+    bits = {"nf4": 4, "fp4": 4, "int8": 8}.get(name, int(name[4]) if name.startswith("gptq") else 0)
+    for row in once.view(-1, 32):
+        assert len(row.unique()) <= 2**bits
+    if not name.startswith("gptq"):  # GPTQ's grid has no value at plus its largest magnitude
+        assert torch.allclose(fake_quantize(once, name), once, atol=1e-6)
+    error = (once - weight).norm() / weight.norm()
+    assert error < {2: 0.6, 3: 0.25, 4: 0.2, 8: 0.02}[bits]
+
+
+def test_finer_encodings_lose_less() -> None:
+    weight = torch.randn(64, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    errors = [float((fake_quantize(weight, f"gptq{bits}_g32") - weight).norm()) for bits in GPTQ_BITS]
+    assert errors == sorted(errors, reverse=True)
+    nf4, fp4 = (float((fake_quantize(weight, name) - weight).norm()) for name in ("nf4", "fp4"))
+    assert nf4 < fp4
+
+
+@pytest.mark.parametrize(
+    ("name", "damping"), [("gptq4_g32", 0.1), ("gptq2_g32", 0.1), ("nf4", 0.01), ("fp4", 0.01), ("int8", None)]
+)
+def test_the_loss_is_that_of_the_error_that_feedback_leaves(name: str, damping: float | None) -> None:
+    """Where inputs are independent, of every error its square times its input's variance and what is felt of it."""
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(24, 64, dtype=torch.float64, generator=generator)
+    variances = torch.rand(64, dtype=torch.float64, generator=generator)
+    felt = torch.rand(24, dtype=torch.float64, generator=generator)
+    lost = (felt[:, None] * (fake_quantize(weight, name) - weight).square()).sum(0)
+    expected = (lost * (variances + (damping or 0) * variances.mean())).sum()
+    metric = ErrorMetric(InputGram(torch.diag(variances)), felt)
+    assert encoding_named(name).quantization_loss(weight, 24, metric) == pytest.approx(float(expected))
+    if name == "gptq4_g32":
+        settings = GPTQConfig(bits=4, group_size=32, damp_percent=0.3)
+        more = (lost * (variances + 0.3 * variances.mean())).sum()
+        assert encoding_named(name, settings).quantization_loss(weight, 24, metric) == pytest.approx(float(more))
+    assert encoding_named("float").quantization_loss(weight, 24, metric) == 0
+
+
+def test_llm_int8_and_double_quantization_lose_what_their_single_ones_do() -> None:
+    weight = torch.randn(24, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    metric = ErrorMetric(InputGram(torch.eye(64, dtype=torch.float64)), torch.ones(24, dtype=torch.float64))
+    losses = {name: encoding_named(name).quantization_loss(weight, 64, metric) for name in NAMES}
+    assert losses["llm_int8"] == losses["int8"] == losses["remap"]
+    assert losses["nf4_dq"] == losses["nf4"]
+    assert losses["fp4_dq"] == losses["fp4"]
+    # Of the remapped encoding only the part in 8 bits.
+    part = ErrorMetric(InputGram(torch.eye(24, dtype=torch.float64)), metric.felt)
+    expected = encoding_named("int8").quantization_loss(weight[:, :24], 24, part)
+    assert encoding_named("remap").quantization_loss(weight, 24, metric) == pytest.approx(expected)
+
+
+@given(seed=st.integers(0, 99), size=st.integers(1, 12))
+def test_conditional_variances_are_what_the_inputs_after_one_do_not_tell_of_it(seed: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(3 * size, size, dtype=torch.float64, generator=generator)
+    gram = inputs.T @ inputs
+    damped = gram + 0.1 * gram.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+    found = InputGram(gram).conditional_variances(0.1)
+    for i in range(size):
+        later = damped[i + 1 :, i + 1 :]
+        told = damped[i, i + 1 :] @ torch.linalg.solve(later, damped[i + 1 :, i]) if len(later) else 0.0
+        assert float(found[i]) == pytest.approx(float(damped[i, i] - told), rel=1e-8)
+
+
+def test_inputs_that_are_always_zero_make_no_error() -> None:
+    found = InputGram(torch.zeros(5, 5)).conditional_variances(0.01)
+    assert bool(torch.isfinite(found).all())

@@ -1,0 +1,85 @@
+"""How a matrix is written as linears, and what their inputs and errors are."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from optimum_dobisvd.encodings.base import InputGram
+from optimum_dobisvd.factorization.factors import Factors, Gauge
+from optimum_dobisvd.structures.dense import DenseLinear
+from optimum_dobisvd.structures.low_rank import LowRankLinear
+from optimum_dobisvd.structures.registry import STRUCTURES
+
+M, N, RANK = 6, 9, 4
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def written(structure: type, gauge: Gauge = Gauge.BALANCED) -> tuple[Tensor, dict[str, Tensor]]:
+    """A matrix, and the weights of its linears."""
+    factors = Factors(normal(M, RANK, seed=1), normal(RANK, N, seed=2))
+    source = factors if structure.has_rank else factors.product()
+    return factors.product(), structure.written(source, gauge, torch.float32)
+
+
+structures = pytest.mark.parametrize("structure", [STRUCTURES.get(name) for name in STRUCTURES], ids=list(STRUCTURES))
+
+
+@structures
+@pytest.mark.parametrize("gauge", list(Gauge))
+def test_the_linears_weights_stand_for_the_matrix_in_every_gauge(structure: type, gauge: Gauge) -> None:
+    matrix, weights = written(structure, gauge)
+    assert {name: tuple(weight.shape) for name, weight in weights.items()} == structure.linears(M, N, RANK)
+    torch.testing.assert_close(structure.product(weights), matrix)
+
+
+@structures
+def test_the_gram_of_a_linears_inputs_is_that_of_what_the_linears_before_it_give(structure: type) -> None:
+    x = normal(30, N, seed=3)
+    _, weights = written(structure)
+    gram, before = x.T @ x, {}
+    for name, weight in weights.items():
+        torch.testing.assert_close(structure.input_gram(name, gram, before), x.T @ x)
+        x = x @ weight.T
+        before[name] = weight
+
+
+@structures
+def test_an_error_in_one_output_of_a_linear_costs_what_the_loss_feels_of_the_matrix(structure: type) -> None:
+    matrix, weights = written(structure)
+    x, root = normal(30, N, seed=3), normal(M, M, seed=4)
+    metrics = structure.error_metrics(weights, InputGram(x.T @ x), root)
+    assert list(metrics) == list(weights)
+    for name, weight in weights.items():
+        for output in range(len(weight)):
+            error = torch.zeros_like(weight)
+            error[output] = normal(weight.shape[1], seed=5)
+            changed = structure.product({**weights, name: weight + error}) - matrix
+            expected = float((root.T @ changed @ x.T).square().sum())
+            assert metrics[name].each_value_alone(error) == pytest.approx(expected)
+
+
+def test_a_low_rank_needs_a_rank_and_factors() -> None:
+    with pytest.raises(ValueError, match="structure 'low_rank' needs a rank"):
+        LowRankLinear.linears(M, N, None)
+    with pytest.raises(TypeError, match="structure 'low_rank' is written from factors"):
+        LowRankLinear.written(normal(M, N), Gauge.BALANCED, torch.float32)
+
+
+def test_a_low_rank_has_its_factors_back() -> None:
+    module = LowRankLinear(N, M, RANK, dtype=torch.float32)
+    second, first = module.factors()
+    assert torch.equal(second, module.second.weight.double())
+    assert torch.equal(first, module.first.weight.double())
+    torch.testing.assert_close(module.dense_matrix(), (second @ first).float())
+    assert module.bias is module.second.bias
+    assert module.first.bias is None
+
+
+def test_a_dense_matrix_has_no_factors_but_takes_them() -> None:
+    with pytest.raises(TypeError, match="structure 'dense' has no factors"):
+        DenseLinear(N, M, None).factors()
+    factors = Factors(normal(M, RANK), normal(RANK, N))
+    assert torch.equal(DenseLinear.written(factors, Gauge.BALANCED, torch.float32)["linear"], factors.product())
