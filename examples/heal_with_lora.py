@@ -43,7 +43,7 @@ if getattr(AutoConfig.from_pretrained(base), "quantization_config", None) is Non
     AutoModelForCausalLM.from_pretrained(args.model, quantization_config=config).save_pretrained(base)
     tokenizer.save_pretrained(base)
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-quantized_as = model.config.quantization_config.foreign_encodings  # of GPTQ or bitsandbytes; () in 16 bits and ours
+quantized_as = model.config.quantization_config.foreign_encodings  # encodings of GPTQ or bitsandbytes, if any
 if args.merge and any(name.startswith("gptq") for name in quantized_as):
     parser.error("PEFT merges nothing into GPTQ's linears: keep the adapter beside them, and leave --merge out")
 if args.bare and quantized_as:

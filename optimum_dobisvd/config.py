@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from accelerate.utils import convert_file_size_to_int
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .allocation.rank_training import RankTraining
 from .encodings.base import QUANT_METHOD, Encoding
 from .encodings.registry import encoding_named, encoding_of
-from .learning.settings import RankTraining
 from .methods import Method, method_named
 from .structures.format import Format, format_named
 from .structures.registry import STRUCTURES

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from optimum_dobisvd import DobiSVDConfig
-from optimum_dobisvd.learning.settings import RankTraining
+from optimum_dobisvd.allocation.rank_training import RankTraining
 
 
 @pytest.mark.parametrize(

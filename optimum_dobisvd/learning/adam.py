@@ -13,8 +13,8 @@ from torch import Tensor
 from ..allocation.budget import Budget, spend
 from ..allocation.options import SizeOptions
 from ..allocation.plan import PlannedModule, planned_bytes
+from ..allocation.rank_training import RankTraining
 from .rank_optimizer import check_gradient, require_ranks
-from .settings import RankTraining
 
 SHARPEST = 10.0
 """The paper's `beta`, per rank."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..allocation.plan import Plan, PlannedModule
+from ..allocation.rank_training import RankTraining
 from ..calibration.dataset import CalibrationWindows
 from ..factorization.decompositions import decompositions
 from .activation import ActivationTruncation
@@ -20,7 +21,6 @@ from .curve import TrainingCurve
 from .directions import DirectionOptimizer
 from .fixed_basis import FixedBasis
 from .rank_optimizer import RankOptimizer
-from .settings import RankTraining
 from .training import Batch, RankLearner
 
 if TYPE_CHECKING:

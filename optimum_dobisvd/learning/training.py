@@ -16,12 +16,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..allocation.plan import PlannedModule
+from ..allocation.rank_training import RankTraining
 from ..atomic_files import write_atomically
 from ..calibration.loss import NotFiniteError
 from .curve import Evaluation, Step, TrainingCurve
 from .fixed_basis import FixedBasis
 from .rank_optimizer import NoGradientError, RankOptimizer
-from .settings import RankTraining
 
 logger = logging.getLogger(__name__)
 
