@@ -10,6 +10,7 @@ from integration_tests.statistics.tiny_model_statistics import assert_gram_close
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd.calibration.runner import BlockRunner
 from optimum_dobisvd.encodings.bitsandbytes import FourBit
+from optimum_dobisvd.factorization.factors import Factors
 from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.model.offloaded import dense_weight
 from optimum_dobisvd.pipeline.quantize import quantize_sequentially
@@ -76,7 +77,7 @@ def test_the_first_token_of_every_window_counts_as_a_part_of_the_window(side: st
     expected = grams_with_weighted_first_tokens(model, names, side)
     for name in names:
         weight = dense_weight(model.get_submodule(name))
-        replace_linear(model, name, format_named("dense", "nf4"), None, {"linear": weight}, quantized=False)
+        replace_linear(model, name, format_named("dense", "nf4"), None, weight)
     grams = quantize_keeping_grams(model, side, one_input_at_a_time)
     assert len(grams) == len(names)
     for name, gram in zip(names, grams, strict=True):
@@ -88,8 +89,8 @@ def test_the_outer_factor_is_told_what_the_inner_one_gives() -> None:
     names = list(find_layout(model).linears)
     for name in names:
         left, values, right = torch.linalg.svd(dense_weight(model.get_submodule(name)), full_matrices=False)
-        factors = {"first": right[:16], "second": left[:, :16] * values[:16]}
-        replace_linear(model, name, format_named("low_rank", "nf4"), 16, factors, quantized=False)
+        factors = Factors(left[:, :16] * values[:16], right[:16])
+        replace_linear(model, name, format_named("low_rank", "nf4"), 16, factors)
     children = [f"{name}.{child}" for name in names for child in ("first", "second")]
     expected = grams_with_weighted_first_tokens(model, children, "right")
     grams = quantize_keeping_grams(model, "right", one_input_at_a_time=True)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .loss import NextTokenLoss, require_logits
-from .runner import BlockRunner, BlockVisitor, check_finite
-from .temporarily import evaluating, frozen, in_float32, on_device, replaced_forward, without_cache
+from .loss import NextTokenLoss, logits_of
+from .runner import BlockRunner, check_finite
+from .temporarily import frozen, in_float32, on_device, replaced_forward, weights_device
+from .visitor import BlockVisitor
 
 
 class BackwardRunner(BlockRunner):
@@ -31,10 +32,7 @@ class BackwardRunner(BlockRunner):
     def run_backward(self, visitor: BlockVisitor, loss: NextTokenLoss, description: str = "gradients") -> None:
         """Run all windows forward, and backward from the last block to the first one that the visitor wants.
 
-        Args:
-            visitor: observes the blocks that it wants.
-            loss: of the batches.
-            description: words beside the progress bar.
+        `loss` becomes that of all windows; `description` is shown beside the progress bar.
 
         Raises:
             ValueError: the model gives no next-token logits; no token has a label; the loss or a gradient is not
@@ -42,19 +40,10 @@ class BackwardRunner(BlockRunner):
         """
         if not any(visitor.wants(name) for name in self._blocks):
             return
-        try:
-            with evaluating(self._model), without_cache(self._model), frozen(self._model):
-                with torch.no_grad():
-                    alone = self._blocks_stand_alone()
-                if alone:
-                    self._backward_by_block(visitor, loss, description)
-                else:
-                    self._full_backward(visitor, loss, description)
-        except BaseException:
-            visitor.abandon()
-            raise
-        finally:
-            self._hidden, self._arguments = [], []
+        with self._running(visitor), frozen(self._model):
+            with torch.no_grad():
+                alone = self._blocks_stand_alone()
+            (self._backward_by_block if alone else self._full_backward)(visitor, loss, description)
 
     def _backward_by_block(self, visitor: BlockVisitor, loss: NextTokenLoss, description: str) -> None:
         names = list(self._blocks)
@@ -67,9 +56,10 @@ class BackwardRunner(BlockRunner):
             for name in reversed(names[first:]):
                 watched = name in wanted
                 inputs = boundaries.pop(name)
-                with on_device(self._blocks[name], self._device):
+                block = self._blocks[name]
+                with on_device(block, self._device):
                     if watched:
-                        visitor.enter(name, self._blocks[name])
+                        visitor.enter(name, block)
                     for index, (_, mask) in enumerate(self._batches):
                         if watched:
                             visitor.start_batch(mask)
@@ -77,7 +67,7 @@ class BackwardRunner(BlockRunner):
                         check_finite(f"{name}: the loss gradient at its input", gradients[index], mask)
                         inputs[index] = torch.empty(0)
                 if watched:
-                    visitor.leave(name, self._blocks[name])
+                    visitor.leave(name, block)
                 progress.update()
 
     @torch.no_grad()
@@ -92,9 +82,7 @@ class BackwardRunner(BlockRunner):
             if position >= first:
                 boundaries[name] = [hidden.cpu() for hidden in self._hidden]
             with on_device(block, self._device):
-                for index, (_, mask) in enumerate(self._batches):
-                    self._hidden[index] = self._through(name, block, index, self._hidden[index])
-                    check_finite(f"{name}: its output", self._hidden[index], mask)
+                self._advance(name, block)
             progress.update()
         return boundaries
 
@@ -110,12 +98,10 @@ class BackwardRunner(BlockRunner):
         with widened, tqdm(total=sum(map(len, self._hidden)), desc="loss", unit="window", leave=False) as progress:
             for (ids, mask), hidden in zip(self._batches, self._hidden, strict=True):
                 windows = []
-                for row in range(len(ids)):
-                    leaf = hidden[row : row + 1].detach()
-                    leaf = (leaf.float() if widens else leaf).requires_grad_(True)
+                for window, keep, states in zip(ids.split(1), mask.split(1), hidden.split(1), strict=True):
+                    leaf = (states.detach().float() if widens else states.detach()).requires_grad_(True)
                     with torch.enable_grad(), replaced_forward(self._skipping_blocks(leaf)):
-                        logits = self._logits(ids[row : row + 1], mask[row : row + 1])
-                        loss(logits, ids[row : row + 1], mask[row : row + 1]).backward()
+                        loss(logits_of(self._model, window, keep), window, keep).backward()
                     windows.append(_gradient_of(leaf).to("cpu", hidden.dtype))
                     progress.update()
                 gradients.append(torch.cat(windows))
@@ -138,7 +124,7 @@ class BackwardRunner(BlockRunner):
     def _back_through(self, name: str, index: int, hidden: Tensor, gradient: Tensor) -> Tensor:
         """Return the gradient at a block's input, given the one at its output, both on the CPU."""
         block = self._blocks[name]
-        leaf = hidden.to(self._compute_device(name)).requires_grad_(True)
+        leaf = hidden.to(weights_device(block) if self._device is None else self._device).requires_grad_(True)
         # Around both: the backward pass reads the weights, too.
         widened = in_float32(block) if self._in_float32(block, leaf) else contextlib.nullcontext()
         with torch.enable_grad(), widened:
@@ -146,41 +132,23 @@ class BackwardRunner(BlockRunner):
             output.backward(gradient.to(output))
         return _gradient_of(leaf).cpu()
 
-    def _compute_device(self, name: str) -> torch.device:
-        if self._device is not None:
-            return self._device
-        devices = [p.device for p in self._blocks[name].parameters() if p.device.type != "meta"]
-        return devices[0] if devices else torch.device("cpu")
-
     def _full_backward(self, visitor: BlockVisitor, loss: NextTokenLoss, description: str) -> None:
         """Run ordinary passes with all blocks visited at once, for models that pass state between their blocks."""
-        watched = {name: block for name, block in self._blocks.items() if visitor.wants(name)}
-        for name, block in watched.items():
-            visitor.enter(name, block)
 
         def ask_for_gradients(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
             if not hidden.requires_grad:
                 hidden.requires_grad_(True)
 
-        # All of them: which one runs first is the model's affair.
-        handles = [
-            block.register_forward_pre_hook(ask_for_gradients, with_kwargs=True) for block in self._blocks.values()
-        ]
-        try:
-            for ids, mask in tqdm(self._batches, desc=description, unit="batch"):
-                visitor.start_batch(mask)
-                with torch.enable_grad():
-                    loss(self._logits(ids, mask), ids, mask).backward()
-        finally:
-            for handle in handles:
-                handle.remove()
-        loss.check_seen()
-        for name, block in watched.items():
-            visitor.leave(name, block)
-
-    def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return require_logits(self._model, self._forward(ids, mask, self._model), ids)
+        with self._visiting_all(visitor):
+            with contextlib.ExitStack() as hooks:
+                for block in self._blocks.values():  # all of them: which one runs first is the model's affair
+                    hooks.callback(block.register_forward_pre_hook(ask_for_gradients, with_kwargs=True).remove)
+                for ids, mask in tqdm(self._batches, desc=description, unit="batch"):
+                    visitor.start_batch(mask)
+                    with torch.enable_grad():
+                        loss(logits_of(self._model, ids, mask), ids, mask).backward()
+            loss.check_seen()
 
 
 def _gradient_of(leaf: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from .temporarily import weights_device
+
 Fisher = Literal["empirical", "sampled"]
 
 
@@ -22,9 +24,18 @@ def require_labels(mask: Tensor, what: str) -> None:
     _require_some(int(labeled(mask).sum()), what)
 
 
-def require_logits(model: Any, output: Any, ids: Tensor) -> Tensor:
-    """Return the next-token logits (`batch x seqlen x vocabulary`) of a model's output; ValueError if it has none."""
-    logits: Tensor | None = getattr(output, "logits", None)
+def forward_pass(model: Any, ids: Tensor, mask: Tensor, *, head: bool) -> Any:
+    """Run a forward pass of a transformers model, with or without its head; `ids`, `mask`: `batch x seqlen`."""
+    device = weights_device(model)
+    # An all-ones mask says nothing, and without it attention can take its fast path.
+    attention = {} if bool(mask.all()) else {"attention_mask": mask.long().to(device)}
+    body = model if head else getattr(model, "base_model", model)
+    return body(input_ids=ids.to(device), use_cache=False, **attention)
+
+
+def logits_of(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Return a model's next-token logits, `batch x seqlen x vocabulary`; ValueError if it gives none."""
+    logits: Tensor | None = getattr(forward_pass(model, ids, mask, head=True), "logits", None)
     if logits is None or logits.shape[:2] != ids.shape:
         raise ValueError(
             f"{type(model).__name__} gives no next-token logits, and gradients are those of the next-token loss: load "
@@ -61,8 +72,7 @@ class NextTokenLoss:
     def __init__(self, fisher: Fisher = "empirical", seed: int = 0) -> None:
         self._fisher = fisher
         self._generator = torch.Generator().manual_seed(seed)
-        self.total = 0.0
-        self.tokens = 0
+        self.total, self.tokens = 0.0, 0
 
     def __call__(self, logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Return the summed loss of one batch, a scalar with gradients, and add it to `total`.

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
 from .dataset import CalibrationWindows
+from .loss import forward_pass
 from .temporarily import (
     computes_in_float32,
     evaluating,
@@ -29,27 +29,9 @@ from .temporarily import (
     replaced_forward,
     without_cache,
 )
+from .visitor import BlockVisitor
 
 logger = logging.getLogger(__name__)
-
-
-class BlockVisitor(Protocol):
-    """An observer of blocks while they run, by hooks of its own; the runner runs them."""
-
-    def wants(self, name: str) -> bool:
-        """Return whether to visit this block; the others run all the same, since the next needs their outputs."""
-
-    def enter(self, name: str, block: nn.Module) -> None:
-        """Begin with a block: before its first batch, with the block on the compute device."""
-
-    def start_batch(self, mask: Tensor) -> None:
-        """Begin with a batch, whose token mask this is (`batch x seqlen`, bool, False for padding)."""
-
-    def leave(self, name: str, block: nn.Module) -> None:
-        """End with a block: after its last batch, with the block back where it was."""
-
-    def abandon(self) -> None:
-        """Remove all hooks, instead of `leave`, after an error."""
 
 
 _INPUT = "{}: its input, the embeddings,"
@@ -83,8 +65,7 @@ class BlockRunner:
         batch_size: int = 4,
         device: str | torch.device | None = None,
     ) -> None:
-        self._model = model
-        self._blocks = blocks
+        self._model, self._blocks = model, blocks
         self._batches = list(windows.batches(batch_size))
         self._device = torch.device(device) if device is not None else None
         self._hidden: list[Tensor] = []
@@ -94,30 +75,23 @@ class BlockRunner:
 
     @torch.no_grad()
     def run(self, visitor: BlockVisitor, description: str = "calibrating") -> None:
-        """Run all windows once through all blocks.
-
-        Args:
-            visitor: observes the blocks that it wants.
-            description: words beside the progress bar.
+        """Run all windows once through all blocks, with `description` beside the progress bar.
 
         Raises:
             ValueError: the output of a block is not finite on some token; names the block.
         """
-        try:
-            with evaluating(self._model), without_cache(self._model):
-                if self._blocks_stand_alone():
-                    self._walk(visitor, description)
-                else:
-                    logger.warning(
-                        "%s passes state between its blocks: calibrating with full forward passes, all blocks at once",
-                        type(self._model).__name__,
-                    )
-                    self._full_forwards(visitor, description)
-        except BaseException:
-            visitor.abandon()
-            raise
-        finally:
-            self._hidden, self._arguments = [], []
+        with self._running(visitor):
+            if self._blocks_stand_alone():
+                self._walk(visitor, description)
+                return
+            logger.warning(
+                "%s passes state between its blocks: calibrating with full forward passes, all blocks at once",
+                type(self._model).__name__,
+            )
+            with self._visiting_all(visitor):
+                for ids, mask in tqdm(self._batches, desc=description, unit="batch"):
+                    visitor.start_batch(mask)
+                    self._full_forward(ids, mask)
 
     @torch.no_grad()
     def run_sequentially(
@@ -133,18 +107,38 @@ class BlockRunner:
         Raises:
             ValueError: the output of a block is not finite on some token; names the block.
         """
+        with self._running():
+            alone = self._blocks_stand_alone()
+            if alone:
+                self._record(self._batches)
+            for name, block in tqdm(self._blocks.items(), desc=description, unit="block"):
+                with on_device(block, self._device):
+                    change(name, block, partial(self._replay, name, block, alone))
+                    if alone:
+                        self._advance(name, block)
+
+    @contextlib.contextmanager
+    def _running(self, visitor: BlockVisitor | None = None) -> Iterator[None]:
+        """A context for passes through the model; it is restored at the end, and what was recorded is dropped."""
         try:
             with evaluating(self._model), without_cache(self._model):
-                alone = self._blocks_stand_alone()
-                if alone:
-                    self._record(self._batches)
-                for name, block in tqdm(self._blocks.items(), desc=description, unit="block"):
-                    with on_device(block, self._device):
-                        change(name, block, partial(self._replay, name, block, alone))
-                        if alone:
-                            self._advance(name, block)
+                yield
+        except BaseException:
+            if visitor is not None:
+                visitor.abandon()
+            raise
         finally:
             self._hidden, self._arguments = [], []
+
+    @contextlib.contextmanager
+    def _visiting_all(self, visitor: BlockVisitor) -> Iterator[None]:
+        """A context in which all wanted blocks are visited at once."""
+        watched = {name: block for name, block in self._blocks.items() if visitor.wants(name)}
+        for name, block in watched.items():
+            visitor.enter(name, block)
+        yield
+        for name, block in watched.items():
+            visitor.leave(name, block)
 
     def _replay(self, name: str, block: nn.Module, alone: bool, visitor: BlockVisitor) -> None:
         """Run all windows through one block, discarding its outputs; a block not `alone` needs the full model."""
@@ -161,9 +155,11 @@ class BlockRunner:
             raise
         visitor.leave(name, block)
 
-    def _advance(self, name: str, block: nn.Module) -> None:
+    def _advance(self, name: str, block: nn.Module, visitor: BlockVisitor | None = None) -> None:
         """Replace the hidden states of all windows before a block by those after it."""
         for index, (_, mask) in enumerate(self._batches):
+            if visitor is not None:
+                visitor.start_batch(mask)
             self._hidden[index] = self._through(name, block, index, self._hidden[index])
             check_finite(f"{name}: its output", self._hidden[index], mask)
 
@@ -172,28 +168,13 @@ class BlockRunner:
         for hidden, (_, mask) in zip(self._hidden, self._batches, strict=True):
             check_finite(_INPUT.format(next(iter(self._blocks))), hidden, mask)
         for name, block in tqdm(self._blocks.items(), desc=description, unit="block"):
-            watched = visitor.wants(name)
+            watcher = visitor if visitor.wants(name) else None
             with on_device(block, self._device):
-                if watched:
-                    visitor.enter(name, block)
-                for index, (_, mask) in enumerate(self._batches):
-                    if watched:
-                        visitor.start_batch(mask)
-                    self._hidden[index] = self._through(name, block, index, self._hidden[index])
-                    check_finite(f"{name}: its output", self._hidden[index], mask)
-            if watched:
-                visitor.leave(name, block)
-
-    def _full_forwards(self, visitor: BlockVisitor, description: str) -> None:
-        """Run full forward passes with all blocks visited at once."""
-        watched = {name: block for name, block in self._blocks.items() if visitor.wants(name)}
-        for name, block in watched.items():
-            visitor.enter(name, block)
-        for ids, mask in tqdm(self._batches, desc=description, unit="batch"):
-            visitor.start_batch(mask)
-            self._full_forward(ids, mask)
-        for name, block in watched.items():
-            visitor.leave(name, block)
+                if watcher is not None:
+                    watcher.enter(name, block)
+                self._advance(name, block, watcher)
+            if watcher is not None:
+                watcher.leave(name, block)
 
     def _through(self, name: str, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """Run one batch's hidden states (`batch x seqlen x width`) through one block; dtype and device stay the same.
@@ -204,10 +185,10 @@ class BlockRunner:
         home, dtype = hidden.device, hidden.dtype
         if self._device is not None and not is_dispatched(block):
             hidden, args, kwargs = _mapped((hidden, args, kwargs), lambda tensor: tensor.to(self._device))
-        with contextlib.ExitStack() as stack:
-            if self._in_float32(block, hidden):
-                stack.enter_context(in_float32(block))
-                hidden, args, kwargs = _mapped((hidden, args, kwargs), _widened)
+        widens = self._in_float32(block, hidden)
+        if widens:
+            hidden, args, kwargs = _mapped((hidden, args, kwargs), _widened)
+        with in_float32(block) if widens else contextlib.nullcontext():
             if "hidden_states" in kwargs:
                 output = block(*args, **{**kwargs, "hidden_states": hidden})
             else:
@@ -245,22 +226,10 @@ class BlockRunner:
             for ids, mask in batches:
                 current.clear()
                 with contextlib.suppress(_Recorded):
-                    self._forward(ids, mask)
-                self._arguments.append(self._shared_with_first(dict(current)))
-
-    def _shared_with_first(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Return the first batch's arguments where they are equal, so that equal masks are held in memory once."""
-        if self._arguments and _equal(arguments, self._arguments[0]):
-            return self._arguments[0]
-        return arguments
-
-    def _forward(self, ids: Tensor, mask: Tensor, model: nn.Module | None = None) -> Any:
-        """Run a forward pass of `model`, by default the model without its head; `ids`, `mask`: `batch x seqlen`."""
-        device = next((p.device for p in self._model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-        # An all-ones mask says nothing, and without it attention can take its fast path.
-        attention = {} if bool(mask.all()) else {"attention_mask": mask.long().to(device)}
-        body = model if model is not None else getattr(self._model, "base_model", self._model)
-        return body(input_ids=ids.to(device), use_cache=False, **attention)
+                    forward_pass(self._model, ids, mask, head=False)
+                # Equal arguments, such as masks, are held in memory once.
+                shared = bool(self._arguments) and _equal(current, self._arguments[0])
+                self._arguments.append(self._arguments[0] if shared else dict(current))
 
     def _blocks_stand_alone(self) -> bool:
         """Return whether the blocks, run one after the other, give what the model gives: tried on one window, or two.
@@ -278,9 +247,8 @@ class BlockRunner:
             self._record(windows)
             for name, block in self._blocks.items():
                 with on_device(block, self._device):
-                    self._hidden = [
-                        self._through(name, block, index, hidden) for index, hidden in enumerate(self._hidden)
-                    ]
+                    for index, hidden in enumerate(self._hidden):
+                        self._hidden[index] = self._through(name, block, index, hidden)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a block of an unknown architecture says when it is called out of turn
@@ -308,15 +276,11 @@ class BlockRunner:
             if isinstance(output, tuple):
                 self._returns_tuple.add(name)
 
-        handles: list[RemovableHandle] = []
-        try:
+        with contextlib.ExitStack() as hooks:
             for name, block in self._blocks.items():
-                handles.append(block.register_forward_pre_hook(partial(before, name), with_kwargs=True))
-                handles.append(block.register_forward_hook(partial(after, name)))
-            self._forward(ids, mask)
-        finally:
-            for handle in handles:
-                handle.remove()
+                hooks.callback(block.register_forward_pre_hook(partial(before, name), with_kwargs=True).remove)
+                hooks.callback(block.register_forward_hook(partial(after, name)).remove)
+            forward_pass(self._model, ids, mask, head=False)
         return called, last
 
 

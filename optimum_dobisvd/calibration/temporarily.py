@@ -18,6 +18,11 @@ def is_dispatched(module: nn.Module) -> bool:
     return any(hasattr(child, "_hf_hook") for child in module.modules())
 
 
+def weights_device(module: nn.Module) -> torch.device:
+    """Return where a module's first weight in memory is; the CPU if it has none."""
+    return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
 @contextlib.contextmanager
 def on_device(block: nn.Module, device: torch.device | None) -> Iterator[None]:
     """Move a block to the compute device and back afterwards. One that Accelerate places is left alone."""
@@ -50,8 +55,9 @@ def in_float32(module: nn.Module, without: Iterable[nn.Module] = ()) -> Iterator
         module: on a device that has memory for both.
         without: modules in it that are left as they are.
     """
-    left = {id(tensor) for each in without for tensor in _tensors(each)}
-    held = [tensor for tensor in _tensors(module) if tensor.dtype is torch.bfloat16 and id(tensor) not in left]
+    left = {id(tensor) for each in without for tensor in (*each.parameters(), *each.buffers())}
+    tensors = (*module.parameters(), *module.buffers())
+    held = [tensor for tensor in tensors if tensor.dtype is torch.bfloat16 and id(tensor) not in left]
     values = [tensor.data for tensor in held]
     widened = WIDENED_FOR_SPEED.set(True)
     try:
@@ -62,11 +68,6 @@ def in_float32(module: nn.Module, without: Iterable[nn.Module] = ()) -> Iterator
         WIDENED_FOR_SPEED.reset(widened)
         for tensor, value in zip(held, values, strict=True):
             tensor.data = value
-
-
-def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
 
 
 @contextlib.contextmanager
@@ -114,11 +115,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Turn off the key-value cache: nothing is generated, and it would keep every batch's keys in memory."""
     config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "use_cache"):
+    if not hasattr(config, "use_cache"):
         yield
         return
-    before = config.use_cache
-    config.use_cache = False
+    before, config.use_cache = config.use_cache, False
     try:
         yield
     finally:

@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..allocation.plan import PlannedModule
 from ..calibration.dataset import CalibrationWindows
 from ..config import DobiSVDConfig
 from ..encodings.base import QUANT_METHOD, Encoding
-from ..encodings.registry import encoding_of
+from ..encodings.registry import encoding_named, encoding_of
 from ..factorization.factors import Factors
 from ..model.layout import find_blocks, find_layout
 from ..model.linears import weight_matrix
@@ -21,7 +22,7 @@ from ..model.patterns import matching_names, resolve_overrides
 from ..pipeline.quantize import Passes, quantize
 from ..pipeline.validate import check_coverage, refuse_offloaded
 from ..structures.base import CompressedLinear, compressed_linears, to_dense
-from ..structures.format import AS_IS, Format, format_named
+from ..structures.format import AS_IS, Format
 from ..structures.placement import replace_linear
 from .hf_quantizer import attach, forget_compression
 
@@ -50,19 +51,27 @@ def convert(model: Any, quantization: Any = None, *, windows: CalibrationWindows
         raise ValueError(f"{encoding.name} needs calibration text: pass windows")
     blocks = find_blocks(model)
     with torch.inference_mode(False), torch.no_grad():
-        modules = _rewrite(model, encoding, config)
+        _rewrite(model, encoding, config)
         quantize(model, encoding, Passes(blocks, windows, config.batch_size))
+    modules = {
+        name: PlannedModule(each.structure, each.encoding, each.rank).to_dict()
+        for name, each in compressed_linears(model).items()
+    }
     attach(model, replace(config, modules=modules, quantization=encoding.as_applied(), mixed=False))
     forget_compression(model)
     return model
 
 
-def _rewrite(model: Any, encoding: Encoding, config: DobiSVDConfig) -> dict[str, dict[str, Any]]:
-    """Write every matrix anew in the encoding, unquantized yet where that takes text; `modules` of config.json."""
+def _rewrite(model: Any, encoding: Encoding, config: DobiSVDConfig) -> None:
+    """Write every matrix anew in the encoding, unquantized yet where that takes text."""
     compressed = compressed_linears(model)
     dense = untouched_linears(model, config) if encoding.name in encoding.dense_encodings else {}
     for name, module in compressed.items():
-        _check_ours(name, module)
+        if encoding_named(module.encoding).quant_method != QUANT_METHOD:
+            raise ValueError(
+                f"{name} is stored as {module.encoding}, which another library reads: start from the checkpoint before "
+                "it was quantized"
+            )
     if not compressed and not dense:
         raise ValueError(f"the model has no matrix to store as {encoding.name}: compress it first")
     refuse_offloaded({**compressed, **dense})
@@ -70,50 +79,30 @@ def _rewrite(model: Any, encoding: Encoding, config: DobiSVDConfig) -> dict[str,
     shapes |= {name: (len(weight_matrix(each)), weight_matrix(each).shape[1]) for name, each in dense.items()}
     reasons = {name: _reason_against(compressed.get(name), encoding, shape) for name, shape in shapes.items()}
     check_coverage(encoding, shapes, reasons, config.min_coverage)
-    modules = {name: _entry(module) for name, module in compressed.items()}
     for name in shapes:
         stays = name in compressed and compressed[name].encoding == encoding.name
         if reasons[name] is None and not stays:
-            modules.pop(name, None)
-            format, rank = _write_one(model, name, encoding)
-            if not format.leaves_as_is:
-                modules[name] = {
-                    "structure": format.structure.structure,
-                    **({} if rank is None else {"rank": rank}),
-                    "encoding": encoding.name,
-                }
-    return modules
+            _write_one(model, name, encoding)
 
 
-def _write_one(model: Any, name: str, encoding: Encoding) -> tuple[Format, int | None]:
-    """Write one matrix anew; returns what it is then."""
+def _write_one(model: Any, name: str, encoding: Encoding) -> None:
+    """Write one matrix anew."""
     module = model.get_submodule(name)
     dense = Format(AS_IS.structure, encoding)
-    format, rank = dense, None
-    source: Factors | Tensor | None = None
     if isinstance(module, CompressedLinear) and module.rank is not None:
-        format = Format(type(module), encoding)
-        multiple = encoding.required_rank_multiple
+        format, multiple = Format(type(module), encoding), encoding.required_rank_multiple
         rank = -(-module.rank // multiple) * multiple
-        if rank != module.rank and not _is_smaller(format, dense, rank, module):
-            format, rank = dense, None
-        else:
-            source = _factors(module, rank)
-    if rank is None and encoding.name not in encoding.dense_encodings:
+        if rank == module.rank or _is_smaller(format, dense, rank, module):
+            second, first = module.factors()
+            missing = rank - len(first)
+            padded = Factors(nn.functional.pad(second, (0, missing)), nn.functional.pad(first, (0, 0, 0, missing)))
+            replace_linear(model, name, format, rank, padded)
+            return
+    if encoding.name not in encoding.dense_encodings:
         model.set_submodule(name, to_dense(module))
-        return AS_IS, None
-    if source is None:
-        source = module.dense_matrix() if isinstance(module, CompressedLinear) else dense_weight(module)
-    weights = format.structure.written(source, encoding.gauge, module.weight.dtype)
-    replace_linear(model, name, format, rank, weights, quantized=not encoding.uses_text)
-    return format, rank
-
-
-def _factors(module: CompressedLinear, rank: int) -> Factors:
-    """The factors of a matrix at a rank that is at least its own, zeros in the place of what there is not."""
-    second, first = module.factors()
-    missing = rank - len(first)
-    return Factors(nn.functional.pad(second, (0, missing)), nn.functional.pad(first, (0, 0, 0, missing)))
+        return
+    matrix = module.dense_matrix() if isinstance(module, CompressedLinear) else dense_weight(module)
+    replace_linear(model, name, dense, None, matrix)
 
 
 def _is_smaller(format: Format, dense: Format, rank: int, module: CompressedLinear) -> bool:
@@ -121,25 +110,11 @@ def _is_smaller(format: Format, dense: Format, rank: int, module: CompressedLine
     return rank <= min(shape) and format.bytes(*shape, rank, size) < dense.bytes(*shape, None, size)
 
 
-def _check_ours(name: str, module: CompressedLinear) -> None:
-    encoding = format_named(module.structure, module.encoding).encoding
-    if encoding.quant_method != QUANT_METHOD:
-        raise ValueError(
-            f"{name} is stored as {module.encoding}, which another library reads: start from the checkpoint before it "
-            "was quantized"
-        )
-
-
 def _reason_against(module: CompressedLinear | None, encoding: Encoding, shape: tuple[int, int]) -> str | None:
     """Why a matrix is not written anew, None if it is."""
     if module is not None and module.encoding != "float" and encoding.quant_method != QUANT_METHOD:
         return f"it is stored as {module.encoding}"
     return encoding.unsupported_reason(*shape)
-
-
-def _entry(module: CompressedLinear) -> dict[str, Any]:
-    rank = {} if module.rank is None else {"rank": module.rank}
-    return {"structure": module.structure, **rank, "encoding": module.encoding}
 
 
 def untouched_linears(model: Any, config: DobiSVDConfig) -> Mapping[str, nn.Module]:

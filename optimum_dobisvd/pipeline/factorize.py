@@ -12,7 +12,6 @@ from torch.nn import Module
 from tqdm.auto import tqdm
 
 from ..allocation.plan import Plan, PlannedModule
-from ..encodings.registry import encoding_named
 from ..factorization.decompositions import PreparedInputs, decompositions, input_grams
 from ..factorization.errors import output_error
 from ..factorization.factors import Factors
@@ -20,7 +19,7 @@ from ..factorization.sample_bases import SampleBasisVisitor
 from ..model.layout import Layout
 from ..model.offloaded import dense_weight
 from ..statistics.store import StatisticsStore
-from ..structures.format import Format
+from ..structures.format import format_named
 from ..structures.placement import replace_linear
 from .collect import block_runner
 from .job import Job
@@ -71,13 +70,10 @@ class Replacement:
         """
         module = self._planned[name]
         linear: Any = self._layout.linears[name]
-        encoding = encoding_named(module.encoding, self._settings)
-        format = Format(module.format.structure, encoding)
-        weights = format.structure.written(source, encoding.gauge, linear.weight.dtype)
-        later = encoding.uses_text
-        matrices = replace_linear(self._model, name, format, module.rank, weights, quantized=not later)
+        format = format_named(*module.format.key, self._settings)
+        matrices = replace_linear(self._model, name, format, module.rank, source)
         self.errors[name] = None
-        if gram is not None and not later:
+        if gram is not None and matrices is not None:
             stored = format.structure.product({key: each.double() for key, each in matrices.items()})
             lost, total = output_error(dense_weight(linear).to(self._device), stored.to(self._device), gram)
             self.errors[name] = lost / total if total else 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,19 +10,15 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_modul
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from ..factorization.factors import Factors
 from ..model.linears import is_conv1d, weight_matrix
 from .base import CompressedLinear
 from .format import AS_IS, Format
 
 
 def replace_linear(
-    model: nn.Module,
-    name: str,
-    format: Format,
-    rank: int | None,
-    weights: Mapping[str, Tensor],
-    quantized: bool = True,
-) -> dict[str, Tensor]:
+    model: nn.Module, name: str, format: Format, rank: int | None, source: Factors | Tensor
+) -> dict[str, Tensor] | None:
     """Put a compressed linear in the place of the linear `name`, on its device, in its dtype, offloaded if it was.
 
     Args:
@@ -31,13 +26,11 @@ def replace_linear(
         name: of the linear, dense or compressed.
         format: what it becomes.
         rank: None for a structure without.
-        weights: of its linears, any floating point dtype.
-        quantized: whether they are quantized now, each value on its own; otherwise they stay plain linears for the
-            encoding to quantize sequentially.
+        source: factors (`m x k`, `k x n`), or the matrix for a structure without rank.
 
     Returns:
-        The matrices that its linears compute with, before they lose their precision to the model's dtype if they are
-        plain.
+        The matrices that its linears compute with; None where they are still plain linears, for an encoding that uses
+        text to quantize sequentially.
 
     Raises:
         ValueError: values or scales overflow in the model's dtype.
@@ -46,16 +39,16 @@ def replace_linear(
     hook = _align_hook(module)
     away = hook is not None and hook.offload
     with align_module_device(module, execution_device="cpu") if away else nullcontext():
-        new, matrices = _built(module, format, rank, weights, quantized)
+        new, matrices = _built(module, format, rank, source)
     new.train(module.training)
     if hook is not None:
         _hook_alike(new, hook)
     model.set_submodule(name, new)
-    return matrices
+    return None if format.encoding.uses_text else matrices
 
 
 def _built(
-    module: Any, format: Format, rank: int | None, weights: Mapping[str, Tensor], quantized: bool
+    module: Any, format: Format, rank: int | None, source: Factors | Tensor
 ) -> tuple[CompressedLinear, dict[str, Tensor]]:
     """The compressed linear on the device of the one it stands for, with memory of its own."""
     device, dtype = module.weight.device, module.weight.dtype
@@ -71,9 +64,10 @@ def _built(
     new = format.structure(shape[1], shape[0], rank, bias=bias is not None, conv1d=conv1d, device="meta", dtype=dtype)
     new.encoding = format.encoding.name
     new.weight = torch.empty(0, device=device, dtype=dtype)
-    written = format if quantized else Format(format.structure, AS_IS.encoding)
+    weights = format.structure.written(source, format.encoding.gauge, dtype)
+    now = Format(format.structure, AS_IS.encoding) if format.encoding.uses_text else format
     here = {child: weight.to(device) for child, weight in weights.items()}
-    children, matrices = written.quantize(here, bias, dtype, min(shape))
+    children, matrices = now.quantize(here, bias, dtype, min(shape))
     for child, built in children.items():
         built.to(device)
         if type(built) is nn.Linear:

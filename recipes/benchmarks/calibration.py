@@ -1,4 +1,4 @@
-"""What compressing costs, against a plain forward pass over the same windows, in one run.
+"""Time and memory of a compression against a plain forward pass over the same windows, in one run.
 
     python recipes/benchmarks/calibration.py --model DIR_OR_ID --dataset FILE_OR_NAME [--nsamples 64] [--seqlen 1024]
 
@@ -17,15 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
 from optimum_dobisvd.calibration.dataset import CalibrationWindows
-from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.calibration.runner import BlockRunner
+from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.pipeline.stages import Stages
 from optimum_dobisvd.statistics.collect import InputCollector
 from optimum_dobisvd.statistics.store import StatisticsStore
 
 
 def forward_pass(model: torch.nn.Module, windows: CalibrationWindows, batch_size: int) -> float:
-    """Seconds of a plain forward pass, logits included."""
+    """Return the seconds of a plain forward pass, logits included."""
     started = time.perf_counter()
     with torch.inference_mode():
         for ids, _ in windows.batches(batch_size):
@@ -36,7 +36,7 @@ def forward_pass(model: torch.nn.Module, windows: CalibrationWindows, batch_size
 
 
 def statistics_pass(model: torch.nn.Module, windows: CalibrationWindows, batch_size: int) -> tuple[float, int, int]:
-    """Seconds and peak bytes of collecting every Gram, and the bytes of the Grams themselves."""
+    """Return seconds and peak bytes of collecting every Gram, and the bytes of the Grams themselves."""
     layout = find_layout(model)
     store = StatisticsStore({}, list(layout.blocks))
     stages = Stages()
@@ -70,7 +70,7 @@ def main() -> None:
     settings = {"nsamples": args.nsamples, "seqlen": args.seqlen, "batch_size": args.batch_size, "ratio": args.ratio}
     config = DobiSVDConfig(method=args.method, allocation="uniform", dataset=args.dataset, **settings)
     quantizer = DobiSVDQuantizer(config)
-    windows = quantizer.prepare(model, tokenizer)[2]
+    windows = quantizer.prepare(model, tokenizer).windows
 
     forward, collected = [forward_pass(model, windows, args.batch_size)], []
     for _ in range(args.runs):

@@ -1,4 +1,4 @@
-"""What gradients and rank training cost, against a plain forward and backward pass of the dense model, in one run.
+"""Time of gradients and rank training against a plain forward and backward pass of the dense model, in one run.
 
     python recipes/benchmarks/gradients.py --model DIR_OR_ID --dataset FILE_OR_NAME [--nsamples 8] [--rounds 3]
 
@@ -17,23 +17,26 @@ from functools import partial
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_dobisvd.allocation import global_prices, open_budget
+from optimum_dobisvd.allocation.budget import BudgetRequest, open_budget
+from optimum_dobisvd.allocation.global_allocation import allocate_globally
 from optimum_dobisvd.calibration.backward import BackwardRunner
 from optimum_dobisvd.calibration.dataset import CalibrationWindows, load_windows
-from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.calibration.loss import NextTokenLoss
-from optimum_dobisvd.factorization.registry import factorization_named
+from optimum_dobisvd.factorization.decompositions import decompositions
+from optimum_dobisvd.factorization.factors import Decomposition
+from optimum_dobisvd.factorization.registry import FACTORIZATIONS
 from optimum_dobisvd.learning.activation import ActivationTruncation
-from optimum_dobisvd.learning.directions import DirectionMover
-from optimum_dobisvd.learning.fixed_basis import FixedBasis, taken_back
+from optimum_dobisvd.learning.directions import DirectionOptimizer
+from optimum_dobisvd.learning.fixed_basis import FixedBasis, backward_loss
+from optimum_dobisvd.model.layout import Layout, find_layout
 from optimum_dobisvd.pipeline.stages import Stages
 from optimum_dobisvd.statistics.gradients import GradientCollector
-from optimum_dobisvd.factorization.decompositions import decompositions
 from optimum_dobisvd.statistics.store import StatisticsStore
+from optimum_dobisvd.structures.format import format_named
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Wall-clock seconds."""
+    """Return the wall-clock seconds of a call."""
     started = time.perf_counter()
     work()
     if torch.cuda.is_available():
@@ -42,14 +45,14 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def plain_pass(model: torch.nn.Module, windows: CalibrationWindows) -> None:
-    """Forward and backward over all windows, one by one; gradients are dropped."""
+    """Take all windows forward and backward, one by one; gradients are dropped."""
     for ids, mask in windows.batches(1):
-        taken_back(model, ids, mask)
+        backward_loss(model, ids, mask)
         model.zero_grad(set_to_none=True)
 
 
 def gradient_statistics(model: torch.nn.Module, windows: CalibrationWindows, batch_size: int) -> StatisticsStore:
-    """Gradient Grams of every linear."""
+    """Collect the gradient Grams of every linear."""
     layout = find_layout(model)
     store = StatisticsStore({}, list(layout.blocks))
     store.open_gradients({"tokens": windows.input_ids.numel()})
@@ -62,13 +65,44 @@ def gradient_statistics(model: torch.nn.Module, windows: CalibrationWindows, bat
 def sliding_step(
     basis: FixedBasis, objective: FixedBasis | ActivationTruncation, share: float, windows: CalibrationWindows
 ) -> None:
-    """One derivative of the loss by all ranks, over all windows, as optimizer `adam` takes it."""
+    """Take one derivative of the loss by all ranks, over all windows, as optimizer `adam` takes it."""
     ranks = {name: share * basis.count(name) for name in basis.linears}
     betas = {name: 1 / max(1.0, 0.05 * rank) for name, rank in ranks.items()}
     objective.loss_and_slopes(ranks, betas, windows.input_ids, windows.attention_mask)
 
 
-def main() -> None:
+def training_steps(
+    model: torch.nn.Module,
+    layout: Layout,
+    found: list[tuple[str, Decomposition]],
+    windows: dict[str, CalibrationWindows],
+    args: argparse.Namespace,
+) -> dict[str, float]:
+    """Return the seconds of one step of the rank training in each mode, by its name.
+
+    Args:
+        model: the dense model.
+        layout: its linears.
+        found: their decompositions.
+        windows: those of a `step`, and the `short` one of the activation mode.
+        args: `ratio` and `share`.
+    """
+    step, short = windows["step"], windows["short"]
+    spectra = {name: each.singular_values for name, each in found}
+    request = BudgetRequest(format_named("low_rank", "float"), ratio=args.ratio)
+    budget = open_budget(layout.targets, request)
+    with FixedBasis(model, layout.linears, found) as basis:
+        optimizer = DirectionOptimizer(basis, budget, allocate_globally(budget, spectra), spectra)
+        truncation = ActivationTruncation(basis)
+        return {
+            "fixed_basis": seconds_of(partial(optimizer.step, 0, step.input_ids, step.attention_mask)),
+            "fixed_basis_adam": seconds_of(partial(sliding_step, basis, basis, args.share, step)),
+            "activation": seconds_of(partial(sliding_step, basis, truncation, args.share, short)),
+        }
+
+
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--dataset", required=True)
@@ -82,8 +116,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    args = arguments()
     dtype = getattr(torch, args.dtype)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval().to(args.device)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -92,15 +129,9 @@ def main() -> None:
     short = CalibrationWindows(
         windows.input_ids[:1, : args.activation_seqlen], windows.attention_mask[:1, : args.activation_seqlen], {}
     )
-    layout = find_layout(model)
+    layout, svd = find_layout(model), FACTORIZATIONS.get("svd")
     with torch.no_grad():
-        found = [
-            (name, each)
-            for name, each, _ in decompositions(layout, factorization_named("svd"), None, model.device, layout.linears)
-        ]
-
-    spectra = {name: each.singular_values for name, each in found}
-    budget = open_budget(layout.targets, args.ratio, storage="plain")
+        found = [(name, each) for name, each, _ in decompositions(layout, svd, None, model.device, layout.linears)]
     rounds: dict[str, list[float]] = {}
     stages = Stages()
     for _ in range(args.rounds):
@@ -111,12 +142,7 @@ def main() -> None:
         }
         with stages.stage("gradients"):
             timed["gradients"] = seconds_of(lambda: gradient_statistics(model, windows, args.batch_size))
-        with FixedBasis(model, layout.linears, found) as basis:
-            mover = DirectionMover(basis, budget, global_prices(budget, spectra), spectra)
-            timed["fixed_basis"] = seconds_of(partial(mover.step, 0, few.input_ids, few.attention_mask))
-            timed["fixed_basis_adam"] = seconds_of(partial(sliding_step, basis, basis, args.share, few))
-            truncation = ActivationTruncation(basis)
-            timed["activation"] = seconds_of(partial(sliding_step, basis, truncation, args.share, short))
+        timed |= training_steps(model, layout, found, {"step": few, "short": short}, args)
         for name, seconds in timed.items():
             rounds.setdefault(name, []).append(round(seconds, 2))
     medians = {name: statistics.median(values) for name, values in rounds.items()}

@@ -1,13 +1,13 @@
-"""Speed of products with dense, low-rank and 8-bit weights, all in one run: the table in the README.
+"""Speed of products with dense, low-rank and 8-bit weights, all in one run: the table in `encodings/README.md`.
 
     python recipes/benchmarks/int8_kernels.py [--device cuda] [--features 4096] [--rank 1024]
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python recipes/benchmarks/int8_kernels.py   # as an older CPU
 
-Random weights; rounds of all forms in turn, medians of milliseconds. Every round takes the next of several copies of
-the weights, so that they come from memory and not from the cache. The forms:
+Random weights; rounds of all formats by turns, medians of milliseconds. Every round takes the next of several copies
+of the weights, so that they come from memory and not from the cache. A format is a structure and an encoding:
 
-* dense, low rank: in bfloat16; int8, remap: both factors in 8 bits; int8 dense: the whole matrix
-* with `kernel`: what the table of kernels chooses by itself; the others are forced
+* dense: an `nn.Linear` in bfloat16; low rank: two of them; int8, remap: the linears of either in 8 bits
+* columns with the name of a kernel are forced to it; the others take what the table of kernels chooses by itself
 
 On a GPU the share of the bandwidth bound is printed, too: bytes of the weights over the rate of a large copy.
 """
@@ -24,38 +24,43 @@ import torch
 from torch import nn
 
 from optimum_dobisvd.encodings.int8_matmul import KERNEL_CALLS, KERNELS, using_kernel
-from optimum_dobisvd.nn.eight_bit_linear import EightBitLinear, Int8Linear, Int8LowRankLinear, RemappedLinear
-from optimum_dobisvd.nn.low_rank_linear import LowRankLinear
+from optimum_dobisvd.structures.format import format_named
+
+# Name in the table -> structure and encoding.
+FORMATS = {
+    "dense": ("dense", "float"),
+    "low rank": ("low_rank", "float"),
+    "dense int8": ("dense", "int8"),
+    "low rank int8": ("low_rank", "int8"),
+    "low rank remap": ("low_rank", "remap"),
+}
 
 
-def forms(features: int, rank: int, device: str) -> dict[str, nn.Module]:
-    """One module of every form, weights random."""
-    options: dict = {"bias": False, "device": device, "dtype": torch.bfloat16}
-    made: dict[str, nn.Module] = {
-        "dense": nn.Linear(features, features, **options),
-        "low rank": LowRankLinear(features, features, rank, **options),
-        "int8 dense": Int8Linear(features, features, **options),
-        "int8": Int8LowRankLinear(features, features, rank, **options),
-        "remap": RemappedLinear(features, features, rank, **options),
-    }
-    for module in made.values():
-        if isinstance(module, EightBitLinear):
-            for tensor in module.tensors().values():
-                if tensor.is_floating_point():
-                    tensor.uniform_(0.5, 1.5)
-                else:
-                    info = torch.iinfo(tensor.dtype)
-                    tensor.random_(info.min + 1, info.max)
+def modules(features: int, rank: int, device: str) -> dict[str, nn.Module]:
+    """Return one module of every format, weights random."""
+    plain = nn.Linear(features, features, bias=False, device="meta", dtype=torch.bfloat16)
+    made: dict[str, nn.Module] = {}
+    for name, (structure, encoding) in FORMATS.items():
+        format = format_named(structure, encoding)
+        own_rank = rank if format.structure.has_rank else None
+        new = format.empty(plain, own_rank, (features, features), conv1d=False).to_empty(device=device)
+        made[name] = new.linear if format.leaves_as_is else new
+        for tensor in made[name].parameters():
+            if tensor.is_floating_point():
+                tensor.uniform_(0.5, 1.5)
+            else:
+                info = torch.iinfo(tensor.dtype)
+                tensor.random_(info.min + 1, info.max)
     return made
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes that one product must read of the module."""
+    """Return the bytes that one product must read of the module."""
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
-    """One call, on the device's own clock where it has one."""
+    """Return the seconds of one call, on the device's own clock where it has one."""
     if device == "cpu":
         started = time.perf_counter()
         call()
@@ -69,7 +74,7 @@ def seconds(call: Callable[[], object], device: str) -> float:
 
 
 def copy_rate(device: str) -> float:
-    """Bytes per second of a large copy, read and written."""
+    """Return the bytes per second of a large copy, read and written."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = [seconds(lambda: target.copy_(source), device) for _ in range(10)]
@@ -86,13 +91,15 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=4)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    copies = [forms(args.features, args.rank, args.device) for _ in range(args.copies)]
+    copies = [modules(args.features, args.rank, args.device) for _ in range(args.copies)]
     device = torch.cuda.get_device_name() if args.device != "cpu" else torch.backends.cpu.get_cpu_capability()
     print(f"{args.features} x {args.features}, rank {args.rank}, bfloat16, {device}, {platform.machine()}, ", end="")
     print(f"{torch.get_num_threads()} threads, medians of {args.rounds} rounds in ms (and times dense)\n")
     mine = [kernel.name for kernel in KERNELS if kernel.name != ("cpu_int8" if args.device != "cpu" else "triton")]
     columns = [("dense", ""), ("low rank", "")]
-    columns += [(name, kernel) for name in ("int8 dense", "int8") for kernel in ("", *mine)] + [("remap", "")]
+    columns += [(name, kernel) for name in ("dense int8", "low rank int8") for kernel in ("", *mine)] + [
+        ("low rank remap", "")
+    ]
     print("| rows | " + " | ".join(f"{name}{', ' + kernel if kernel else ''}" for name, kernel in columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
     chosen = {}

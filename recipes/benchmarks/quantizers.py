@@ -1,11 +1,11 @@
-"""What rounding factors to 8 bits costs, by quantizer and by type of matrix: the tables in the README.
+"""The cost of rounding factors to 8 bits, by quantizer and by type of matrix: the tables in `recipes/RESULTS.md`.
 
     python recipes/benchmarks/quantizers.py --model DIR_OR_ID --dataset TRAIN_TEXT [--eval-dataset TEXT ...] \
         [--method global] [--ratio 0.6] [--work DIR] [--out results.jsonl]
 
-One plan in the remapped storage (Dobi-SVD, Alg. 3), one set of factors; every quantizer rounds these in turn, and the
-products are judged in float32 on windows of the training text that calibration does not see (and on other texts, if
-some are named; choose by the former). Quantizers:
+One plan in the encoding `remap` (Dobi-SVD, Alg. 3), one set of factors; every quantizer rounds these, and the products
+are evaluated in float32 on windows of the training text that calibration does not see (and on other texts, if some are
+named; choose by the former). Quantizers:
 
 * none: the same ranks in 16 bits, so the effect of ranks alone (Table 4's 16-bit row)
 * absmax: linear, one scale per rank
@@ -22,36 +22,38 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_dobisvd import DobiSVDConfig
-from optimum_dobisvd.calibration.dataset import load_windows, read_text
-from optimum_dobisvd.pipeline.validate import check_model
-from optimum_dobisvd.pipeline.collect import collect_statistics
-from optimum_dobisvd.factorization.errors import output_error
-from optimum_dobisvd.factorization.registry import factorization_named
-from optimum_dobisvd.pipeline.allocate import make_plan
+from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
+from optimum_dobisvd.calibration.dataset import CalibrationWindows, load_windows, read_text
 from optimum_dobisvd.evaluation.perplexity import perplexity
-from optimum_dobisvd.statistics.fingerprint import fingerprint
 from optimum_dobisvd.factorization.decompositions import decompositions
-from optimum_dobisvd.storage import pack, unpack
+from optimum_dobisvd.factorization.errors import output_error
+from optimum_dobisvd.factorization.factors import Factors
+from optimum_dobisvd.pipeline.allocate import allocate
+from optimum_dobisvd.pipeline.collect import collect
+from optimum_dobisvd.pipeline.job import Job
+from optimum_dobisvd.statistics.fingerprint import fingerprint
+from optimum_dobisvd.structures.format import format_named
 
 Rounding = Callable[[Tensor], Tensor]
 """Vectors (rows) in, the values they are stored as out."""
 
 
 def linear(rows: Tensor) -> Tensor:
-    """127 equal steps on either side, as far as the largest value of the row."""
+    """Round to 127 equal steps on either side, as far as the largest value of the row."""
     step = rows.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
     return (rows / step).round() * step
 
 
 def dynamic(rows: Tensor) -> Tensor:
-    """bitsandbytes' dynamic map: finer steps for smaller values."""
+    """Round to bitsandbytes' dynamic map: finer steps for smaller values."""
     from bitsandbytes.functional import create_dynamic_map
 
     values = create_dynamic_map(signed=True).double()
@@ -61,7 +63,7 @@ def dynamic(rows: Tensor) -> Tensor:
 
 
 def in_blocks(rounding: Rounding, size: int = 64) -> Rounding:
-    """The same with a scale for every `size` values of a row."""
+    """Return the same rounding with a scale for every `size` values of a row."""
 
     def rounded(rows: Tensor) -> Tensor:
         missing = -rows.shape[1] % size
@@ -71,8 +73,10 @@ def in_blocks(rounding: Rounding, size: int = 64) -> Rounding:
     return rounded
 
 
-def plainly(second: Tensor, first: Tensor, weight: Tensor, gram: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
-    """The first min(m, n) rows of both factors rounded, the others kept."""
+def each_value_alone(
+    second: Tensor, first: Tensor, weight: Tensor, gram: Tensor, rounding: Rounding
+) -> tuple[Tensor, Tensor]:
+    """Round the first min(m, n) rows of both factors; the others are kept."""
     small = min(weight.shape)
     second, first = second.clone(), first.clone()
     second[:small] = rounding(second[:small].T.contiguous()).T
@@ -81,7 +85,7 @@ def plainly(second: Tensor, first: Tensor, weight: Tensor, gram: Tensor, roundin
 
 
 def passing_errors_on(rows: Tensor, step: Tensor, gram: Tensor, count: int) -> Tensor:
-    """GPTQ: the first `count` columns rounded to multiples of `step`, each error made up for by the later columns.
+    """Round the first `count` columns to multiples of `step`, each error made up for by the later columns (GPTQ).
 
     Args:
         rows: r x c.
@@ -103,84 +107,119 @@ def passing_errors_on(rows: Tensor, step: Tensor, gram: Tensor, count: int) -> T
 
 
 def error_aware(second: Tensor, first: Tensor, weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Both factors rounded with their errors passed on, see above."""
+    """Round both factors with their errors passed on, see above."""
     small = min(weight.shape)
     step = first[:, :small].abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
     first = passing_errors_on(first, step, gram, small)
-    inner = first @ gram @ first.T
-    damped = inner + 1e-9 * inner.diagonal().mean() * torch.eye(len(inner), dtype=inner.dtype)
+    middle = first @ gram @ first.T  # second moment of the ranks
+    damped = middle + 1e-9 * middle.diagonal().mean() * torch.eye(len(middle), dtype=middle.dtype)
     second = torch.linalg.solve(damped, first @ gram @ weight.T).T
     step = second[:small].abs().amax(0, keepdim=True).clamp_min(1e-30) / 127
-    second[:small] = passing_errors_on(second[:small], step, inner, len(inner))
+    second[:small] = passing_errors_on(second[:small], step, middle, len(middle))
     return second, first
 
 
 def as_shipped(second: Tensor, first: Tensor, weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """What the package stores for a bfloat16 model."""
-    return unpack("remap", pack("remap", second, first, torch.bfloat16), *weight.shape)
+    """Round as the package does for a bfloat16 model."""
+    format = format_named("low_rank", "remap")
+    weights = format.structure.written(Factors(second, first), format.encoding.gauge, torch.bfloat16)
+    _, matrices = format.quantize(weights, None, torch.bfloat16, min(weight.shape))
+    return matrices["second"], matrices["first"]
 
 
-QUANTISERS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+QUANTIZERS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "none": lambda second, first, weight, gram: (second, first),
-    "absmax": lambda *given: plainly(*given, linear),
+    "absmax": lambda *given: each_value_alone(*given, linear),
     "absmax, rows": as_shipped,
-    "dynamic": lambda *given: plainly(*given, dynamic),
-    "absmax 64": lambda *given: plainly(*given, in_blocks(linear)),
-    "dynamic 64": lambda *given: plainly(*given, in_blocks(dynamic)),
+    "dynamic": lambda *given: each_value_alone(*given, dynamic),
+    "absmax 64": lambda *given: each_value_alone(*given, in_blocks(linear)),
+    "dynamic 64": lambda *given: each_value_alone(*given, in_blocks(dynamic)),
     "error-aware": error_aware,
 }
 
 
-@torch.no_grad()
-def main() -> None:
+@dataclass
+class Rounded:
+    """What one quantizer made of all factors.
+
+    Attributes:
+        products: the matrices that the rounded factors stand for, by name, float32.
+        errors: relative errors of outputs, by type of matrix.
+        seconds: of all roundings.
+    """
+
+    products: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    seconds: float = 0.0
+
+
+def round_all(model: Any, job: Job, quantizers: list[str]) -> dict[str, Rounded]:
+    """Return what every quantizer makes of the factors of one plan."""
+    assert job.windows is not None
+    store = collect(model, job, job.windows, fingerprint(model, job.windows))
+    plan = allocate(job, store)
+    ranked = [name for name, module in plan.modules.items() if module.rank is not None]
+    found = {quantizer: Rounded() for quantizer in quantizers}
+    for name, decomposition, gram in decompositions(job.layout, job.method.factorizer, store, job.device, ranked):
+        weight = job.layout.linears[name].weight.detach().double()
+        factors = decomposition.keep(plan.modules[name].kept).balanced()
+        for quantizer, rounded in found.items():
+            started = time.perf_counter()
+            second, first = QUANTIZERS[quantizer](factors.second.double(), factors.first.double(), weight, gram)
+            rounded.seconds += time.perf_counter() - started
+            product = second.double() @ first.double()
+            lost, total = output_error(factors.product().double(), product, gram)
+            rounded.errors[name.rsplit(".", 1)[-1]].append(lost / total)
+            rounded.products[name] = product.float()
+    return found
+
+
+def held_out_loss(model: torch.nn.Module, ids: Tensor) -> float:
+    """Return nats per token."""
+    losses = [float(model(input_ids=window[None], labels=window[None], use_cache=False).loss) for window in ids]
+    return round(math.fsum(losses) / len(losses), 5)
+
+
+def windows_of(args: argparse.Namespace, tokenizer: Any) -> tuple[CalibrationWindows, CalibrationWindows]:
+    """Draw the windows to calibrate on and those held out: together, so that none is in both."""
+    drawn = load_windows(
+        args.dataset, tokenizer, nsamples=args.nsamples, seqlen=args.seqlen, seed=0, held_out=args.held_out
+    )
+    return drawn.split(args.held_out)
+
+
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--dataset", required=True, help="calibration text (train)")
     parser.add_argument("--eval-dataset", nargs="+", default=[])
     parser.add_argument("--method", default="global")
     parser.add_argument("--ratio", type=float, default=0.6)
-    parser.add_argument("--quantizers", nargs="+", default=list(QUANTISERS), choices=list(QUANTISERS))
+    parser.add_argument("--quantizers", nargs="+", default=list(QUANTIZERS), choices=list(QUANTIZERS))
     parser.add_argument("--work", default="quantizers-work", help="statistics, kept")
     parser.add_argument("--out", type=Path, default=Path("quantizers.jsonl"))
     parser.add_argument("--nsamples", type=int, default=96)
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--held-out", type=int, default=8)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def main() -> None:
+    args = arguments()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    config = DobiSVDConfig(
-        method=args.method, storage="remap", ratio=args.ratio, nsamples=args.nsamples, seqlen=args.seqlen
-    )
-    # The held-out windows are drawn with the others, so none of them is calibrated on.
-    drawn = load_windows(
-        args.dataset, tokenizer, nsamples=args.nsamples, seqlen=args.seqlen, seed=0, held_out=args.held_out
-    )
-    windows, held_out = drawn.split(args.held_out)
-    layout = check_model(model, config)
-    config.statistics = args.work
-    store = collect_statistics(model, layout, config, windows, fingerprint(model, windows))
-    plan = make_plan(config, layout, store)
-    row = factorization_named(config.resolved_method().factorization)
-    found: dict[str, dict[str, Tensor]] = {name: {} for name in args.quantizers}
-    errors: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in args.quantizers}
-    seconds: dict[str, float] = dict.fromkeys(args.quantizers, 0.0)
-    ranked = [name for name, module in plan.modules.items() if module.rank is not None]
-    for name, decomposition, gram in decompositions(layout, row, store, None, ranked):
-        weight = layout.linears[name].weight.detach().double()
-        factors = decomposition.keep(plan.modules[name].kept).balanced()
-        for quantizer in args.quantizers:
-            started = time.perf_counter()
-            second, first = QUANTISERS[quantizer](factors.second.double(), factors.first.double(), weight, gram)
-            seconds[quantizer] += time.perf_counter() - started
-            product = second.double() @ first.double()
-            lost, total = output_error(factors.product().double(), product, gram)
-            errors[quantizer][name.rsplit(".", 1)[-1]].append(lost / total)
-            found[quantizer][name] = product.float()
+    draw = {"nsamples": args.nsamples, "seqlen": args.seqlen}
+    config = DobiSVDConfig(method=args.method, quantization="remap", ratio=args.ratio, statistics=args.work, **draw)
+    windows, held_out = windows_of(args, tokenizer)
+    job = DobiSVDQuantizer(config).prepare(model, tokenizer, windows)
+    found = round_all(model, job, args.quantizers)
     model = model.to(torch.float32)
     texts = {Path(name).name: read_text(name, "test") for name in args.eval_dataset}
-    for quantizer in args.quantizers:
-        for name, product in found[quantizer].items():
-            layout.linears[name].weight.copy_(product)
+    for quantizer, rounded in found.items():
+        for name, product in rounded.products.items():
+            job.layout.linears[name].weight.copy_(product)
         result = {
             "method": args.method,
             "ratio": args.ratio,
@@ -190,18 +229,12 @@ def main() -> None:
                 name: round(perplexity(model, tokenizer, text, seqlen=1024, windows=8), 3)
                 for name, text in texts.items()
             },
-            "error": {kind: sum(values) / len(values) for kind, values in errors[quantizer].items()},
-            "seconds": round(seconds[quantizer], 1),
+            "error": {kind: sum(values) / len(values) for kind, values in rounded.errors.items()},
+            "seconds": round(rounded.seconds, 1),
         }
         with open(args.out, "a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
         print(json.dumps(result), flush=True)
-
-
-def held_out_loss(model: torch.nn.Module, ids: Tensor) -> float:
-    """Nats per token."""
-    losses = [float(model(input_ids=window[None], labels=window[None], use_cache=False).loss) for window in ids]
-    return round(math.fsum(losses) / len(losses), 5)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Perplexity of every method at several ratios, all from one calibration pass: the table in the README.
+"""Perplexity of every method at several ratios, all from one calibration pass: the table in `recipes/RESULTS.md`.
 
     python recipes/benchmarks/reference_table.py --model DIR_OR_ID --dataset TRAIN_TEXT \
         --eval-dataset wiki.test.raw c4.jsonl.gz --out results.jsonl [--work DIR]
 
 8-bit rows are for `--dtype bfloat16`: bytes count against those of the dense model in its own dtype.
 
-Statistics are collected once and kept in the work folder, with the price lists of ranks. Each finished row is appended
-to the results; rows that are there already with the same settings are skipped, so a killed run goes on where it was.
-Ends with a table.
+Statistics are collected once and kept in the work folder, with the singular values that ranks are allocated by.
+Finished rows are appended to the results; rows that are there with the same settings are skipped, so a killed run goes
+on where it was. Ends with a table.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
 from optimum_dobisvd.calibration.dataset import read_text
 from optimum_dobisvd.evaluation.perplexity import perplexity
-from optimum_dobisvd.report.training_pictures import prices_picture
+from optimum_dobisvd.report.training_pictures import predictions_picture
 
 # Cheap enough for two cores: a step of this mode decomposes every activation.
 ACTIVATION = {"seqlen": 256, "windows": 1, "steps": 16, "evaluate_every": 4}
@@ -44,23 +44,22 @@ ROWS = {
         "factorization": "output_pca",
     },
     "dobi without remapping": {"method": "dobi_no_remap", "factorization": "output_pca", "training": ACTIVATION},
-    "uniform, remap": {"method": "output_pca", "storage": "remap"},
-    "global, remap": {"method": "global", "storage": "remap"},
-    "global, remap or dense int8": {"method": "global", "storage": "remap", "dense_storage": "dense_int8"},
-    "global, int8 or dense int8": {"method": "global", "storage": "int8"},
+    "uniform, remap": {"method": "output_pca", "quantization": "remap"},
+    "global, remap": {"method": "global", "quantization": "remap"},
+    "global, int8": {"method": "global", "quantization": "int8"},
     "dobi": {"method": "dobi", "factorization": "output_pca", "training": ACTIVATION},
-    "dobi, remap, fixed basis": {"method": "global", "allocation": "dobi_fixed_basis", "storage": "remap"},
+    "dobi, remap, fixed basis": {"method": "global", "allocation": "dobi_fixed_basis", "quantization": "remap"},
 }
 
 
 def load(args: argparse.Namespace) -> tuple:
-    """The dense model and its tokenizer."""
+    """Load the dense model and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
     return model, AutoTokenizer.from_pretrained(args.model)
 
 
-def judge(model: torch.nn.Module, tokenizer: object, texts: dict[str, str], windows: int) -> dict[str, float]:
-    """Perplexity by text, computed in float32 whatever the weights are stored in."""
+def evaluate(model: torch.nn.Module, tokenizer: object, texts: dict[str, str], windows: int) -> dict[str, float]:
+    """Return perplexity by text, computed in float32 whatever the weights are stored in."""
     model.to(torch.float32)
     return {
         name: round(perplexity(model, tokenizer, text, seqlen=1024, windows=windows), 3)
@@ -69,7 +68,7 @@ def judge(model: torch.nn.Module, tokenizer: object, texts: dict[str, str], wind
 
 
 def measure(row: dict, ratio: float, texts: dict[str, str], args: argparse.Namespace) -> dict:
-    """Compress once; perplexities by text, seconds and ratio of bytes."""
+    """Compress once; returns perplexities by text, seconds and ratio of bytes."""
     model, tokenizer = load(args)
     calibration = {"nsamples": args.nsamples, "seqlen": args.seqlen, "seed": args.seed, "dataset": args.dataset}
     quantizer = DobiSVDQuantizer(
@@ -80,7 +79,7 @@ def measure(row: dict, ratio: float, texts: dict[str, str], args: argparse.Names
     seconds = round(time.perf_counter() - started, 1)
     report = quantizer.report
     return {
-        "perplexity": judge(model, tokenizer, texts, args.eval_windows),
+        "perplexity": evaluate(model, tokenizer, texts, args.eval_windows),
         "seconds": seconds,
         "stages": report.seconds,
         "bytes": report.target_bytes / report.dense_target_bytes,
@@ -89,7 +88,7 @@ def measure(row: dict, ratio: float, texts: dict[str, str], args: argparse.Names
 
 
 def print_table(rows: list[dict], texts: list[str], ratios: list[float]) -> None:
-    """Markdown: a line per method, a column per text, ratios side by side."""
+    """Print Markdown: a line per method, a column per text, ratios side by side."""
     by_key = {(row["row"], row["ratio"]): row["perplexity"] for row in rows}
     heads = [f"{text}, keep {' / '.join(f'{ratio:g}' for ratio in ratios)}" for text in texts]
     print("| method | " + " | ".join(heads) + " |")
@@ -101,7 +100,7 @@ def print_table(rows: list[dict], texts: list[str], ratios: list[float]) -> None
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Predicted against measured increase of the loss, on the first text, of all rows that have a prediction."""
+    """Draw predicted against measured increase of the loss on the first text, for all rows that have a prediction."""
     text = next(iter(rows[0]["perplexity"]))
     dense = next(row["perplexity"][text] for row in rows if row["row"] == "dense")
     points = [
@@ -109,7 +108,7 @@ def draw(rows: list[dict], path: Path) -> None:
         for row in rows
         if row.get("predicted")
     ]
-    prices_picture(points, path, title=f"what the prices predict, and what happens on {text}")
+    predictions_picture(points, path, title=f"predicted by importance scores, and measured on {text}")
 
 
 def main() -> None:
@@ -138,7 +137,7 @@ def main() -> None:
         if any((done["row"], done["ratio"], done.get("settings")) == (name, ratio, settings) for done in rows):
             continue
         if name == "dense":
-            found = {"perplexity": judge(*load(args), texts, args.eval_windows)}
+            found = {"perplexity": evaluate(*load(args), texts, args.eval_windows)}
         else:
             found = measure(ROWS[name], ratio, texts, args)
         rows.append({"row": name, "ratio": ratio, "settings": settings, **found})
