@@ -20,13 +20,18 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], Any])
         write(beside)
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(beside, 0o666 & ~mask)  # what open() would have given; mkstemp is private
+        os.chmod(beside, 0o666 & ~umask())  # what open() would have given; mkstemp is private
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def umask() -> int:
+    """Return the process's mask of permissions, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:

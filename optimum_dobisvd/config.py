@@ -34,7 +34,6 @@ RENAMED = {
 """Options of earlier versions, and what says the same now."""
 
 # Inputs of a compression run: they may hold tensors, tokenizers or paths of one machine, and mean nothing to a reader.
-_ENTRY = ("structure", "rank", "encoding")
 _RUN_ONLY = ("tokenizer", "batch_size", "statistics", "plan", "device")
 
 
@@ -124,9 +123,9 @@ class DobiSVDConfig(QuantizationConfigMixin):
         self.overrides = dict(self.overrides or {})
         self.training = dict(self.training or {})
         self.modules_to_not_convert = list(self.modules_to_not_convert or [])
-        for name in ("nsamples", "seqlen", "batch_size", "rank_multiple", "min_rank"):
-            if name != "rank_multiple" or self.rank_multiple is not None:
-                _check_integer(name, getattr(self, name), at_least=1)
+        optional = () if self.rank_multiple is None else ("rank_multiple",)
+        for name in ("nsamples", "seqlen", "batch_size", *optional, "min_rank"):
+            _check_integer(name, getattr(self, name), at_least=1)
         _check_integer("seed", self.seed, at_least=0)
         if not 0 <= self.min_coverage <= 1:
             raise ValueError(f"min_coverage is a fraction between 0 and 1, got {self.min_coverage}")
@@ -307,12 +306,12 @@ def _checked_budget(budget: Any) -> int:
     if re.search(r"[kmgKMG]b\s*$", str(budget)):
         raise ValueError(f"budget {budget!r} ends in a small b, which means bits: write '2.8GB', '500MB', '1GiB'")
     try:
-        size = int(budget) if str(budget).isdecimal() else convert_file_size_to_int(budget)
+        size = int(budget) if str(budget).isdecimal() else int(convert_file_size_to_int(budget))
     except ValueError as error:
         raise ValueError(f"budget {budget!r} is no size: write bytes, or '2.8GB', '500MB', '1GiB'") from error
     if size <= 0:
         raise ValueError(f"budget must be above 0 bytes, got {budget!r}")
-    return int(size)
+    return size
 
 
 def _checked_ratio(ratio: Any) -> float:
@@ -341,7 +340,7 @@ def _check_modules(modules: dict[str, dict[str, Any]]) -> None:
     if not isinstance(modules, dict):
         raise ValueError(f"quantization_config.modules must map names to ranks, got {type(modules).__name__}")
     for name, entry in modules.items():
-        if not isinstance(entry, dict) or not {"structure", "encoding"} <= set(entry) <= {*_ENTRY}:
+        if not isinstance(entry, dict) or set(entry) - {"rank"} != {"structure", "encoding"}:
             raise ValueError(
                 f"quantization_config.modules: {name}: expected a structure, an encoding and perhaps a rank, got "
                 f"{entry!r}"

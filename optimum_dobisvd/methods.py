@@ -1,4 +1,4 @@
-"""The compression methods, one row each: what prices ranks, who allocates, who factorizes, what is stored how."""
+"""The compression methods, one row each: importance scores, allocation, factorization, structure, encoding."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from .structures.registry import STRUCTURES
 class Method:
     """One row of `METHODS`.
 
-    `metric` names the factorizer whose singular values price the ranks; it matters only to an allocation that reads
-    spectra. The statistics to collect follow from the columns (`statistics`).
+    `metric` matters only to an allocation that reads spectra. The statistics to collect follow from the columns.
 
     Raises:
         ValueError: a column names nothing registered.
@@ -30,13 +29,9 @@ class Method:
     encoding: str = "float"
 
     def __post_init__(self) -> None:
-        for registry, name in (
-            (FACTORIZATIONS, self.metric),
-            (FACTORIZATIONS, self.factorization),
-            (ALLOCATIONS, self.allocation),
-            (STRUCTURES, self.structure),
-        ):
-            registry.get(name)
+        # To look a name up is to check it.
+        _ = self.importance, self.factorizer, self.allocator
+        STRUCTURES.get(self.structure)
         encoding_named(self.encoding)
 
     @property
@@ -50,13 +45,13 @@ class Method:
         return FACTORIZATIONS.get(self.factorization)
 
     @property
-    def prices(self) -> Factorization:
-        """The row of the metric."""
+    def importance(self) -> Factorization:
+        """The row of the metric: the factorizer whose singular values, squared, are the importance scores."""
         return FACTORIZATIONS.get(self.metric)
 
     @property
     def _rows(self) -> list[Factorization]:
-        return [self.factorizer, *([self.prices] if self.allocator.needs_spectra else [])]
+        return [self.factorizer, *([self.importance] if self.allocator.needs_spectra else [])]
 
     @property
     def statistics(self) -> frozenset[str]:
@@ -85,8 +80,8 @@ class Method:
 
     @property
     def weighs_loss(self) -> bool:
-        """Whether ranks are priced in units of the loss, by an allocation that compares matrices."""
-        return self.allocator.weighs_loss and self.prices.in_units_of_loss
+        """Whether importance scores are in units of the loss, and the allocation compares them across matrices."""
+        return self.allocator.weighs_loss and self.importance.in_units_of_loss
 
 
 METHODS: Registry[Method] = Registry("method")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,12 +18,12 @@ from .learning.curve import TrainingCurve
 from .learning.learn import learn_ranks
 from .model.footprint import checkpoint_bytes, macs_per_token, resident_bytes
 from .pipeline.allocate import allocate, measure_losses, predicted_increase
-from .pipeline.collect import collect
+from .pipeline.collect import block_runner, collect
 from .pipeline.factorize import Replacement, factorize
 from .pipeline.job import Job, describe_dataset
-from .pipeline.quantize import Passes, quantize
+from .pipeline.quantize import quantize
 from .pipeline.stages import Stages
-from .pipeline.validate import check_basis, check_learnable, check_weights, prepare, refuse_offloaded
+from .pipeline.validate import LEARNING, check_basis, check_weights, prepare, refuse_offloaded
 from .report.report import CompressionReport, module_report
 from .report.write import write_beside
 from .statistics.fingerprint import fingerprint
@@ -76,14 +76,12 @@ class DobiSVDQuantizer:
         windows: CalibrationWindows | None = None,
         undo_on_error: bool = True,
     ) -> Any:
-        """Calibrate, allocate, factorize, and replace the model's linears by compressed ones.
+        """Calibrate, allocate, factorize, and replace the model's linears by compressed ones; returns the same model.
 
         An error half-way puts the dense linears back, for which they are kept until the end; with
         `undo_on_error=False` each is freed as soon as it is replaced, and an error leaves a model fit for nothing.
-        `windows` are calibration windows that were drawn before.
-
-        Returns the same model. `plan` and `report` of this object are set, and `dobisvd_plan` and `dobisvd_report` of
-        the model, which its `save_pretrained` writes beside the checkpoint.
+        `windows` are calibration windows that were drawn before. `plan` and `report` of this object are set, and
+        `dobisvd_plan` and `dobisvd_report` of the model, which its `save_pretrained` writes beside the checkpoint.
 
         Raises:
             ValueError: a model, dataset, plan or setting that cannot work; said before any long computation.
@@ -97,11 +95,11 @@ class DobiSVDQuantizer:
             if job.config.encoding.settings is not None:
                 refuse_offloaded(job.layout.linears)
             if job.held_out is not None:
-                check_learnable(job.layout)
+                refuse_offloaded(job.layout.linears, LEARNING)
             return self._compress(model, job, undo_on_error)
 
     def _compress(self, model: Any, job: Job, undo_on_error: bool) -> Any:
-        stages, layout, before = Stages(), job.layout, _Footprint.of(model)
+        stages, config, layout, before = Stages(), job.config, job.layout, _footprint(model, "dense")
         store, basis = None, None
         with stages.stage("statistics"):
             if job.windows is not None:
@@ -117,19 +115,14 @@ class DobiSVDQuantizer:
             with stages.stage("rank training"):
                 plan = self._learn(model, job, plan, store, basis)
         targets, coverage = layout.targets, layout.coverage
-        with stages.stage("factorization"):
-            planned = {name: module for name, module in plan.modules.items() if not module.leaves_as_is}
-            settings = job.config.encoding.settings
-            with Replacement(model, layout, planned, settings, job.device, undo_on_error) as replacement:
-                factorize(model, job, plan, store, replacement)
-                config = job.config
-                passes = Passes(layout.blocks, job.quantization_windows, config.batch_size, config.device)
-                quantize(model, config.encoding, passes)
-        after = _Footprint.of(model)
+        with stages.stage("factorization"), Replacement(model, job, plan, undo_on_error) as replacement:
+            factorize(model, job, plan, store, replacement)
+            windows = job.quantization_windows
+            quantize(model, config.encoding, block_runner(model, job, windows) if windows is not None else None)
         report = CompressionReport(
             model=os.path.basename(str(getattr(model, "name_or_path", "") or type(model).__name__).rstrip("/")),
-            method=job.config.method,
-            ratio=job.config.ratio,
+            method=config.method,
+            ratio=config.ratio,
             dataset=job.windows.description if job.windows is not None else None,
             modules=[
                 module_report(target, plan.modules[target.name], replacement.errors.get(target.name, 0.0))
@@ -137,12 +130,8 @@ class DobiSVDQuantizer:
             ],
             coverage=coverage,
             left_dense=layout.describe_left_dense(),
-            dense_macs=before.macs,
-            compressed_macs=after.macs,
-            dense_model_bytes=before.on_disk,
-            compressed_model_bytes=after.on_disk,
-            dense_memory_bytes=before.in_memory,
-            compressed_memory_bytes=after.in_memory,
+            **before,
+            **_footprint(model, "compressed"),
             seconds=stages.seconds,
             peak_bytes=stages.peak_bytes,
             predicted_increase=predicted_increase(plan, store, job.method.factorization, losses),
@@ -177,17 +166,10 @@ class DobiSVDQuantizer:
             write_beside(save_dir, model.dobisvd_plan, report, model.dobisvd_training)
 
 
-@dataclass(frozen=True)
-class _Footprint:
-    """What a model computes per token, and its bytes on disk and in memory."""
-
-    macs: int
-    on_disk: int
-    in_memory: int
-
-    @classmethod
-    def of(cls, model: Any) -> _Footprint:
-        return cls(macs_per_token(model), checkpoint_bytes(model), resident_bytes(model))
+def _footprint(model: Any, state: str) -> dict[str, Any]:
+    """What a model computes per token, and its bytes on disk and in memory, as fields of the report."""
+    figures = {"macs": macs_per_token, "model_bytes": checkpoint_bytes, "memory_bytes": resident_bytes}
+    return {f"{state}_{name}": measure(model) for name, measure in figures.items()}
 
 
 def _warn_of_unused_quantization(plan: Plan, job: Job) -> None:

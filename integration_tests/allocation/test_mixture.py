@@ -98,18 +98,23 @@ def test_no_byte_is_spent_on_a_size_that_loses_more(seed: int, ratio: float) -> 
         assert found[taken] == min(found[: taken + 1])
 
 
-def test_what_was_not_measured_is_a_share_of_the_energy() -> None:
-    """Factors lose twice the share of a linear, of the directions they keep; a matrix that is only rounded of all."""
+@pytest.mark.parametrize(
+    ("encoding", "of_factors", "of_the_matrix"),
+    [("float", 0, None), ("remap", 0, None), ("int8", 0, 8e-5), ("nf4", 2 * 0.008, 0.008), ("llm_int8", 2e-4, 8e-5)],
+)
+def test_what_was_not_measured_is_a_share_of_the_energy(
+    encoding: str, of_factors: float, of_the_matrix: float | None
+) -> None:
+    """Of factors twice that of a linear, of the directions they keep; in 8 bits of ours it is left out of account."""
     targets, spectra, _ = model(4, count=1)
-    (options,) = open_budget(targets, request(0.5, "int8")).options.values()
+    (options,) = open_budget(targets, request(0.5, encoding)).options.values()
     energy = spectra[options.target.name].square()
     found = option_losses(options, energy)
-    for option, loss in enumerate(found):
-        rank = options.module_at(option).rank
-        if rank is not None:
-            assert loss == pytest.approx(float(energy[rank:].sum() + 2 * 8e-5 * energy[:rank].sum()))
-    assert options.module_at(len(options) - 2) == PlannedModule("dense", "int8")
-    assert found[-2:] == [pytest.approx(8e-5 * float(energy.sum())), 0]
+    for option, rank in enumerate(options.ranks):
+        assert found[option] == pytest.approx(float(energy[rank:].sum() + of_factors * energy[:rank].sum()))
+    if of_the_matrix is not None:
+        assert found[len(options.ranks)] == pytest.approx(of_the_matrix * float(energy.sum()))
+    assert found[-1] == 0
 
 
 def _without_directions(module: PlannedModule) -> PlannedModule:

@@ -76,6 +76,14 @@ def test_they_are_near_what_they_were_and_load_bit_for_bit_in_a_new_process(dens
     assert_reloaded_alike(tmp_path, expected)
 
 
+def test_a_model_that_is_not_compressed_is_refused(dense: Path) -> None:
+    never = AutoModelForCausalLM.from_pretrained(dense / "llama")
+    for model in (never, compressed(dense / "llama").dequantize()):
+        for quantization in (None, "int8"):
+            with pytest.raises(ValueError, match=r"the model is not compressed: pass what from_pretrained loads"):
+                convert(model, quantization)
+
+
 def test_int8_takes_dense_matrices_and_remap_leaves_them(dense: Path) -> None:
     """But for those that were to stay dense."""
     for encoding, taken in (("int8", True), ("remap", False)):

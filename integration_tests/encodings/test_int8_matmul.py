@@ -23,6 +23,7 @@ from optimum_dobisvd.structures.format import format_named
 torch.manual_seed(0)
 torch.set_num_threads(1)
 worst, products = 0.0, 0
+noise = torch.randint(-127, 128, (64 + 612 * 612,), dtype=torch.int8)
 
 def made(encoding, outputs, inputs, rank):
     dense = nn.Linear(inputs, outputs, bias=False, device="meta", dtype=torch.bfloat16)
@@ -36,8 +37,7 @@ def check(module, batches):
             tensor.data = torch.rand(tensor.shape).add(0.1).to(tensor)
         else:  # a file's tensors may lie at any address
             begin = module.rank % 64
-            values = torch.randint(-127, 128, (begin + tensor.numel(),), dtype=torch.int8)
-            tensor.data = values[begin:].view(tensor.shape)
+            tensor.data = noise[begin : begin + tensor.numel()].view(tensor.shape)
     xs = torch.randn(64, module.in_features).bfloat16()
     exact = xs.double()
     for matrix in module.matrices().values():

@@ -171,7 +171,7 @@ def test_directions_of_kfac_are_not_taken_for_those_of_another_factorizer() -> N
 def test_factors_that_are_not_kfacs_are_learned_with_adam(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         plan = learned(tiny("llama"), method="svd_llm").plan
-    assert "compares prices of the metric 'svd_llm' across matrices" in caplog.text
+    assert "compares importance scores of the metric 'svd_llm' across matrices" in caplog.text
     assert plan is not None
     assert all(module.directions is None for module in plan.modules.values())
 
@@ -207,7 +207,7 @@ def test_too_little_text_says_what_is_held_out(tiny_tokenizer: Any) -> None:
 def test_offloaded_weights_are_refused() -> None:
     model = tiny("llama")
     cpu_offload(model, execution_device="cpu")
-    with pytest.raises(ValueError, match=r"q_proj: its weight is offloaded.*allocation='global'"):
+    with pytest.raises(ValueError, match=r"q_proj is offloaded, and learning ranks .*allocation='global'"):
         learned(model)
 
 

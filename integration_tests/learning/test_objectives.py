@@ -14,8 +14,7 @@ from optimum_dobisvd.factorization.decompositions import decompositions
 from optimum_dobisvd.factorization.registry import FACTORIZATIONS
 from optimum_dobisvd.learning import activation
 from optimum_dobisvd.learning.activation import ActivationTruncation
-from optimum_dobisvd.learning.fixed_basis import FixedBasis
-from optimum_dobisvd.learning.gates import gates, reach, slopes
+from optimum_dobisvd.learning.fixed_basis import FixedBasis, gates, reach, slopes
 from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.model.linears import weight_matrix
 

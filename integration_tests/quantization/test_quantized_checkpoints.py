@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import optimum_dobisvd.quantizer as quantizer_module
 from integration_tests.checkpoint.reloading import assert_reloaded_alike, logits
 from integration_tests.fresh_processes import run_python
 from integration_tests.quantization.quantized_models import (
@@ -31,7 +32,6 @@ from optimum_dobisvd.encodings.registry import encoding_named
 from optimum_dobisvd.model.footprint import checkpoint_bytes, resident_bytes
 from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.pipeline.allocate import allocate
-from optimum_dobisvd.pipeline.quantize import Passes
 from optimum_dobisvd.structures.base import CompressedLinear
 
 
@@ -261,7 +261,7 @@ def test_an_adapter_names_the_quantized_checkpoint_and_not_the_one_before(tmp_pa
 
 @needs_gptq
 def test_windows_that_ranks_are_judged_on_are_not_rounded_on(monkeypatch):
-    runner_of = Passes.runner
+    runner_of = quantizer_module.block_runner
     config = DobiSVDConfig(
         ratio=0.16,
         allocation="dobi_fixed_basis",
@@ -274,7 +274,7 @@ def test_windows_that_ranks_are_judged_on_are_not_rounded_on(monkeypatch):
     assert len(job.quantization_windows.input_ids) == 6
     assert len(job.held_out.input_ids) == 2
     seen = []
-    monkeypatch.setattr(Passes, "runner", lambda self, model: seen.append(self.windows) or runner_of(self, model))
+    monkeypatch.setattr(quantizer_module, "block_runner", lambda *given: seen.append(given[2]) or runner_of(*given))
     quantizer.run(model, job)
     assert seen == [job.quantization_windows]
 

@@ -100,7 +100,7 @@ def test_a_complete_store_needs_no_pass(tmp_path: Path, monkeypatch: pytest.Monk
     def watched(*_: Any, **__: Any) -> None:
         raise AssertionError("a linear was watched again")
 
-    monkeypatch.setattr("optimum_dobisvd.statistics.collect._OpenBlock.__init__", watched)
+    monkeypatch.setattr("optimum_dobisvd.statistics.collect.InputCollector.enter", watched)
     collect(tiny("llama"), tokens(2, 16), folder=tmp_path)
 
 

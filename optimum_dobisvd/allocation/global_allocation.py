@@ -36,17 +36,9 @@ def allocate_globally(
     (bytes, loss) points, steepest edge of the whole model first: that is the minimum of `loss + lambda * bytes` for
     every lambda that is passed. What the last edges leave over is spent on single steps.
 
-    Args:
-        budget: what `open_budget` returned.
-        spectra: for every matrix to allocate, its min(m, n) singular values, descending, in a metric in which matrices
-            can be compared (`kfac`; in that of the outputs' raw error they cannot).
-        losses: what rounding costs, where it was measured; a fixed share of the energy elsewhere.
-
-    Returns:
-        A planned module for every target, in order.
-
-    Raises:
-        ValueError: a spectrum is missing, not of min(m, n) values, not finite, negative or not descending.
+    `spectra` must be in a metric in which matrices can be compared (`kfac`; in that of the outputs' raw error they
+    cannot). What rounding costs is a fixed share of the energy where `losses` does not say. Raises ValueError as
+    `check_spectrum` does.
     """
     spectra = spectra or {}
     for options in budget.options.values():
@@ -62,10 +54,7 @@ def allocate_mixture(
 ) -> dict[str, PlannedModule]:
     """Choose format and rank of every matrix: `allocate_globally` over the sizes that it can take in any format.
 
-    Args:
-        budget: what `open_budget` returned for alternative formats.
-        scores: for every matrix, the importance of each of its directions, not rising.
-        losses: what rounding costs.
+    `scores` are the importance of each direction of every matrix, not rising; `losses` what rounding costs.
     """
     fronts, lost = {}, {}
     for name in budget.options:
@@ -93,9 +82,6 @@ def allocate_by_importance(
         scores: for every matrix to allocate, what keeping each of its min(m, n) directions takes off the loss; they
             need not fall from one to the next. Below zero counts as zero.
         losses: what rounding costs, where it was measured.
-
-    Returns:
-        A planned module for every target, in order.
     """
     orders = {name: values.argsort(descending=True, stable=True) for name, values in scores.items()}
     fronts, lost = {}, {}

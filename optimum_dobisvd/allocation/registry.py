@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 class AllocationFunction(Protocol):
-    """A budget and, where the allocator reads them, spectra and losses in; a planned module for every target out."""
+    """A budget in, a planned module for every target out, in order.
+
+    `spectra`: for every matrix to allocate its min(m, n) singular values, descending; an overridden one needs none.
+    `losses`: what rounding costs, where it was measured. Allocators may ignore either.
+    """
 
     def __call__(
         self,

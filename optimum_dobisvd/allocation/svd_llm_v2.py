@@ -22,18 +22,8 @@ def svd_llm_v2(
 ) -> dict[str, PlannedModule]:
     """Share the bytes to remove among the matrices of one kind by how little each would lose (Alg. 1, SVD-LLM V2).
 
-    Args:
-        budget: what `open_budget` returned.
-        spectra: for every matrix to allocate, its min(m, n) singular values in the whitened metric, descending: those
-            of `W H^½` with `H = Σ x xᵀ`, the raw *sum* over the calibration tokens (see `target_bytes`). An overridden
-            matrix needs none.
-        losses: accepted, as by every allocator, and not used.
-
-    Returns:
-        A planned module for every target, in order.
-
-    Raises:
-        ValueError: a spectrum is missing, not of min(m, n) values, not finite, negative or not descending.
+    `spectra` are in the whitened metric: those of `W H^½` with `H = Σ x xᵀ`, the raw *sum* over the calibration tokens
+    (see `target_bytes`). Raises ValueError as `check_spectrum` does.
     """
     return spend(budget, target_bytes(budget, spectra or {}))
 
@@ -54,15 +44,8 @@ def target_bytes(budget: Budget, spectra: Mapping[str, Tensor]) -> dict[str, int
     smaller and the ratios would spread further. L is taken as e at least, where g reaches 1: below it ln would leave
     its useful range, and at 1 it is zero.
 
-    Args:
-        budget: what `open_budget` returned.
-        spectra: as in `svd_llm_v2`.
-
-    Returns:
-        Bytes for every name in `budget.options`; they sum to `budget.free_bytes` exactly, unless all fit dense.
-
-    Raises:
-        ValueError: as in `svd_llm_v2`.
+    Returns bytes for every name in `budget.options`; they sum to `budget.free_bytes` exactly, unless all fit dense.
+    Raises ValueError as `check_spectrum` does.
     """
     for each in budget.options.values():
         check_spectrum(each.target, spectra, "svd_llm_v2")

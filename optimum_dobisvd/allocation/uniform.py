@@ -16,13 +16,5 @@ if TYPE_CHECKING:
 def uniform(
     budget: Budget, spectra: Mapping[str, Tensor] | None = None, losses: QuantizationLosses | None = None
 ) -> dict[str, PlannedModule]:
-    """Keep the same fraction of the bytes of every matrix that has no override, up to the rounding of ranks.
-
-    Args:
-        budget: what `open_budget` returned.
-        spectra, losses: accepted, as by every allocator, and not used.
-
-    Returns:
-        A planned module for every target, in order.
-    """
+    """Keep the same fraction of the bytes of every matrix that has no override, up to the rounding of ranks."""
     return spend(budget, {name: each.target.dense_bytes for name, each in budget.options.items()})

@@ -25,18 +25,15 @@ from .visitor import BlockVisitor
 class BackwardRunner(BlockRunner):
     """A runner of backward passes through the blocks of a causal language model.
 
-    The arguments are those of `BlockRunner`. Visitors observe each block while it runs forward with gradients enabled,
-    and the backward pass by hooks on the outputs of its linears.
+    Visitors observe each block while it runs forward with gradients enabled, and the backward pass by hooks on the
+    outputs of its linears.
     """
 
     def run_backward(self, visitor: BlockVisitor, loss: NextTokenLoss, description: str = "gradients") -> None:
         """Run all windows forward, and backward from the last block to the first one that the visitor wants.
 
-        `loss` becomes that of all windows; `description` is shown beside the progress bar.
-
-        Raises:
-            ValueError: the model gives no next-token logits; no token has a label; the loss or a gradient is not
-                finite (the message says where).
+        `loss` becomes that of all windows; `description` is shown beside the progress bar. ValueError if the model
+        gives no next-token logits, no token has a label, or the loss or a gradient is not finite (it says where).
         """
         if not any(visitor.wants(name) for name in self._blocks):
             return
@@ -72,10 +69,7 @@ class BackwardRunner(BlockRunner):
 
     @torch.no_grad()
     def _walk_forward(self, first: int, progress: tqdm) -> dict[str, list[Tensor]]:
-        """Return the inputs of every block from the `first` on, by name and batch, on the CPU.
-
-        `_hidden` is left at the outputs of the last block.
-        """
+        """Return the inputs of every block from the `first` on (on the CPU); `_hidden` is left at the last outputs."""
         self._record(self._batches)
         boundaries: dict[str, list[Tensor]] = {}
         for position, (name, block) in enumerate(self._blocks.items()):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .text import HUB_TEXTS, read_text, require_text
 
@@ -46,8 +47,7 @@ class CalibrationWindows:
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `(input_ids, attention_mask)` of `batch_size` windows in order; the last batch may be smaller.
 
-        Raises:
-            ValueError: `batch_size` is not a positive integer.
+        ValueError if `batch_size` is not a positive integer.
         """
         _require_positive("batch_size", batch_size)
         for start in range(0, len(self.input_ids), batch_size):
@@ -55,8 +55,7 @@ class CalibrationWindows:
 
     def first(self, count: int) -> CalibrationWindows:
         """Return the first `count` windows; all of them if there are no more."""
-        ids = self.input_ids[:count]
-        return CalibrationWindows(ids, self.attention_mask[:count], {**self.description, "nsamples": len(ids)})
+        return self._cut(slice(count))
 
     def split(self, held_out: int) -> tuple[CalibrationWindows, CalibrationWindows]:
         """Return all but the last `held_out` windows, and these. ValueError if nothing is left before them."""
@@ -66,14 +65,18 @@ class CalibrationWindows:
                 f"there are {len(self.input_ids)} windows of calibration text, and {held_out} of them are held out to "
                 "evaluate learned ranks: give more, or lower held_out in training"
             )
-        rest = CalibrationWindows(
-            self.input_ids[count:], self.attention_mask[count:], {**self.description, "nsamples": held_out}
-        )
-        return self.first(count), rest
+        return self.first(count), self._cut(slice(count, None))
+
+    def _cut(self, part: slice) -> CalibrationWindows:
+        ids = self.input_ids[part]
+        return CalibrationWindows(ids, self.attention_mask[part], {**self.description, "nsamples": len(ids)})
 
     def sha256(self) -> str:
         """Return a hexadecimal digest of the shape, the ids and the mask."""
-        return _windows_sha256(self.input_ids, self.attention_mask)
+        digest = hashlib.sha256(repr(tuple(self.input_ids.shape)).encode())
+        for tensor in (self.input_ids, self.attention_mask):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def load_windows(
@@ -91,9 +94,7 @@ def load_windows(
               the first `nsamples` rows, or all if there are fewer; `seqlen` and `seed` have no effect, and shorter
               rows are padded on the right to the longest.
         tokenizer: a tokenizer, the name or path of one, or None if `dataset` is tokens.
-        nsamples: how many windows to take.
-        seqlen: tokens in a window.
-        seed: of the draw.
+        nsamples, seqlen, seed: how many windows to take, tokens in each, and the seed of the draw.
         held_out: how many more windows to take; `split` separates them from the others.
 
     Raises:
@@ -142,10 +143,7 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
 
     For a fast tokenizer the digest is over its serialized pipeline (vocabulary, merges, normalizer, special tokens);
     its padding and truncation are left out, because ordinary calls change them. For a Python tokenizer it is over the
-    vocabulary and the ids of a short probe text.
-
-    Raises:
-        TypeError: it is no tokenizer.
+    vocabulary and the ids of a short probe text. TypeError if it is no tokenizer.
     """
     if not callable(tokenizer) or not hasattr(tokenizer, "get_vocab"):
         raise TypeError(f"expected a transformers tokenizer, its name or its path, got {type(tokenizer).__name__}")
@@ -154,21 +152,15 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
         pipeline = json.loads(backend.to_str())
         content = {key: value for key, value in pipeline.items() if key not in ("padding", "truncation")}
     else:
-        content = {
-            "vocab": tokenizer.get_vocab(),
-            "probe": tokenizer(_IDENTITY_PROBE, verbose=False)["input_ids"],
-        }
+        probed = tokenizer(_IDENTITY_PROBE, verbose=False)["input_ids"]
+        content = {"vocab": tokenizer.get_vocab(), "probe": probed}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return {"class": type(tokenizer).__name__, "vocab_size": len(tokenizer), "sha256": digest}
 
 
 def _draw(text: str, name: str, tokenizer: Any, counts: tuple[int, int], seqlen: int, seed: int) -> tuple[Tensor, int]:
-    """Draw windows at random; returns `input_ids` (`N x seqlen`) and how many windows there were to draw from.
-
-    `counts` are the windows to calibrate on and to hold out. ValueError if the text has fewer.
-    """
-    nsamples, held_out = counts
-    wanted = nsamples + held_out
+    """Draw windows to calibrate on and to hold out (`counts`); returns `input_ids`, and how many there were."""
+    (nsamples, held_out), wanted = counts, sum(counts)
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     available = len(ids) // seqlen
     if available < wanted:
@@ -189,26 +181,22 @@ def _windows_from_tokens(dataset: Any, tokenizer: Any, nsamples: int) -> Calibra
     by_name = isinstance(tokenizer, (str, os.PathLike))  # not worth loading: nothing is tokenized
     rows = _token_rows(dataset)
     taken = rows[:nsamples]
-    seqlen = max(len(ids) for ids, _ in taken)
-    input_ids = torch.zeros(len(taken), seqlen, dtype=torch.int64)
-    attention_mask = torch.zeros(len(taken), seqlen, dtype=torch.bool)
     for index, (ids, mask) in enumerate(taken):
         if not mask.any():
             raise ValueError(f"row {index} of the calibration tokens is padding only: drop it, or mend its mask")
         if ids.min() < 0:
             raise ValueError(f"row {index} of the calibration tokens holds a negative id ({int(ids.min())})")
-        input_ids[index, : len(ids)] = ids
-        attention_mask[index, : len(ids)] = mask
+    input_ids, attention_mask = (pad_sequence(list(each), batch_first=True) for each in zip(*taken, strict=True))
     return CalibrationWindows(
         input_ids=input_ids,
         attention_mask=attention_mask,
         description={
             "kind": "tokens",
             "dataset": "tokens",
-            "sha256": _windows_sha256(input_ids, attention_mask),
+            "sha256": CalibrationWindows(input_ids, attention_mask, {}).sha256(),
             "nsamples": len(taken),
             "windows_available": len(rows),
-            "seqlen": seqlen,
+            "seqlen": input_ids.shape[1],
             "seed": None,
             "tokenizer": None if tokenizer is None or by_name else tokenizer_identity(tokenizer),
         },
@@ -269,13 +257,6 @@ def _text_tokenizer(tokenizer: Any) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"could not load the tokenizer {name!r}: pass a tokenizer, or its folder. {error}") from error
-
-
-def _windows_sha256(input_ids: Tensor, attention_mask: Tensor) -> str:
-    digest = hashlib.sha256(repr(tuple(input_ids.shape)).encode())
-    digest.update(input_ids.contiguous().numpy().tobytes())
-    digest.update(attention_mask.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _require_positive(name: str, value: Any) -> None:

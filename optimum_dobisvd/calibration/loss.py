@@ -59,14 +59,9 @@ class NotFiniteError(ValueError):
 class NextTokenLoss:
     """The cross-entropy of the next token, summed over all calls.
 
-    Args:
-        fisher: what the labels are. `empirical`: the text itself. `sampled`: drawn from the model's own distribution,
-            which makes the gradients' second moment the Fisher information.
-        seed: of the draw.
-
-    Attributes:
-        total: the sum, in nats.
-        tokens: how many labels it is over.
+    `total` is the sum in nats, `tokens` how many labels it is over. With `fisher="empirical"` these are the text
+    itself; with `"sampled"` they are drawn from the model's own distribution (by `seed`), which makes the gradients'
+    second moment the Fisher information.
     """
 
     def __init__(self, fisher: Fisher = "empirical", seed: int = 0) -> None:
@@ -77,13 +72,8 @@ class NextTokenLoss:
     def __call__(self, logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Return the summed loss of one batch, a scalar with gradients, and add it to `total`.
 
-        Args:
-            logits: `batch x seqlen x vocabulary`.
-            ids: tokens, `batch x seqlen`; may be on another device.
-            mask: which tokens are no padding, `batch x seqlen`, bool.
-
-        Raises:
-            NotFiniteError: the loss is NaN or infinite.
+        `logits` is `batch x seqlen x vocabulary`; `ids` and `mask` (bool, False for padding) are `batch x seqlen`, and
+        may be on another device. NotFiniteError if the loss is NaN or infinite.
         """
         wanted = labeled(mask)
         rows = logits[:, :-1][wanted.to(logits.device)]

@@ -48,12 +48,8 @@ class BlockRunner:
         model: a transformers model; with Accelerate hooks its own placement is used, otherwise one block at a time is
             moved to `device`.
         blocks: its blocks in order, by full name.
-        windows: `N x seqlen` tokens.
-        batch_size: windows per forward pass.
+        windows: `N x seqlen` tokens, of which `batch_size` at a time are run; ValueError unless that is positive.
         device: compute device; None means where the weights are.
-
-    Raises:
-        ValueError: `batch_size` is not a positive integer.
     """
 
     def __init__(
@@ -77,21 +73,30 @@ class BlockRunner:
     def run(self, visitor: BlockVisitor, description: str = "calibrating") -> None:
         """Run all windows once through all blocks, with `description` beside the progress bar.
 
-        Raises:
-            ValueError: the output of a block is not finite on some token; names the block.
+        ValueError names the block whose output is not finite on some token.
         """
         with self._running(visitor):
-            if self._blocks_stand_alone():
-                self._walk(visitor, description)
+            if not self._blocks_stand_alone():
+                logger.warning(
+                    "%s passes state between its blocks: calibrating with full forward passes, all blocks at once",
+                    type(self._model).__name__,
+                )
+                with self._visiting_all(visitor):
+                    for ids, mask in tqdm(self._batches, desc=description, unit="batch"):
+                        visitor.start_batch(mask)
+                        self._full_forward(ids, mask)
                 return
-            logger.warning(
-                "%s passes state between its blocks: calibrating with full forward passes, all blocks at once",
-                type(self._model).__name__,
-            )
-            with self._visiting_all(visitor):
-                for ids, mask in tqdm(self._batches, desc=description, unit="batch"):
-                    visitor.start_batch(mask)
-                    self._full_forward(ids, mask)
+            self._record(self._batches)
+            for hidden, (_, mask) in zip(self._hidden, self._batches, strict=True):
+                check_finite(_INPUT.format(next(iter(self._blocks))), hidden, mask)
+            for name, block in tqdm(self._blocks.items(), desc=description, unit="block"):
+                watcher = visitor if visitor.wants(name) else None
+                with on_device(block, self._device):
+                    if watcher is not None:
+                        watcher.enter(name, block)
+                    self._advance(name, block, watcher)
+                if watcher is not None:
+                    watcher.leave(name, block)
 
     @torch.no_grad()
     def run_sequentially(
@@ -99,13 +104,9 @@ class BlockRunner:
     ) -> None:
         """Change the blocks one after the other, each on the outputs of the changed ones before it.
 
-        Args:
-            change: called with a block's name, the block on the compute device, and a function that runs all windows
-                through the block as it is by then, observed by a visitor; `change` may call it several times.
-            description: words beside the progress bar.
-
-        Raises:
-            ValueError: the output of a block is not finite on some token; names the block.
+        `change` is called with a block's name, the block on the compute device, and a function that runs all windows
+        through the block as it is by then, observed by a visitor; it may call that several times. ValueError names the
+        block whose output is not finite on some token.
         """
         with self._running():
             alone = self._blocks_stand_alone()
@@ -163,19 +164,6 @@ class BlockRunner:
             self._hidden[index] = self._through(name, block, index, self._hidden[index])
             check_finite(f"{name}: its output", self._hidden[index], mask)
 
-    def _walk(self, visitor: BlockVisitor, description: str) -> None:
-        self._record(self._batches)
-        for hidden, (_, mask) in zip(self._hidden, self._batches, strict=True):
-            check_finite(_INPUT.format(next(iter(self._blocks))), hidden, mask)
-        for name, block in tqdm(self._blocks.items(), desc=description, unit="block"):
-            watcher = visitor if visitor.wants(name) else None
-            with on_device(block, self._device):
-                if watcher is not None:
-                    watcher.enter(name, block)
-                self._advance(name, block, watcher)
-            if watcher is not None:
-                watcher.leave(name, block)
-
     def _through(self, name: str, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """Run one batch's hidden states (`batch x seqlen x width`) through one block; dtype and device stay the same.
 
@@ -212,10 +200,8 @@ class BlockRunner:
                 hidden = args[0] if args else kwargs["hidden_states"]
                 if not current:
                     self._hidden.append(hidden)
-                rest = dict(kwargs)
-                if not args:
-                    rest["hidden_states"] = None  # its place is known by name, its value changes from block to block
-                current[name] = (args[1:], rest)
+                # Where it has its place by name, its value changes from block to block.
+                current[name] = (args[1:], kwargs if args else {**kwargs, "hidden_states": None})
                 if name == last:
                     raise _Recorded
                 return (hidden,) if name in self._returns_tuple else hidden
@@ -238,7 +224,7 @@ class BlockRunner:
         """
         windows = [(ids[:1], mask[:1]) for ids, mask in self._batches]
         other = next((window for window in windows[1:] if not torch.equal(window[0], windows[0][0])), None)
-        windows = [windows[0]] if other is None else [windows[0], other]
+        windows = windows[:1] if other is None else [windows[0], other]
         passes = [self._full_forward(*window) for window in windows]
         if any(called != list(self._blocks) or last is None for called, last in passes):
             return False

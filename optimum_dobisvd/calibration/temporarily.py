@@ -51,9 +51,7 @@ def computes_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
 def in_float32(module: nn.Module, without: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Widen a module's bfloat16 parameters and buffers to float32; afterwards the original tensors are put back.
 
-    Args:
-        module: on a device that has memory for both.
-        without: modules in it that are left as they are.
+    Its device must have memory for both. Modules in it that are in `without` are left as they are.
     """
     left = {id(tensor) for each in without for tensor in (*each.parameters(), *each.buffers())}
     tensors = (*module.parameters(), *module.buffers())
@@ -114,7 +112,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Turn off the key-value cache: nothing is generated, and it would keep every batch's keys in memory."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "use_cache"):
         yield
         return

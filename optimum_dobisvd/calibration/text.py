@@ -12,37 +12,28 @@ from pathlib import Path
 from typing import Any
 
 FILE_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+_SPLITS = {split: split for split in ("train", "validation", "test")}
 
 
 @dataclass(frozen=True)
 class _HubText:
-    """A text of the hub.
-
-    Attributes:
-        load: arguments of `datasets.load_dataset`.
-        column: the column that holds the text.
-        splits: our names of the splits, and what the dataset calls them.
-    """
+    """A text of the hub: arguments of `datasets.load_dataset`, the text's column, and its splits by our names."""
 
     load: dict[str, Any]
     column: str
-    splits: dict[str, str] = field(default_factory=lambda: {s: s for s in ("train", "validation", "test")})
+    splits: dict[str, str] = field(default_factory=lambda: _SPLITS)
 
 
 HUB_TEXTS = {
     "wikitext2": _HubText({"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}, "text"),
     # C4 has no test split; papers report its validation split.
-    "c4": _HubText(
-        {"path": "allenai/c4", "name": "en", "streaming": True},
-        "text",
-        {"train": "train", "validation": "validation", "test": "validation"},
-    ),
+    "c4": _HubText({"path": "allenai/c4", "name": "en", "streaming": True}, "text", _SPLITS | {"test": "validation"}),
     # The repository itself is a loading script, which `datasets` no longer runs: read the hub's own conversion.
     "ptb": _HubText(
         {
             "path": "ptb-text-only/ptb_text_only",
             "revision": "refs/convert/parquet",
-            "data_files": {s: f"penn_treebank/{s}/*.parquet" for s in ("train", "validation", "test")},
+            "data_files": {split: f"penn_treebank/{split}/*.parquet" for split in _SPLITS},
         },
         "sentence",
     ),

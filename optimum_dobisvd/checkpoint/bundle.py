@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 MODELING_FILE = "modeling_dobisvd.py"
@@ -32,9 +32,8 @@ def modeling_source() -> str:
     _check_names(modules)
     parts = [_HEAD]
     for path in modules:
-        source = (_ROOT / path).read_text(encoding="utf-8")
-        lines = source.splitlines()
-        for statement in reversed(ast.parse(source).body):
+        lines = (_ROOT / path).read_text(encoding="utf-8").splitlines()
+        for statement in reversed(_statements(path)):
             if isinstance(statement, ast.ImportFrom) and (statement.level or statement.module == "__future__"):
                 del lines[statement.lineno - 1 : statement.end_lineno]
         parts.append("\n".join(lines) + "\n")
@@ -44,45 +43,38 @@ def modeling_source() -> str:
 def bundled_modules() -> list[Path]:
     """Return the files of the package that the entry imports, each after those that it imports itself."""
     found: dict[Path, None] = {}
-    _visit(_ENTRY, found)
+
+    def visit(path: Path) -> None:
+        for statement in _statements(path):
+            if isinstance(statement, ast.ImportFrom) and statement.level:
+                folder = path.parents[statement.level - 1]
+                imported = folder.joinpath(*(statement.module or "").split(".")).with_suffix(".py")
+                if imported not in found:
+                    visit(imported)
+        found[path] = None
+
+    visit(_ENTRY)
     return list(found)
-
-
-def _visit(path: Path, found: dict[Path, None]) -> None:
-    for imported in _imports(path):
-        if imported not in found:
-            _visit(imported, found)
-    found[path] = None
-
-
-def _imports(path: Path) -> list[Path]:
-    """The modules that one imports by its own statements, relative to the package's root."""
-    paths = []
-    for statement in ast.parse((_ROOT / path).read_text(encoding="utf-8")).body:
-        if isinstance(statement, ast.ImportFrom) and statement.level:
-            folder = path.parents[statement.level - 1]
-            paths.append(folder.joinpath(*(statement.module or "").split(".")).with_suffix(".py"))
-    return paths
 
 
 def _check_names(modules: list[Path]) -> None:
     owners: dict[str, Path] = {}
     for path in modules:
-        for name, count in _defined(path).items():
-            if name in owners or count > 1:
-                raise ValueError(
-                    f"{path} and {owners.get(name, path)} both define {name}, and they are bundled in one file"
-                )
+        for name in _defined(path):
+            if name in owners:
+                raise ValueError(f"{path} and {owners[name]} both define {name}, and they are bundled in one file")
             owners[name] = path
 
 
-def _defined(path: Path) -> Counter[str]:
+def _defined(path: Path) -> Iterator[str]:
     """The names that a module defines, imports left out."""
-    names: Counter[str] = Counter()
-    for statement in ast.parse((_ROOT / path).read_text(encoding="utf-8")).body:
+    for statement in _statements(path):
         if isinstance(statement, ast.FunctionDef | ast.ClassDef):
-            names[statement.name] += 1
+            yield statement.name
         elif isinstance(statement, ast.Assign | ast.AnnAssign):
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-            names.update(target.id for target in targets if isinstance(target, ast.Name))
-    return names
+            yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+def _statements(path: Path) -> list[ast.stmt]:
+    return ast.parse((_ROOT / path).read_text(encoding="utf-8")).body

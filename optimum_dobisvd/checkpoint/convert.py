@@ -11,17 +11,17 @@ from torch import nn
 
 from ..allocation.plan import PlannedModule
 from ..calibration.dataset import CalibrationWindows
+from ..calibration.runner import BlockRunner
 from ..config import DobiSVDConfig
 from ..encodings.base import QUANT_METHOD, Encoding
 from ..encodings.registry import encoding_named, encoding_of
 from ..factorization.factors import Factors
 from ..model.layout import find_blocks, find_layout
-from ..model.linears import weight_matrix
 from ..model.offloaded import dense_weight
 from ..model.patterns import matching_names, resolve_overrides
-from ..pipeline.quantize import Passes, quantize
+from ..pipeline.quantize import quantize
 from ..pipeline.validate import check_coverage, refuse_offloaded
-from ..structures.base import CompressedLinear, compressed_linears, to_dense
+from ..structures.base import CompressedLinear, compressed_linears, matrix_shape, to_dense
 from ..structures.format import AS_IS, Format
 from ..structures.placement import replace_linear
 from .hf_quantizer import attach, forget_compression
@@ -42,17 +42,24 @@ def convert(model: Any, quantization: Any = None, *, windows: CalibrationWindows
 
     Raises:
         ImportError: a library is missing; names the extra.
-        ValueError: the model has nothing to store so, matrices that another library quantized or that are offloaded,
-            or too few that the encoding fits; or there is no text for one that needs some. Then nothing was changed.
+        ValueError: the model is not compressed, has nothing to store so, matrices that another library quantized or
+            that are offloaded, or too few that the encoding fits; or there is no text for one that needs some. Then
+            nothing was changed.
     """
-    encoding, config = encoding_of(quantization), model.config.quantization_config
+    encoding, config = encoding_of(quantization), getattr(model.config, "quantization_config", None)
+    if not isinstance(config, DobiSVDConfig):
+        raise ValueError(
+            "the model is not compressed: pass what from_pretrained loads of a compressed checkpoint, or what "
+            "quantize_model of a DobiSVDQuantizer returns"
+        )
     encoding.require()
     if encoding.needs_text and windows is None:
         raise ValueError(f"{encoding.name} needs calibration text: pass windows")
     blocks = find_blocks(model)
     with torch.inference_mode(False), torch.no_grad():
         _rewrite(model, encoding, config)
-        quantize(model, encoding, Passes(blocks, windows, config.batch_size))
+        runner = None if windows is None else BlockRunner(model, blocks, windows, batch_size=config.batch_size)
+        quantize(model, encoding, runner)
     modules = {
         name: PlannedModule(each.structure, each.encoding, each.rank).to_dict()
         for name, each in compressed_linears(model).items()
@@ -69,19 +76,19 @@ def _rewrite(model: Any, encoding: Encoding, config: DobiSVDConfig) -> None:
     for name, module in compressed.items():
         if encoding_named(module.encoding).quant_method != QUANT_METHOD:
             raise ValueError(
-                f"{name} is stored as {module.encoding}, which another library reads: start from the checkpoint before "
-                "it was quantized"
+                f"{name} is stored as {module.encoding}, which another library reads: start from the checkpoint "
+                "before it was quantized"
             )
     if not compressed and not dense:
         raise ValueError(f"the model has no matrix to store as {encoding.name}: compress it first")
-    refuse_offloaded({**compressed, **dense})
-    shapes = {name: (module.out_features, module.in_features) for name, module in compressed.items()}
-    shapes |= {name: (len(weight_matrix(each)), weight_matrix(each).shape[1]) for name, each in dense.items()}
+    linears = {**compressed, **dense}
+    refuse_offloaded(linears)
+    shapes = {name: matrix_shape(module) for name, module in linears.items()}
     reasons = {name: _reason_against(compressed.get(name), encoding, shape) for name, shape in shapes.items()}
     check_coverage(encoding, shapes, reasons, config.min_coverage)
-    for name in shapes:
+    for name, reason in reasons.items():
         stays = name in compressed and compressed[name].encoding == encoding.name
-        if reasons[name] is None and not stays:
+        if reason is None and not stays:
             _write_one(model, name, encoding)
 
 
@@ -92,22 +99,19 @@ def _write_one(model: Any, name: str, encoding: Encoding) -> None:
     if isinstance(module, CompressedLinear) and module.rank is not None:
         format, multiple = Format(type(module), encoding), encoding.required_rank_multiple
         rank = -(-module.rank // multiple) * multiple
-        if rank == module.rank or _is_smaller(format, dense, rank, module):
+        shape, size = matrix_shape(module), module.weight.element_size()
+        is_smaller = rank <= min(shape) and format.bytes(*shape, rank, size) < dense.bytes(*shape, None, size)
+        if rank == module.rank or is_smaller:
             second, first = module.factors()
             missing = rank - len(first)
             padded = Factors(nn.functional.pad(second, (0, missing)), nn.functional.pad(first, (0, 0, 0, missing)))
             replace_linear(model, name, format, rank, padded)
             return
-    if encoding.name not in encoding.dense_encodings:
+    if encoding.name in encoding.dense_encodings:
+        matrix = module.dense_matrix() if isinstance(module, CompressedLinear) else dense_weight(module)
+        replace_linear(model, name, dense, None, matrix)
+    else:
         model.set_submodule(name, to_dense(module))
-        return
-    matrix = module.dense_matrix() if isinstance(module, CompressedLinear) else dense_weight(module)
-    replace_linear(model, name, dense, None, matrix)
-
-
-def _is_smaller(format: Format, dense: Format, rank: int, module: CompressedLinear) -> bool:
-    shape, size = (module.out_features, module.in_features), module.weight.element_size()
-    return rank <= min(shape) and format.bytes(*shape, rank, size) < dense.bytes(*shape, None, size)
 
 
 def _reason_against(module: CompressedLinear | None, encoding: Encoding, shape: tuple[int, int]) -> str | None:

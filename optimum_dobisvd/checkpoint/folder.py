@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from ..atomic_files import umask
+
 _LAST = "config.json"  # what readers look at first is replaced last
 
 
@@ -36,7 +38,7 @@ def staging_folder(target: Path) -> Iterator[Path]:
             if path.is_file() and not path.is_symlink():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
-        os.chmod(stage, target.stat().st_mode & 0o7777 if target.exists() else 0o777 & ~_umask())
+        os.chmod(stage, target.stat().st_mode & 0o7777 if target.exists() else 0o777 & ~umask())
         if inside:
             _move_files(stage, target)
         else:
@@ -70,10 +72,8 @@ def swap_in(new: Path, target: Path) -> None:
 def _can_be_renamed(target: Path) -> bool:
     if not target.exists():
         return True
-    working = Path.cwd()
-    return not (target.is_mount() or working == target or target in working.parents) and os.access(
-        target.parent, os.W_OK | os.X_OK
-    )
+    in_use = target.is_mount() or Path.cwd().is_relative_to(target)
+    return not in_use and os.access(target.parent, os.W_OK | os.X_OK)
 
 
 def _move_files(stage: Path, target: Path) -> None:
@@ -103,9 +103,3 @@ def _remove_leftovers(parent: Path, prefix: str) -> None:
         process = path.name.removeprefix(prefix).partition("-")[0]
         if process.isdecimal() and not psutil.pid_exists(int(process)):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

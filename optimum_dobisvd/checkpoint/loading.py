@@ -12,7 +12,8 @@ from ..encodings.base import Encoding
 from ..encodings.registry import encoding_named, encoding_of
 from ..model.linears import is_conv1d, is_dense_linear, weight_matrix
 from ..structures.base import CompressedLinear, compressed_linears, to_dense
-from ..structures.format import Format, format_named
+from ..structures.format import Format
+from ..structures.registry import STRUCTURES
 from .verify import check_tensors, module_names_in
 
 BUNDLED_ENTRY = "DobiSVD"
@@ -121,9 +122,7 @@ class CompressedLoader(HfQuantizer):
                     f"{type(dense).__name__}: the checkpoint belongs to another architecture"
                 )
             entry = modules[listed]
-            format = Format(
-                format_named(entry["structure"], entry["encoding"]).structure, self.encodings[entry["encoding"]]
-            )
+            format = Format(STRUCTURES.get(entry["structure"]), self.encodings[entry["encoding"]])
             model.set_submodule(name, empty_compressed(listed, dense, format, entry.get("rank")))
         if checkpoint_files:
             check_tensors(model, checkpoint_files, self.encodings)

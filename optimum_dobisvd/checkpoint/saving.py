@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..structures.base import compressed_linears
+from ..structures.base import compressed_linears, restore_tensors
 from .bundle import MODELING_FILE, modeling_source
 from .folder import link_or_copy, staging_folder
 from .loading import BUNDLED_ENTRY, adapted_modules, forget_bundled_loader
@@ -53,7 +53,7 @@ def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: A
     adapter_only = getattr(model, "_hf_peft_config_loaded", False)
     if not adapter_only:
         _refuse_layers_of_peft(model)
-        _restore_tensors(model)
+        restore_tensors(compressed_linears(model), model.hf_quantizer.encodings)
     original = type(model).save_pretrained
     arguments = _by_name(original, model, target, args, kwargs)
     if not arguments.get("is_main_process", True):
@@ -83,14 +83,6 @@ def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: A
         model.name_or_path = os.fspath(save_directory)
     if push:
         _upload(target, written, {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
-
-
-def _restore_tensors(model: Any) -> None:
-    """Bring quantized linears into the state that checkpoints have them in. ValueError names one that cannot be."""
-    encodings = model.hf_quantizer.encodings
-    for name, module in compressed_linears(model).items():
-        for child, linear in module.named_children():
-            encodings[module.encoding].before_saving(f"{name}.{child}", linear, module.weight.dtype)
 
 
 def _refuse_layers_of_peft(model: Any) -> None:

@@ -14,7 +14,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from ..encodings.base import Encoding
 from ..model.linears import is_dense_linear
-from ..structures.base import CompressedLinear, compressed_linears
+from ..structures.base import CompressedLinear, compressed_linears, matrix_shape
 from ..structures.format import Format
 
 
@@ -46,11 +46,6 @@ def check_tensors(model: Any, files: list[str], encodings: Mapping[str, Encoding
 
     Shapes and dtypes are read from the headers. Scales of integers are read, and must be above zero and finite.
 
-    Args:
-        model: its compressed linears on meta.
-        files: of the checkpoint.
-        encodings: of the compressed linears, by name.
-
     Raises:
         ValueError: names the tensor, what is wrong with it, and the remedy. No weight has been allocated by then.
     """
@@ -60,10 +55,10 @@ def check_tensors(model: Any, files: list[str], encodings: Mapping[str, Encoding
     expected: dict[str, tuple[list[int], str | None]] = {}
     scales: set[str] = set()
     for name, module in compressed.items():
-        encoding = encodings[module.encoding]
-        found_of = _tensors_of(name, module, encoding)
-        expected |= found_of
-        scales |= {tensor for tensor in found_of if tensor.rpartition(".")[2] in encoding.scales}
+        format = Format(type(module), encodings[module.encoding])
+        tensors = format.tensors(*matrix_shape(module), module.rank, bias=module.bias is not None)
+        expected |= {f"{name}.{key}": header for key, header in tensors.items()}
+        scales |= {f"{name}.{key}" for key in tensors if key.rpartition(".")[2] in format.encoding.scales}
     found = _headers_by_model_name(model, files, scales)
     for tensor, (shape, dtype) in expected.items():
         _check_tensor(tensor, shape, dtype, found.get(tensor))
@@ -75,14 +70,6 @@ def check_tensors(model: Any, files: list[str], encodings: Mapping[str, Encoding
             )
         _check_is_listed(model, tensor, expected, encodings)
     _check_nothing_else_is_missing(model, {tensor: shape for tensor, (shape, _) in found.items()})
-
-
-def _tensors_of(name: str, module: CompressedLinear, encoding: Encoding) -> dict[str, tuple[list[int], str | None]]:
-    """Shape of every tensor a compressed linear loads, and its dtype where loading must not change it."""
-    format = Format(type(module), encoding)
-    shape = (module.out_features, module.in_features)
-    tensors = format.tensors(*shape, module.rank, bias=module.bias is not None)
-    return {f"{name}.{key}": header for key, header in tensors.items()}
 
 
 def _check_tensor(tensor: str, shape: list[int], dtype: str | None, found: tuple[list[int], str] | None) -> None:
@@ -106,11 +93,12 @@ def _check_is_listed(model: Any, tensor: str, expected: Collection[str], encodin
     if tensor in expected:
         return
     parts = tensor.split(".")
+    module = model
     for end in range(1, len(parts)):  # a wrapper before the linears in it: it is what config.json lists
         owner, inside = ".".join(parts[:end]), parts[end:]
-        if not model_has(model, owner):
-            continue
-        module = model.get_submodule(owner)
+        module = getattr(module, parts[end - 1], None)
+        if not isinstance(module, torch.nn.Module):
+            return
         if isinstance(module, CompressedLinear):
             more = encodings[module.encoding].has_more_tensors and inside[0] in dict(module.named_children())
             strange = inside != ["weight"] and not more
@@ -126,26 +114,12 @@ def _check_nothing_else_is_missing(model: Any, shapes: dict[str, list[int]]) -> 
     """Other weights must be there, too. Only a head may be untrained, where another class was saved than is loaded."""
     other_class = type(model).__name__ not in (model.config.architectures or ())
     head = [] if getattr(model, model.base_model_prefix, model) is model else [model.base_model_prefix + "."]
-    tied = set(model.all_tied_weights_keys)
-    optional = [
-        re.compile(pattern)
-        for pattern in [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
-    ]
+    optional = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
     for name in model.state_dict():
         may_be_new = other_class and head and not name.startswith(head[0])
-        if name not in shapes and name not in tied and not may_be_new:
-            if any(pattern.search(name) for pattern in optional):
-                continue
+        known = name in shapes or name in model.all_tied_weights_keys or may_be_new
+        if not known and not any(re.search(pattern, name) for pattern in optional):
             raise ValueError(f"the checkpoint lacks {name}: it is incomplete, copy it again")
-
-
-def model_has(model: Any, name: str) -> bool:
-    """Whether the model has a submodule of that name."""
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
 
 
 def _headers_by_model_name(model: Any, files: list[str], scales: Collection[str]) -> dict[str, tuple[list[int], str]]:

@@ -1,8 +1,9 @@
-"""The price list of ranks: singular values of every linear in a metric."""
+"""Decompositions and spectra (singular values in a metric) of a model's linears, block by block."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,21 +21,16 @@ from .registry import Factorization
 class PreparedInputs:
     """What a factorizer makes of a block's statistics (an eigendecomposition, say), once for all that share an input.
 
-    Args:
-        row: the factorizer.
-        store: the statistics, None where there are none.
-        block: the block's name.
-        device: where to compute.
+    It is computed on `device`, from the statistics of `block` in the store; without a store there are none.
     """
 
     def __init__(
         self, row: Factorization, store: StatisticsStore | None, block: str, device: torch.device | None
     ) -> None:
-        self._row = row
+        self._row, self._device = row, device
         self._statistics = store.block(block) if store is not None else None
         self._gradients = store.gradients(block) if store is not None and row.needs_gradients else {}
         self._gradient_tokens = store.gradient_tokens if store is not None and row.needs_gradients else 0
-        self._device = device
         self._prepared: dict[str, Any] = {}
         self._grams: dict[str, Tensor] = {}
 
@@ -44,11 +40,8 @@ class PreparedInputs:
             return None
         statistics, input_key = self._found(linear)
         if input_key not in self._prepared:
-            statistic = (
-                self._gram(statistics, input_key)
-                if self._row.needs == "gram"
-                else statistics.inputs[input_key].abs_mean
-            )
+            by_gram = self._row.needs == "gram"
+            statistic = self._gram(statistics, input_key) if by_gram else statistics.inputs[input_key].abs_mean
             self._prepared[input_key] = self._row.prepare(statistic.to(self._device))
         if self._row.prepare_output is None:
             return self._prepared[input_key]
@@ -88,6 +81,29 @@ class PreparedInputs:
         return self._statistics, self._statistics.input_key[linear]
 
 
+def _prepared(
+    layout: Layout,
+    row: Factorization,
+    store: StatisticsStore | None,
+    device: torch.device | None,
+    wanted: Container[str],
+) -> Iterator[tuple[str, PreparedInputs]]:
+    """Every wanted linear's name and what is prepared for its block."""
+    for block in layout.blocks:
+        names = [name for name in layout.linears_of(block) if name in wanted]
+        inputs = PreparedInputs(row, store, block, device) if names else None
+        yield from ((name, inputs) for name in names if inputs is not None)
+
+
+@contextmanager
+def _naming(linear: str) -> Iterator[None]:
+    """A context in which the ValueError for a matrix that cannot be decomposed says which it is."""
+    try:
+        yield
+    except (ValueError, torch.linalg.LinAlgError) as error:
+        raise ValueError(f"{linear}: {error}") from error
+
+
 def decompositions(
     layout: Layout,
     row: Factorization,
@@ -99,18 +115,10 @@ def decompositions(
 
     ValueError names the linear that cannot be decomposed.
     """
-    for block in layout.blocks:
-        names = [name for name in layout.linears_of(block) if name in wanted]
-        if not names:
-            continue
-        inputs = PreparedInputs(row, store, block, device)
-        for name in names:
-            weight = dense_weight(layout.linears[name]).to(device)
-            try:
-                found = row.decompose(weight, inputs.of(name))
-            except (ValueError, torch.linalg.LinAlgError) as error:
-                raise ValueError(f"{name}: {error}") from error
-            yield name, found, inputs.gram(name)
+    for name, inputs in _prepared(layout, row, store, device, wanted):
+        with _naming(name):
+            found = row.decompose(dense_weight(layout.linears[name]).to(device), inputs.of(name))
+        yield name, found, inputs.gram(name)
 
 
 def input_grams(
@@ -121,11 +129,7 @@ def input_grams(
     wanted: Container[str],
 ) -> Iterator[tuple[str, Tensor | None]]:
     """Every wanted linear's name and input Gram (None without statistics), block by block."""
-    for block in layout.blocks:
-        names = [name for name in layout.linears_of(block) if name in wanted]
-        if names:
-            inputs = PreparedInputs(row, store, block, device)
-            yield from ((name, inputs.gram(name)) for name in names)
+    yield from ((name, inputs.gram(name)) for name, inputs in _prepared(layout, row, store, device, wanted))
 
 
 def compute_spectra(
@@ -140,24 +144,13 @@ def compute_spectra(
     if known is not None and all(name in known for name in layout.linears):
         return known
     spectra: dict[str, Tensor] = {}
-    with tqdm(total=len(layout.linears), desc="pricing ranks", unit="matrix") as progress:
-        for block in layout.blocks:
-            linears = layout.linears_of(block)
-            if not linears:
-                continue
-            prepared = PreparedInputs(row, store, block, device)
-            for name, module in linears.items():
-                spectra[name] = _spectrum(name, dense_weight(module).to(device), row, prepared)
-                progress.update()
+    prepared = _prepared(layout, row, store, device, layout.linears)
+    for name, inputs in tqdm(prepared, total=len(layout.linears), desc="pricing ranks", unit="matrix"):
+        weight = dense_weight(layout.linears[name]).to(device)
+        with _naming(name):
+            values = row.spectrum(weight, inputs.of(name)).cpu()
+        # A singular Gram leaves fewer directions than the matrix has: the others cost nothing, which is a price, too.
+        spectra[name] = nn.functional.pad(values, (0, min(weight.shape) - len(values)))
     if store is not None:
         store.put_spectra(row.name, spectra)
     return spectra
-
-
-def _spectrum(name: str, weight: Tensor, row: Factorization, prepared: PreparedInputs) -> Tensor:
-    try:
-        values = row.spectrum(weight, prepared.of(name)).cpu()
-    except (ValueError, torch.linalg.LinAlgError) as error:
-        raise ValueError(f"{name}: {error}") from error
-    # A singular Gram leaves fewer directions than the matrix has: the others cost nothing, which is a price, too.
-    return nn.functional.pad(values, (0, min(weight.shape) - len(values)))

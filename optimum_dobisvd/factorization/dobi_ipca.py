@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .factors import Factors
 
@@ -38,8 +39,7 @@ class IncrementalBasis:
     def __init__(self, width: int, rank: int) -> None:
         if not 1 <= rank <= width:
             raise ValueError(f"rank must lie in 1..{width}, got {rank}")
-        self._rank = rank
-        self._width = width
+        self._rank, self._width = rank, width
         self._weighted: Tensor | None = None  # U diag(sigma), m x k
 
     def update(self, basis: Tensor) -> None:
@@ -61,8 +61,7 @@ class IncrementalBasis:
         norms = torch.linalg.vector_norm(self._weighted, dim=0)
         alive = norms > norms.max() * 1e-12
         columns = self._weighted[:, alive] / norms[alive]
-        missing = self._rank - columns.shape[1]
-        return columns if missing == 0 else torch.cat([columns, columns.new_zeros(self._width, missing)], dim=1)
+        return pad(columns, (0, self._rank - columns.shape[1]))
 
 
 def project(weight: Tensor, basis: Tensor) -> Factors:

@@ -47,13 +47,12 @@ class Factors:
     def in_gauge(self, gauge: Gauge, dtype: torch.dtype) -> Factors:
         """Return factors of the same product in a gauge; `dtype` is what they will be stored beside (see there)."""
         balanced = self.balanced()
+        if gauge is Gauge.BALANCED:
+            return balanced
         if gauge is Gauge.ROTATED:
             return balanced.rotated()
-        if gauge is Gauge.EQUAL_COLUMNS:
-            return balanced.with_equal_columns(dtype)
-        if gauge is Gauge.EQUAL_LEADING_COLUMNS:
-            return balanced.with_equal_columns(dtype, rows=min(len(self.second), self.first.shape[1]))
-        return balanced
+        leading = gauge is Gauge.EQUAL_LEADING_COLUMNS
+        return balanced.with_equal_columns(dtype, min(len(self.second), self.first.shape[1]) if leading else None)
 
     def balanced(self) -> Factors:
         """Return factors with column `i` of `second` and row `i` of `first` of equal norm, same product.
@@ -85,10 +84,7 @@ class Factors:
 
         With one scale per row (integer encodings), all ranks then use the whole range of the integers. One scale per
         rank and one per output is what that amounts to, as in Dobi-SVD's Alg. 3, and the one per output besides.
-
-        Args:
-            dtype: in which the scales of rows are stored, rounded up.
-            rows: how many rows of `second` count; None is all.
+        Scales of rows are stored in `dtype`, rounded up. Only the first `rows` rows of `second` count; None is all.
         """
         counted = self.second[:rows].double()
         largest = counted.abs().amax(1)
@@ -102,9 +98,7 @@ def rounded_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the smallest values of `dtype` not below `scale` (float64), as float64.
 
     Never zero: a scale below the normal range becomes the smallest normal number (its values then use fewer bits).
-
-    Raises:
-        ValueError: a scale is not finite in that dtype.
+    ValueError if a scale is not finite in that dtype.
     """
     # What float64 itself rounded must not push a scale that fits to the next value.
     least = scale.double() * (1 - 1e-14)
@@ -142,13 +136,13 @@ class Decomposition:
         if directions[-1] == rank - 1:  # the leading ones
             second, first = self.left[:, :rank], self.right[:rank]
         else:
-            chosen = torch.tensor([number for number in directions if number < there], dtype=torch.long)
-            chosen = chosen.to(self.left.device)
+            found = [number for number in directions if number < there]
+            chosen = torch.tensor(found, dtype=torch.long, device=self.left.device)
             second, first = self.left[:, chosen], self.right[chosen]
         missing = rank - second.shape[1]
         if missing > 0:
-            second = torch.cat([second, second.new_zeros(second.shape[0], missing)], dim=1)
-            first = torch.cat([first, first.new_zeros(missing, first.shape[1])], dim=0)
+            second = torch.nn.functional.pad(second, (0, missing))
+            first = torch.nn.functional.pad(first, (0, 0, 0, missing))
         return Factors(second, first)
 
     def truncation_loss(self, rank: int) -> float:

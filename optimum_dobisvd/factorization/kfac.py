@@ -47,12 +47,8 @@ def output_root(gram: Tensor, damping: float = DAMPING) -> OutputRoot:
 def kfac(weight: Tensor, metric: tuple[Tensor, OutputRoot]) -> Decomposition:
     """Minimizes `||G^1/2 (W - W') H^1/2||_F` at every rank.
 
-    `output_pca` of `root^T W`, with the root undone on the left: an eigendecomposition of the smaller side, and no
-    root or inverse of `H`.
-
-    Args:
-        weight: `W`, `m x n`.
-        metric: `H` (`n x n`), and the root of `G` (`m x m`).
+    `output_pca` of `root^T W` (`m x n`), with the root undone on the left: an eigendecomposition of the smaller side,
+    and no root or inverse of `H`. `metric` is `H` (`n x n`), and the root of `G` (`m x m`).
     """
     gram, root = metric
     found = output_pca(root.apply(weight), gram)

@@ -8,12 +8,13 @@ from functools import partial
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..calibration.visitor import LinearsVisitor
 from ..model.offloaded import dense_bias, dense_weight
 from .dobi_ipca import IncrementalBasis, project, sample_basis
 from .factors import Factors
 
 
-class SampleBasisVisitor:
+class SampleBasisVisitor(LinearsVisitor):
     """A block visitor that runs Algorithm 2 on the outputs of each linear and hands the block's factors to `finished`.
 
     Args:
@@ -28,52 +29,27 @@ class SampleBasisVisitor:
         ranks: dict[str, int],
         finished: Callable[[str, dict[str, Factors]], None],
     ) -> None:
-        self._linears_of = linears_of
+        def planned(block: str) -> dict[str, nn.Module]:
+            return {name: module for name, module in linears_of(block).items() if name in ranks}
+
+        super().__init__(planned, finished, lambda block: bool(planned(block)))
         self._ranks = ranks
-        self._finished = finished
-        self._bases: dict[str, IncrementalBasis] = {}
-        self._biases: dict[str, Tensor] = {}
-        self._handles: dict[str, list[RemovableHandle]] = {}
-        self._mask: Tensor | None = None
 
-    def wants(self, name: str) -> bool:
-        return bool(self._planned(name))
+    def _hook(self, block: str, linear: str, module: nn.Module) -> RemovableHandle:
+        self._sums[linear] = IncrementalBasis(dense_weight(module).shape[0], self._ranks[linear])
+        return module.register_forward_hook(partial(self._observe, linear, dense_bias(module)))
 
-    def enter(self, name: str, block: nn.Module) -> None:
-        handles = self._handles.setdefault(name, [])
-        for linear, module in self._planned(name).items():
-            self._bases[linear] = IncrementalBasis(dense_weight(module).shape[0], self._ranks[linear])
-            bias = dense_bias(module)
-            if bias is not None:
-                self._biases[linear] = bias
-            handles.append(module.register_forward_hook(partial(self._observe, linear)))
-
-    def start_batch(self, mask: Tensor) -> None:
-        self._mask = mask
-
-    def leave(self, name: str, block: nn.Module) -> None:
-        _remove(self._handles.pop(name))
+    def _result(self, block: str) -> dict[str, Factors]:
         factors = {}
-        for linear, module in self._planned(name).items():
-            self._biases.pop(linear, None)
+        for linear, module in self._linears_of(block).items():
             try:
-                basis = self._bases.pop(linear).basis()
+                basis = self._sums.pop(linear).basis()
             except ValueError as error:
                 raise ValueError(f"{linear}: {error}; list it in modules_to_not_convert") from error
             factors[linear] = project(dense_weight(module), basis)
-        self._finished(name, factors)
+        return factors
 
-    def abandon(self) -> None:
-        for handles in self._handles.values():
-            _remove(handles)
-        self._handles.clear()
-        self._bases.clear()
-        self._biases.clear()
-
-    def _planned(self, block: str) -> dict[str, nn.Module]:
-        return {name: module for name, module in self._linears_of(block).items() if name in self._ranks}
-
-    def _observe(self, linear: str, _module: nn.Module, _args: tuple, output: Tensor) -> None:
+    def _observe(self, linear: str, bias: Tensor | None, _module: nn.Module, _args: tuple, output: Tensor) -> None:
         mask = self._mask
         if mask is None or output.shape[:-1].numel() != mask.numel():
             raise ValueError(
@@ -81,14 +57,9 @@ class SampleBasisVisitor:
                 "experts?); use factorization='output_pca', or list it in modules_to_not_convert"
             )
         plain = output.detach().double()
-        if linear in self._biases:
-            plain = plain - self._biases[linear].to(plain.device)
+        if bias is not None:
+            plain = plain - bias.to(plain.device)
         # Some models (OPT) hand their linears all tokens of a batch as one list.
         samples = plain.reshape(*mask.shape, -1)
         for sample, keep in zip(samples, mask.to(plain.device), strict=True):
-            self._bases[linear].update(sample_basis(sample[keep], self._ranks[linear]))
-
-
-def _remove(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
+            self._sums[linear].update(sample_basis(sample[keep], self._ranks[linear]))

@@ -81,15 +81,13 @@ class _StableSVD(torch.autograd.Function):
 
 
 def gap_quotients(values: Tensor, close: float = CLOSE) -> Tensor:
-    """`F_ij`, in place of `1 / (s_j^2 - s_i^2)`: antisymmetric, zero on the diagonal, finite everywhere.
+    """`F_ij`, in place of `1 / (s_j^2 - s_i^2)`, of `q` descending singular values, or a batch of such.
+
+    Antisymmetric, zero on the diagonal, finite everywhere.
 
     With `b` the larger of the two, `q` the smaller over `b` and `s` the sign of `i - j`: `s gamma` where both vanish,
     `s (1 + q^2 + ... + q^(2K-2)) / b^2` where they are close (`s K / b^2` where they are equal), `s / (b^2 (1 - q^2))`
     elsewhere. The paper writes `1 / s_i^2` for the prefactor, which is wrong where `s_i` is the smaller one.
-
-    Args:
-        values: `q` singular values, descending, or a batch of such.
-        close: relative distance below which two count as close.
     """
     row, column = values.unsqueeze(-1), values.unsqueeze(-2)
     larger, smaller = torch.maximum(row, column), torch.minimum(row, column)

@@ -36,10 +36,7 @@ class Whitening:
 
 
 def channel_scaling(abs_mean: Tensor, alpha: float = 0.5) -> Whitening:
-    """ASVD (Yuan et al. 2023): `S = diag(mean|x_j|^alpha)`. Channels that are always zero get no weight at all.
-
-    `abs_mean` has length `n`.
-    """
+    """ASVD (Yuan et al. 2023): `S = diag(mean|x_j|^alpha)`, `n x n`. Channels that are always zero get no weight."""
     scale = abs_mean.double().clamp_min(0) ** alpha
     if not bool((scale > 0).any()):
         raise ValueError("every input channel is zero over the calibration tokens; use other calibration text")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from torch import Tensor
 from ..calibration.loss import NotFiniteError
 from ..factorization.stable_svd import stable_svd
 from ..statistics.collect import token_rows
-from .fixed_basis import FixedBasis, backward_loss
-from .gates import gates
+from .fixed_basis import FixedBasis, backward_loss, gates
 
 
 class ActivationTruncation:
@@ -24,9 +22,7 @@ class ActivationTruncation:
     tokens has `q = min(T, m)` singular values and the matrix `p = min(m, n)`: where `q < p` the gates are centered at
     `k q / p`, so that a rank is the same share of the spectrum whatever the window's length. (The paper's code counts
     ranks in multiples of the window's length, which leaves the narrow key and value projections of GQA none.)
-
-    Args:
-        deployed: the model and its linears; matrices without a rank get their dense weights back.
+    Matrices without a rank get their dense weights back.
     """
 
     def __init__(self, deployed: FixedBasis) -> None:
@@ -37,10 +33,8 @@ class ActivationTruncation:
     ) -> tuple[float, dict[str, float]]:
         """Return loss and derivatives as `FixedBasis.loss_and_slopes` does, with the outputs truncated.
 
-        `betas` are per rank of the matrix, not per singular value of the activation.
-
-        Raises:
-            NotFiniteError: the loss or an output is NaN or infinite; names the linear.
+        `betas` are per rank of the matrix, not per singular value of the activation. NotFiniteError if the loss or an
+        output is NaN or infinite; it names the linear.
         """
         deployed = self._deployed
         deployed.put_dense(ranks)
@@ -49,66 +43,39 @@ class ActivationTruncation:
             for name, rank in ranks.items()
             if rank is not None
         }
-        slopes = dict.fromkeys(real, 0.0)
         tokens, total = 0, 0.0
-        for row in range(len(ids)):
-            window, keep = ids[row : row + 1], mask[row : row + 1]
-            with self._truncating(real, betas, keep):
+        for window, keep in zip(ids.split(1), mask.split(1), strict=True):
+            with contextlib.ExitStack() as hooks:
+                for name, rank in real.items():
+                    hook = _truncation(name, deployed.count(name), rank, betas[name], keep)
+                    hooks.callback(deployed.linears[name].register_forward_hook(hook).remove)
                 loss = backward_loss(deployed.model, window, keep)
             total, tokens = total + loss.total, tokens + loss.tokens
-        for name, rank in real.items():
-            slopes[name] = 0.0 if rank.grad is None else float(rank.grad) / tokens
+        slopes = {name: 0.0 if rank.grad is None else float(rank.grad) / tokens for name, rank in real.items()}
         return total / tokens, slopes
 
-    @contextlib.contextmanager
-    def _truncating(self, ranks: Mapping[str, Tensor], betas: Mapping[str, float], mask: Tensor) -> Iterator[None]:
-        """A context in which the outputs of these linears are truncated."""
-        deployed = self._deployed
-        handles = [
-            deployed.linears[name].register_forward_hook(
-                _OutputTruncation(name, deployed.count(name), rank, betas[name], mask)
-            )
-            for name, rank in ranks.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
+def _truncation(name: str, count: int, rank: Tensor, beta: float, mask: Tensor) -> Callable[..., Tensor]:
+    """Return a forward hook that truncates the output of the linear `name`; padding stays as it is.
 
-@dataclass(frozen=True, eq=False)
-class _OutputTruncation:
-    """A forward hook that truncates the output of one linear; padding stays as it is.
-
-    Attributes:
-        name: of the linear, for messages.
-        count: number of singular values of its matrix.
-        rank: real, a scalar; gradients flow to it.
-        beta: sharpness of the gates, per rank.
-        mask: which tokens are no padding, `1 x seqlen`.
+    `count` is the number of singular values of its matrix; gradients flow to the real `rank`.
     """
 
-    name: str
-    count: int
-    rank: Tensor
-    beta: float
-    mask: Tensor
-
-    def __call__(self, module: Any, _args: tuple, output: Tensor) -> Tensor:
+    def truncate(module: Any, _args: tuple, output: Tensor) -> Tensor:
         bias = 0 if module.bias is None else module.bias
         flat = (output - bias).reshape(-1, output.shape[-1])
-        rows = token_rows(self.name, flat, self.mask)
+        rows = token_rows(name, flat, mask)
         rows = rows if rows.dtype == torch.float64 else rows.float()
         if not bool(torch.isfinite(rows.detach()).all()):
             raise NotFiniteError(
-                f"the output of {self.name} has NaN or infinite values once the layers before are truncated"
+                f"the output of {name} has NaN or infinite values once the layers before are truncated"
             )
         left, values, right = stable_svd(rows)
-        scale = min(1.0, len(values) / self.count)
-        soft = gates(self.rank * scale, len(values), self.beta / scale).to(values)
+        scale = min(1.0, len(values) / count)
+        soft = gates(rank * scale, len(values), beta / scale).to(values)
         truncated = ((left * (soft * values)) @ right.T).to(flat.dtype)
         if len(rows) < len(flat):
-            keep = self.mask.reshape(-1).to(flat.device)
-            truncated = flat.masked_scatter(keep[:, None], truncated)
+            truncated = flat.masked_scatter(mask.reshape(-1, 1).to(flat.device), truncated)
         return truncated.reshape(output.shape) + bias
+
+    return truncate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from ..allocation.budget import Budget, spend
 from ..allocation.options import SizeOptions
 from ..allocation.plan import PlannedModule, planned_bytes
 from ..allocation.rank_training import RankTraining
+from .activation import ActivationTruncation
+from .fixed_basis import FixedBasis
 from .rank_optimizer import check_gradient, require_ranks
 
 SHARPEST = 10.0
@@ -26,15 +28,6 @@ HARD = 50.0
 """A sharpness at which the gates are a step: all 0 or 1."""
 
 
-class Objective(Protocol):
-    """A loss as a function of real ranks."""
-
-    def loss_and_slopes(
-        self, ranks: Mapping[str, float | None], betas: Mapping[str, float], ids: Tensor, mask: Tensor
-    ) -> tuple[float, dict[str, float]]:
-        """Return the mean loss in nats per token and its derivative by rank. See `FixedBasis.loss_and_slopes`."""
-
-
 class AdamRankOptimizer:
     """Adam with a cosine schedule on real ranks, projected onto the budget after every step (Dobi-SVD).
 
@@ -43,47 +36,42 @@ class AdamRankOptimizer:
     the dense ones leave of the budget: the mean gradient per byte is subtracted, and after a step all shares are
     shifted alike until the sum is right again. Overridden matrices keep their rank, with gates that are a step.
 
-    Args:
-        objective: gives losses and their derivatives by rank.
-        budget: the bytes there are.
-        start: a planned module for every target.
-        settings: of the training.
-
-    Raises:
-        ValueError: no matrix has a rank to learn.
+    `start` has a planned module for every target. ValueError if no matrix has a rank to learn.
     """
 
     _MOMENTS = (0.9, 0.95)
     _RATE = 0.02
 
     def __init__(
-        self, objective: Objective, budget: Budget, start: Mapping[str, PlannedModule], settings: RankTraining
+        self,
+        objective: FixedBasis | ActivationTruncation,
+        budget: Budget,
+        start: Mapping[str, PlannedModule],
+        settings: RankTraining,
     ) -> None:
         self._objective, self._budget, self._settings = objective, budget, settings
         self._fixed = {name: module.rank for name, module in start.items() if name not in budget.options}
         require_ranks(budget, start)
-        ranks = {name: start[name].rank for name in budget.options}
-        options = {name: each for name, each in budget.options.items() if ranks[name] is not None}
+        options = {name: each for name, each in budget.options.items() if start[name].rank is not None}
         self._names = list(options)
         self._largest = _vector(each.ranks[-1] for each in options.values())
-        self._cost = _vector(bytes_per_rank(each) for each in options.values())
+        self._cost = _vector(_bytes_per_rank(each) for each in options.values())
         self._lowest = _vector(each.ranks[0] for each in options.values()) / self._largest
-        dense = {name: start[name] for name, rank in ranks.items() if rank is None}
+        dense = {name: start[name] for name in budget.options if name not in options}
         taken = sum(planned_bytes(budget.options[name].target, module) for name, module in dense.items())
         self._sliding = replace(
             budget, fixed=budget.fixed | dense, options=options, free_bytes=budget.free_bytes - taken
         )
         self._bytes = float(self._sliding.free_bytes)
-        self._shares = self._held(_vector(ranks[name] or 0 for name in options) / self._largest)
-        self._first = torch.zeros_like(self._shares)
-        self._second = torch.zeros_like(self._shares)
+        self._shares = self._held(_vector(start[name].rank for name in options) / self._largest)
+        self._first, self._second = torch.zeros_like(self._shares), torch.zeros_like(self._shares)
 
     def ranks(self) -> dict[str, float | None]:
         real: dict[str, float | None] = dict.fromkeys(self._budget.options)
         return real | dict(zip(self._names, (self._shares * self._largest).tolist(), strict=True))
 
     def step(self, step: int, ids: Tensor, mask: Tensor) -> float:
-        betas = dict(zip(self._names, betas_of(self._settings, step, self._largest), strict=True))
+        betas = dict(zip(self._names, _betas(self._settings, step, self._largest), strict=True))
         ranks = {**self._fixed, **self.ranks()}
         loss, slopes = self._objective.loss_and_slopes(ranks, {**dict.fromkeys(ranks, HARD), **betas}, ids, mask)
         check_gradient({name: slopes.get(name, 0.0) for name in self._names})
@@ -126,19 +114,13 @@ class AdamRankOptimizer:
         return shifted(low)
 
 
-def bytes_per_rank(options: SizeOptions) -> float:
+def _bytes_per_rank(options: SizeOptions) -> float:
     """Return the bytes of one rank, the mean over all ranks: scales of an encoding may add to the first ones."""
     return options.bytes_at(len(options.ranks) - 1) / options.ranks[-1]
 
 
-def betas_of(settings: RankTraining, step: int, largest: Tensor) -> list[float]:
-    """Return the sharpness of every matrix's gates, per rank; softness decays geometrically over the steps.
-
-    Args:
-        settings: of the training.
-        step: number of the step, from 0.
-        largest: largest useful rank of every matrix.
-    """
+def _betas(settings: RankTraining, step: int, largest: Tensor) -> list[float]:
+    """Return the sharpness of every matrix's gates, per rank; softness decays geometrically over the steps."""
     begin, end = settings.width or _WIDTH
     width = begin * (end / begin) ** (step / max(1, settings.steps - 1))
     return (1 / (width * largest)).clamp_max(SHARPEST).tolist()

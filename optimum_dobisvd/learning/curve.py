@@ -15,11 +15,9 @@ CURVE_NAME = "dobisvd_training.json"
 
 @dataclass
 class Step:
-    """One optimizer step.
+    """One optimizer step: the loss on its windows in nats per token, and the real ranks before it.
 
-    Attributes:
-        loss: on the step's windows, in nats per token.
-        ranks: real ranks before the step, in the order of `TrainingCurve.names`; None for a dense matrix.
+    Ranks are in the order of `TrainingCurve.names`, None for a dense matrix.
     """
 
     loss: float
@@ -28,12 +26,7 @@ class Step:
 
 @dataclass
 class Evaluation:
-    """One evaluation of integer ranks.
-
-    Attributes:
-        step: optimizer steps before it.
-        loss: on the held-out windows, in nats per token.
-    """
+    """Integer ranks after `step` optimizer steps, and their loss on the held-out windows in nats per token."""
 
     step: int
     loss: float
@@ -45,10 +38,8 @@ class TrainingCurve:
 
     Attributes:
         mode: `fixed_basis` or `activation`.
-        names: the matrices whose ranks were learned, in the order of the ranks of every step.
-        full: their numbers of singular values.
-        steps: every optimizer step.
-        evaluations: every evaluation on the held-out windows.
+        names, full: the matrices whose ranks were learned, and their numbers of singular values.
+        steps, evaluations: every optimizer step, and every evaluation on the held-out windows.
         best: the number of steps after which the kept ranks were reached.
         kept: the integer ranks that were kept; None for a dense matrix.
         stopped: why the training ended before its last step; None if it did not.

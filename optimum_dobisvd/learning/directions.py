@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,16 +12,8 @@ from ..allocation.budget import Budget
 from ..allocation.global_allocation import allocate_by_importance
 from ..allocation.plan import PlannedModule
 from ..allocation.spectra import check_spectrum
+from .fixed_basis import FixedBasis
 from .rank_optimizer import NoGradientError, check_gradient, require_ranks
-
-
-class Measurable(Protocol):
-    """A loss as a function of which directions are kept."""
-
-    def loss_and_gains(
-        self, planned: Mapping[str, PlannedModule], ids: Tensor, mask: Tensor
-    ) -> tuple[float, dict[str, Tensor]]:
-        """Return the mean loss and its decrease per opened gate, nats per token. See `FixedBasis.loss_and_gains`."""
 
 
 class DirectionOptimizer:
@@ -40,14 +31,8 @@ class DirectionOptimizer:
     importance of a direction depends on which others are kept: the limit keeps the choice near where it was measured,
     and old measurements decay. Ranks and directions are then chosen from all scores as allocation `global` does.
 
-    Args:
-        objective: gives losses and gains.
-        budget: what the ranks may weigh.
-        start: a planned module for every target.
-        spectra: `min(m, n)` singular values by name, in the metric `kfac`: their squares are nats per token.
-
-    Raises:
-        ValueError: no matrix has a rank to learn; a spectrum is missing.
+    `start` has a planned module for every target, `spectra` the `min(m, n)` singular values by name in the metric
+    `kfac`: their squares are nats per token. ValueError if no matrix has a rank to learn, or a spectrum is missing.
     """
 
     _HORIZON = 10.0  # steps after which the weight of a measurement has decayed to 1/e
@@ -59,11 +44,7 @@ class DirectionOptimizer:
     _CURVATURE_STEPS = 4  # later, directions near the border have been chosen for their gains, which hides the jump
 
     def __init__(
-        self,
-        objective: Measurable,
-        budget: Budget,
-        start: Mapping[str, PlannedModule],
-        spectra: Mapping[str, Tensor],
+        self, objective: FixedBasis, budget: Budget, start: Mapping[str, PlannedModule], spectra: Mapping[str, Tensor]
     ) -> None:
         require_ranks(budget, start)
         for options in budget.options.values():
@@ -71,8 +52,8 @@ class DirectionOptimizer:
         self._objective, self._budget = objective, budget
         self._scores = {name: spectra[name].detach().cpu().double().square() for name in budget.options}
         self._largest = {name: each.ranks[-1] if each.ranks else 0 for name, each in budget.options.items()}
-        self._sums = {name: torch.zeros_like(scores) for name, scores in self._scores.items()}
-        self._squares = {name: torch.zeros_like(scores) for name, scores in self._scores.items()}
+        # Sums of every direction's measurements and of their squares, `2 x min(m, n)`.
+        self._sums = {name: scores.new_zeros(2, len(scores)) for name, scores in self._scores.items()}
         # Mean importance near the border by matrix, in the order of the budget: measured, and by K-FAC.
         self._borders = torch.zeros(2, len(self._scores), dtype=torch.float64)
         self._weights = torch.zeros(2, dtype=torch.float64)  # sums of the measurements' weights and of their squares
@@ -100,8 +81,7 @@ class DirectionOptimizer:
         borders = []
         for name, scores in self._scores.items():
             measured = gains[name] + curvature * (2 * kept[name] - 1) * scores
-            self._sums[name] = decay * self._sums[name] + measured
-            self._squares[name] = decay * self._squares[name] + measured.square()
+            self._sums[name] = decay * self._sums[name] + torch.stack([measured, measured.square()])
             border = self._border(name)
             borders.append([float(measured[border].mean()), float(scores[border].mean())])
         self._borders = decay * self._borders + torch.tensor(borders, dtype=torch.float64).T
@@ -136,16 +116,14 @@ class DirectionOptimizer:
                 continue
             factor = (found / common + self._PRIOR * score) / (listed + self._PRIOR * score)
             factor = min(max(factor, 1 / self._LARGEST_FACTOR), self._LARGEST_FACTOR)
-            matrix = factor * scores
+            importance[name] = matrix = factor * scores
             if count > 1.5:
-                mean = self._sums[name] / total / common
-                spread = (self._squares[name] / total / common**2 - mean.square()).clamp_min(0)
+                mean, squares = self._sums[name][0] / total / common, self._sums[name][1] / total / common**2
+                spread = (squares - mean.square()).clamp_min(0)
                 noise = spread / (count - 1)
                 own = _own_share(mean, noise, scores, border)
                 limit = math.exp(self._TRUST)
                 importance[name] = (matrix + own * (mean - matrix)).clamp(matrix / limit, matrix * limit)
-            else:
-                importance[name] = matrix
         return importance
 
     def _border(self, name: str) -> Tensor:
@@ -158,20 +136,18 @@ class DirectionOptimizer:
 
     def _jump(self, gains: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> float:
         """Return half of the step up of the gains, in units of K-FAC's scores, where the kept directions end."""
-        sums = {True: [0.0, 0.0], False: [0.0, 0.0]}
+        sums = torch.zeros(2, 2, dtype=torch.float64)  # gains and scores, outside and inside
         for name, scores in self._scores.items():
             rank = self._planned[name].rank
             if rank is None:
                 continue
             number = torch.arange(1, len(scores) + 1)
             near = (number > 0.75 * rank) & (number <= 1.25 * rank + 2)
-            for inside, total in sums.items():
-                chosen = near & (kept[name].bool() == inside)
-                total[0] += float(gains[name][chosen].sum())
-                total[1] += float(scores[chosen].sum())
-        if not (sums[True][1] > 0 and sums[False][1] > 0):
-            return 0.0
-        return (sums[False][0] / sums[False][1] - sums[True][0] / sums[True][1]) / 2
+            for side in (0, 1):
+                chosen = near & (kept[name] == side)
+                sums[side] += torch.stack([gains[name][chosen].sum(), scores[chosen].sum()])
+        outside, inside = (sums[:, 0] / sums[:, 1]).tolist()
+        return (outside - inside) / 2 if bool((sums[:, 1] > 0).all()) else 0.0
 
     def state(self) -> dict[str, Tensor]:
         found = {"borders": self._borders, "weights": self._weights, "curvature": self._curvature}
@@ -182,14 +158,14 @@ class DirectionOptimizer:
                 kept = scores.new_full((len(scores),), -1.0 - self._dense_encodings(name).index(planned.encoding))
             else:
                 kept = _kept(planned, len(scores))
-            found[name] = torch.stack([self._sums[name], self._squares[name], kept])
+            found[name] = torch.stack([*self._sums[name], kept])
         return found
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self._borders, self._weights, self._curvature = (state[key] for key in ("borders", "weights", "curvature"))
         self._stale_steps = state["stale_steps"]
         for name, options in self._budget.options.items():
-            self._sums[name], self._squares[name], kept = state[name]
+            self._sums[name], kept = state[name][:2], state[name][2]
             if float(kept[0]) < 0:
                 self._planned[name] = PlannedModule("dense", self._dense_encodings(name)[-1 - int(kept[0])])
             else:
@@ -202,10 +178,9 @@ class DirectionOptimizer:
 
 def _kept(module: PlannedModule, count: int) -> Tensor:
     """Return 1 for every kept direction and 0 for the others, `count` numbers (float64)."""
-    if module.rank is None:
-        return torch.ones(count, dtype=torch.float64)
-    found = torch.zeros(count, dtype=torch.float64)
-    found[list(module.kept)] = 1
+    found = torch.full((count,), float(module.rank is None), dtype=torch.float64)
+    if module.rank is not None:
+        found[list(module.kept)] = 1
     return found
 
 
@@ -215,11 +190,8 @@ def _own_share(mean: Tensor, noise: Tensor, scores: Tensor, border: Tensor) -> T
     Both are relative to K-FAC's scores and estimated near the border. The noise of a mean is proportional to the score
     (the gradient of an important direction is larger), so relative to it unimportant directions are noisier.
 
-    Args:
-        mean: measured importance of every direction.
-        noise: variance of each of these means.
-        scores: K-FAC's, in descending order.
-        border: which directions are near the border.
+    `mean` is the measured importance of every direction, `noise` the variance of each of these means, `scores` are
+    K-FAC's in descending order, and `border` says which directions are near it.
     """
     near = border & (scores > 1e-9 * scores[0])  # below, scores are the rounding errors of a singular Gram
     relative = (mean / scores)[near]

@@ -16,20 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from ..allocation.plan import PlannedModule
-from ..calibration.loss import NextTokenLoss, require_logits
+from ..calibration.loss import NextTokenLoss, logits_of
 from ..calibration.temporarily import evaluating, frozen, without_cache
 from ..factorization.factors import Decomposition
 from ..model.linears import as_matrix, weight_matrix
-from .gates import gates, reach, slopes
+
+REACH = 4.0
+"""How far gates are soft, in units of `1 / beta` ranks from `k`: beyond, they are 0 or 1 to within 0.04 %."""
 
 
 class FixedBasis:
     """A context in which the weights of a model are truncated in place; leaving it restores the dense weights.
 
-    Args:
-        model: a dense causal language model with its weights in memory.
-        linears: the linears whose ranks are learned, by full name.
-        bases: their decompositions; kept as balanced factors in the weights' dtype.
+    The model is a dense causal language model with its weights in memory; `bases` are the decompositions of the
+    linears whose ranks are learned, kept as balanced factors in the weights' dtype.
     """
 
     def __init__(
@@ -82,16 +82,9 @@ class FixedBasis:
     ) -> tuple[float, dict[str, Tensor]]:
         """Return the loss at a plan's weights, and by how much opening the gate of each direction decreases it.
 
-        Args:
-            planned: a planned module for every linear.
-            ids, mask: tokens and token mask, `batch x seqlen`; passed through the model window by window.
-
-        Returns:
-            The mean loss in nats per token, and `-dLoss/dt_i` for every linear, dense ones included: `min(m, n)`
-            numbers (float64, CPU).
-
-        Raises:
-            ValueError: no token has a label; the loss is NaN or infinite.
+        The loss is the mean in nats per token over a batch (tokens and token mask, `batch x seqlen`). The decreases
+        are `-dLoss/dt_i` for every linear, dense ones included: `min(m, n)` numbers (float64, CPU). ValueError if no
+        token has a label, or the loss is NaN or infinite.
         """
         self.put(planned)
         sums = {name: torch.zeros(self.count(name), dtype=torch.float64) for name in self.linears}
@@ -109,13 +102,8 @@ class FixedBasis:
     ) -> tuple[float, dict[str, float]]:
         """Return the mean loss in nats per token at softly truncated weights, and its derivative by every real rank.
 
-        Args:
-            ranks: by name; None is the dense weight, which has no derivative.
-            betas: sharpness of the gates by name, per rank.
-            ids, mask: tokens and token mask, `batch x seqlen`; passed through the model window by window.
-
-        Raises:
-            ValueError: no token has a label; the loss is NaN or infinite.
+        A rank of None is the dense weight, which has no derivative; `betas` are the sharpness of the gates, per rank.
+        Batch and errors are those of `loss_and_gains`.
         """
         self.put_dense([name for name, rank in ranks.items() if rank is None])
         real = {name: rank for name, rank in ranks.items() if rank is not None}
@@ -150,20 +138,20 @@ class FixedBasis:
     @contextlib.contextmanager
     def _reading_gradients(self, names: Iterable[str], read: Callable[[str, Tensor], None]) -> Iterator[None]:
         """A context in which each weight's gradient (`m x n`) is passed to `read` once it is complete, and freed."""
-        handles, users = [], {}
-        for name in names:
-            parameter = self.linears[name].weight
-            users[name], parameter.grad = parameter.grad, None
-            parameter.requires_grad_(True)
-            handles.append(parameter.register_post_accumulate_grad_hook(partial(self._hand_over, name, read)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for name, gradient in users.items():
-                self.linears[name].weight.requires_grad_(False)
-                self.linears[name].weight.grad = gradient
+        users = {name: self.linears[name].weight.grad for name in names}
+        with contextlib.ExitStack() as hooks:
+            for name in users:
+                parameter = self.linears[name].weight
+                parameter.grad = None
+                parameter.requires_grad_(True)
+                hook = partial(self._hand_over, name, read)
+                hooks.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
+            try:
+                yield
+            finally:
+                for name, gradient in users.items():
+                    self.linears[name].weight.requires_grad_(False)
+                    self.linears[name].weight.grad = gradient
 
     @torch.no_grad()
     def _hand_over(self, name: str, read: Callable[[str, Tensor], None], parameter: Tensor) -> None:
@@ -182,13 +170,11 @@ class FixedBasis:
 def backward_loss(model: Any, ids: Tensor, mask: Tensor) -> NextTokenLoss:
     """Run forward and backward passes over a batch (`batch x seqlen`), window by window; returns the summed loss.
 
-    Raises:
-        ValueError: no token has a label; the loss is NaN or infinite.
+    ValueError if no token has a label, or the loss is NaN or infinite.
     """
     loss = NextTokenLoss()
     with torch.enable_grad():
-        for row in range(len(ids)):
-            window, keep = ids[row : row + 1], mask[row : row + 1]
+        for window, keep in zip(ids.split(1), mask.split(1), strict=True):
             found = loss(logits_of(model, window, keep), window, keep)
             if found.requires_grad:
                 found.backward()
@@ -196,8 +182,28 @@ def backward_loss(model: Any, ids: Tensor, mask: Tensor) -> NextTokenLoss:
     return loss
 
 
-def logits_of(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """Return the next-token logits of a causal language model, `batch x seqlen x vocabulary`."""
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    attention = {} if bool(mask.all()) else {"attention_mask": mask.long().to(device)}
-    return require_logits(model, model(input_ids=ids.to(device), use_cache=False, **attention), ids)
+def gates(rank: Tensor, count: int, beta: float | Tensor) -> Tensor:
+    """Return the gates `t_i = tanh(beta (k - i + 1/2)) / 2 + 1/2`, `i = 1 .. count` (Dobi-SVD, Algorithm 1).
+
+    They sum to `k` where `k` is far from both ends.
+
+    Args:
+        rank: `k`, a real number as a tensor; gradients flow to it.
+        count: number of singular values.
+        beta: sharpness, per rank. At a large one the gates are a step, whose slope vanishes at integers.
+    """
+    places = torch.arange(1, count + 1, dtype=rank.dtype, device=rank.device)
+    return (beta * (rank - places + 0.5)).tanh() / 2 + 0.5
+
+
+def slopes(rank: Tensor, count: int, beta: float | Tensor) -> Tensor:
+    """Return `dt_i / dk`, `i = 1 .. count`; they sum to 1 where `k` is far from both ends. Arguments as of `gates`."""
+    places = torch.arange(1, count + 1, dtype=rank.dtype, device=rank.device)
+    return beta / 2 / (beta * (rank - places + 0.5)).cosh().square()
+
+
+def reach(rank: float, count: int, beta: float) -> tuple[int, int]:
+    """Return `(first, last)`: gates before place `first` are open (1), those from `last` on are shut (0)."""
+    width = REACH / beta
+    first = min(max(int(rank - width), 0), count - 1)
+    return first, max(min(int(rank + width) + 1, count), first + 1)

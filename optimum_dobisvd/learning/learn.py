@@ -14,6 +14,7 @@ import torch
 from ..allocation.plan import Plan, PlannedModule
 from ..allocation.rank_training import RankTraining
 from ..calibration.dataset import CalibrationWindows
+from ..calibration.loss import labeled
 from ..factorization.decompositions import decompositions
 from .activation import ActivationTruncation
 from .adam import AdamRankOptimizer
@@ -36,18 +37,12 @@ def learn_ranks(
     The method's mode decides what is truncated: `fixed_basis` the weights, in the basis of its factorizer;
     `activation`, the paper's, the output of every linear.
 
-    Args:
-        model: a dense causal language model, its weights in memory.
-        job: the compression. It trains on the job's windows, from the last to the first, since the gradient statistics
-            are of the first ones, and evaluates integer ranks on the held-out windows.
-        start: the untrained plan.
-        store: the model's statistics.
+    It trains the plan `start` on the job's windows, from the last to the first, since the gradient statistics are of
+    the first ones, and evaluates integer ranks on the held-out windows. The model's weights are in memory.
 
     Returns:
-        A planned module for every target, and the curve.
-
-    Raises:
-        ValueError: there is no text, no rank to learn, or the loss at the start is not finite.
+        A planned module for every target, and the curve. ValueError if there is no text, no rank to learn, or the loss
+        at the start is not finite.
     """
     method, settings, layout = job.method, job.config.rank_training, job.layout
     if job.windows is None or job.held_out is None or method.learning_mode is None:
@@ -72,26 +67,22 @@ def _journal(job: Job, start: Plan) -> Path | None:
     """Return the journal's path, named by a digest of all that decides the training; None without a store's folder."""
     if job.config.statistics is None:
         return None
-    decides = [
-        start.to_dict(),
-        asdict(job.method),
-        job.config.to_dict(),
-        job.config.rank_training.to_dict(),
-        *(windows.sha256() for windows in (job.windows, job.held_out) if windows is not None),
-    ]
+    settings = (start.to_dict(), asdict(job.method), job.config.to_dict(), job.config.rank_training.to_dict())
+    decides = [*settings, *(windows.sha256() for windows in (job.windows, job.held_out) if windows is not None)]
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
     return Path(job.config.statistics) / f"training-{digest}.safetensors"
 
 
 def _batches(windows: CalibrationWindows, settings: RankTraining) -> Sequence[Batch]:
     """Return one batch per step, `(ids, mask)`, of windows cut to `seqlen` tokens; a remainder is dropped."""
-    length = min(settings.seqlen or windows.input_ids.shape[1], windows.input_ids.shape[1])
-    pieces: list[Batch] = []
-    for ids, mask in zip(windows.input_ids.flip(0), windows.attention_mask.flip(0), strict=True):
-        for begin in range(0, len(ids) - length + 1, length):
-            piece = mask[begin : begin + length]
-            if bool((piece[1:] & piece[:-1]).any()):  # some token of it has a label
-                pieces.append((ids[begin : begin + length], piece))
+    longest = windows.input_ids.shape[1]
+    length = min(settings.seqlen or longest, longest)
+    pieces = [
+        (ids[begin : begin + length], mask[begin : begin + length])
+        for ids, mask in zip(windows.input_ids.flip(0), windows.attention_mask.flip(0), strict=True)
+        for begin in range(0, longest - length + 1, length)
+        if bool(labeled(mask[None, begin : begin + length]).any())
+    ]
     if not pieces:
         raise ValueError("no window of calibration text has two tokens in a row to learn ranks from")
     count = min(settings.windows, len(pieces))

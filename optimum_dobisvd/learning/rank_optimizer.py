@@ -20,14 +20,9 @@ class RankOptimizer(Protocol):
         """Return the present rank of every matrix in `Budget.options`; None is dense."""
 
     def step(self, step: int, ids: Tensor, mask: Tensor) -> float:
-        """Measure the gradient on a batch and update the ranks.
+        """Measure the gradient on a batch (`batch x seqlen`) and update the ranks.
 
-        Args:
-            step: number of the step, from 0.
-            ids, mask: tokens and token mask, `batch x seqlen`.
-
-        Returns:
-            The loss before the update, in nats per token.
+        `step` is counted from 0. Returns the loss before, in nats per token.
 
         Raises:
             NotFiniteError: the loss or a gradient is NaN or infinite; nothing was updated.

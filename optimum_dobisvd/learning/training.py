@@ -33,9 +33,7 @@ class RankLearner:
 
     Args:
         deployed: the model with the weights that integer ranks give, to evaluate them.
-        optimizer: updates the ranks.
         start: a planned module for every target.
-        settings: of the training.
         mode: `fixed_basis` or `activation`, for the curve.
         journal: a file that holds the state after every step; a killed run resumes from it.
 
@@ -64,19 +62,13 @@ class RankLearner:
     def run(
         self, batches: Sequence[Batch], held_out: Sequence[Batch]
     ) -> tuple[dict[str, PlannedModule], TrainingCurve]:
-        """Train.
+        """Train. A loss or gradient that is not finite ends the training early: the curve says why.
 
-        A loss or gradient that is not finite ends the training early: the curve says why.
-
-        Args:
-            batches: one for every step, from the first again when they are used up: `(ids, mask)`, `batch x seqlen`.
-            held_out: batches to evaluate on.
+        There is one of `batches` for every step, from the first again when they are used up: `(ids, mask)`, both
+        `batch x seqlen`. ValueError if the loss of the start is not finite, or no rank has a gradient.
 
         Returns:
-            The best ranks, a planned module for every target, and the curve.
-
-        Raises:
-            ValueError: the loss of the start is not finite, or no rank has a gradient.
+            The best ranks on the held-out batches, a planned module for every target, and the curve.
         """
         settings, curve = self._settings, self._curve
         if not curve.evaluations:

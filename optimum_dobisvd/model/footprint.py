@@ -13,7 +13,7 @@ from .linears import is_conv1d, weight_matrix
 
 def macs_per_token(model: nn.Module) -> int:
     """Return multiply-adds of all linears for one token; of a compressed matrix, those of the linears it became."""
-    return sum(_macs(module) for module in model.modules())
+    return sum(map(_macs, model.modules()))
 
 
 def _macs(module: Any) -> int:
@@ -27,7 +27,7 @@ def _macs(module: Any) -> int:
 
 def model_bytes(parameters: Iterable[nn.Parameter]) -> int:
     """Return the bytes of distinct parameters; tied ones count once, as on disk."""
-    return sum(tensor_bytes(parameter) for parameter in parameters)
+    return sum(map(tensor_bytes, parameters))
 
 
 def tensor_bytes(tensor: Any) -> int:

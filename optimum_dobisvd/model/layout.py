@@ -38,7 +38,8 @@ class Layout:
     @property
     def targets(self) -> list[Target]:
         """The linears as shapes, for the allocators."""
-        return [target_of(name, module) for name, module in self.linears.items()]
+        weights = {name: weight_matrix(module) for name, module in self.linears.items()}
+        return [Target(name, len(weight), weight.shape[1], weight.element_size()) for name, weight in weights.items()]
 
     def linears_of(self, block: str) -> dict[str, nn.Module]:
         """The compressible linears of one block, by full name."""
@@ -62,24 +63,16 @@ class Layout:
 EXCLUDED = "excluded by modules_to_not_convert"
 
 
-def target_of(name: str, module: nn.Module) -> Target:
-    """Shape and element size of one dense linear."""
-    weight = weight_matrix(module)
-    return Target(name, weight.shape[0], weight.shape[1], weight.element_size())
-
-
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The decoder blocks by full name: the outermost `ModuleList` that holds most of the model's linear weights."""
-    best: tuple[int, dict[str, nn.Module]] = (0, {})
-    seen: list[str] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in seen):
-            continue
-        seen.append(name)
-        size = sum(weight_matrix(m).numel() for m in module.modules() if is_dense_linear(m))
-        if size > best[0]:
-            best = (size, {f"{name}.{child}": block for child, block in module.named_children()})
-    return best[1]
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    largest = 0
+    blocks: dict[str, nn.Module] = {}
+    for name, module in lists.items():
+        size = sum(weight_matrix(each).numel() for each in module.modules() if is_dense_linear(each))
+        if size > largest and not any(name.startswith(f"{outer}.") for outer in lists):
+            largest, blocks = size, {f"{name}.{child}": block for child, block in module.named_children()}
+    return blocks
 
 
 def find_layout(model: nn.Module, modules_to_not_convert: Iterable[str] = (), min_coverage: float = 0.0) -> Layout:
@@ -95,12 +88,13 @@ def find_layout(model: nn.Module, modules_to_not_convert: Iterable[str] = (), mi
             f"{type(model).__name__} has no repeated blocks with nn.Linear layers; there is nothing to compress. "
             "A model that is quantized already must be loaded dense first"
         )
-    shared = _shared_parameters(model)
+    # Parameters that go by more than one name, in two modules or in one that stands in two places.
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     eligible: dict[str, nn.Module] = {}
     left: list[LeftDense] = []
     for block_name, block in blocks.items():
         for name, module in block.named_modules(prefix=block_name):
-            if is_dense_linear(module) and id(module.weight) not in shared:
+            if is_dense_linear(module) and owners[id(module.weight)] <= 1:
                 eligible[name] = module
                 continue
             reason = "shared with another module" if is_dense_linear(module) else f"in {type(module).__name__}"
@@ -121,9 +115,3 @@ def find_layout(model: nn.Module, modules_to_not_convert: Iterable[str] = (), mi
             "accept that"
         )
     return layout
-
-
-def _shared_parameters(model: nn.Module) -> set[int]:
-    """Parameters that go by more than one name, in two modules or in one that stands in two places."""
-    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    return {identity for identity, count in owners.items() if count > 1}

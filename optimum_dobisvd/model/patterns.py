@@ -12,15 +12,9 @@ REGEX_PREFIX = "re:"
 
 @dataclass(frozen=True)
 class Override:
-    """What a person asked for one matrix: exactly one of the three.
+    """What a person asked for one matrix: a fraction of its dense bytes to keep, a rank, or that it is left alone.
 
-    Attributes:
-        ratio: fraction of the matrix's dense bytes to keep, in (0, 1].
-        rank: the rank itself, at least 1.
-        dense: True leaves the matrix as it is.
-
-    Raises:
-        ValueError: none or several are given, or a value is out of its range.
+    ValueError where none or several are given, or a value is out of its range.
     """
 
     ratio: float | None = None
@@ -112,17 +106,12 @@ def _some_names(pattern: str, names: list[str]) -> list[str]:
     matched = matching_names(pattern, names)
     if matched:
         return matched
-    if pattern.startswith(REGEX_PREFIX):
-        hint = near_names(pattern.removeprefix(REGEX_PREFIX), names)
-    else:
-        hint = near_names(pattern, _runs(names, length=pattern.count(".") + 1))
+    meant = names
+    if not pattern.startswith(REGEX_PREFIX):  # a plain pattern may be meant for every run of as many components
+        length, split = pattern.count(".") + 1, [name.split(".") for name in names]
+        meant = [".".join(parts[i : i + length]) for parts in split for i in range(len(parts) - length + 1)]
+    hint = near_names(pattern.removeprefix(REGEX_PREFIX), meant)
     raise ValueError(f"pattern {pattern!r} matches no module; {hint}; correct or remove it")
-
-
-def _runs(names: list[str], length: int) -> list[str]:
-    """Every run of so many components in the names: what a plain pattern of that length could have meant."""
-    split = [name.split(".") for name in names]
-    return [".".join(parts[i : i + length]) for parts in split for i in range(len(parts) - length + 1)]
 
 
 def _parse_override(pattern: str, entry: Mapping[str, Any]) -> Override:

@@ -8,16 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Target:
-    """One matrix to be allocated: a linear's m×n weight.
+    """One matrix to be allocated: a linear's m×n weight (m outputs), by its dotted module name.
 
-    Attributes:
-        name: dotted module name.
-        out_features: m.
-        in_features: n.
-        element_size: bytes of one element of the dense weight.
-
-    Raises:
-        ValueError: a size is not a whole number of at least 1.
+    `element_size` is the bytes of one element of the dense weight. ValueError for a size that is no whole number of at
+    least 1.
     """
 
     name: str
@@ -43,11 +37,7 @@ class Target:
 
 
 def targets_by_name(targets: Iterable[Target]) -> dict[str, Target]:
-    """`{name: target}`, in order.
-
-    Raises:
-        ValueError: there are no targets, or a name appears twice.
-    """
+    """`{name: target}`, in order. ValueError where there are no targets, or a name appears twice."""
     known: dict[str, Target] = {}
     for target in targets:
         if target.name in known:

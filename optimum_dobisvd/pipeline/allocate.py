@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -26,23 +25,17 @@ _LOSS_METRIC = "kfac"
 
 
 def allocate(job: Job, store: StatisticsStore | None, losses: QuantizationLosses | None = None) -> Plan:
-    """Return the plan that the job gives, or ranks for every target within the byte budget, by its allocation.
-
-    Args:
-        job: what is to be done.
-        store: the statistics, None where the method reads none.
-        losses: what `measure_losses` gave.
-    """
+    """Return the job's plan, or ranks for all targets by its allocation; `losses` are what `measure_losses` gave."""
     if job.given_plan is not None:
         return job.given_plan
     method = job.method
-    spectra: Mapping[str, Tensor] | None = None
-    if method.allocator.needs_spectra:
-        spectra = compute_spectra(job.layout, method.prices, store, job.device)
-    if method.allocator.weighs_loss and not method.prices.in_units_of_loss:
+    reads = method.allocator.needs_spectra
+    spectra = compute_spectra(job.layout, method.importance, store, job.device) if reads else None
+    if method.allocator.weighs_loss and not method.importance.in_units_of_loss:
         logger.warning(
-            "allocation %r compares prices of the metric %r across matrices, where they are no measure of the loss "
-            "(on raw output errors it is far worse than uniform ranks): take method 'global', or another allocation",
+            "allocation %r compares importance scores of the metric %r across matrices, where they are no measure of "
+            "the loss (on raw output errors it is far worse than uniform ranks): take method 'global', or another "
+            "allocation",
             method.allocation,
             method.metric,
         )
@@ -53,8 +46,7 @@ def allocate(job: Job, store: StatisticsStore | None, losses: QuantizationLosses
 def measure_losses(job: Job, store: StatisticsStore | None) -> QuantizationLosses | None:
     """Return what rounding costs in every format that the allocation may choose, in nats per token.
 
-    None where nothing is rounded but by 8 bits of ours, for which a fixed share of the energy will do, and where ranks
-    are not priced so.
+    None where importance scores are no losses, and where only our own 8 bits round (a fixed share of the energy does).
     """
     if job.budget is None or store is None or not job.method.weighs_loss:
         return None
@@ -78,22 +70,21 @@ def measure_losses(job: Job, store: StatisticsStore | None) -> QuantizationLosse
 
 def _formats_in(budget: Budget) -> list[Format]:
     """Every format that some matrix may have, each once."""
-    every = [options for name in budget.options for options in budget.all_options(name)]
-    formats = [
-        format for options in every for format in (*([options.format] if options.ranks else ()), *options.dense)
-    ]
-    return list({format.key: format for format in formats}.values())
+    found: dict[tuple[str, str], Format] = {}
+    for options in (each for name in budget.options for each in budget.all_options(name)):
+        found |= {each.key: each for each in (*([options.format] if options.ranks else ()), *options.dense)}
+    return list(found.values())
 
 
 def predicted_increase(
     plan: Plan, store: StatisticsStore | None, factorization: str, losses: QuantizationLosses | None = None
 ) -> float | None:
-    """Return what the prices say the loss gains, in nats per token; None for factors whose prices are no such thing.
+    """Return what the importance scores say the loss gains, in nats per token.
 
-    And None where encodings of other libraries are planned and `losses` does not say what they cost.
+    None where they are no losses, and where `losses` lacks what encodings of other libraries cost.
     """
     in_units = FACTORIZATIONS.get(factorization).in_units_of_loss
-    spectra: Mapping[str, Tensor] | None = store.spectra(factorization) if store is not None and in_units else None
+    spectra = store.spectra(factorization) if store is not None and in_units else None
     if spectra is None or not plan.modules.keys() <= spectra.keys():
         return None
     increases = [
@@ -111,5 +102,4 @@ def _increase_of(module: PlannedModule, scores: Tensor, loss: Tensor | None) -> 
     lost = 0.0 if module.rank is None else float(scores.sum() - scores[list(module.kept)].sum())
     if loss is not None:
         return lost + float(loss if module.rank is None else loss[module.rank])
-    # Of factors in 8 bits of ours, rounding is small beside what is truncated.
-    return lost + (module.format.relative_error * float(scores.sum()) if module.rank is None else 0.0)
+    return lost + module.format.relative_error * float(scores.sum())

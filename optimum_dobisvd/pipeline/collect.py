@@ -17,11 +17,7 @@ from .job import Job
 def collect(model: Any, job: Job, windows: CalibrationWindows, fingerprint: dict[str, Any]) -> StatisticsStore:
     """Return the statistics that the method reads: those in the config's folder, and what was missing there.
 
-    Args:
-        model: the dense model.
-        job: what is to be done with it.
-        windows: the job's.
-        fingerprint: of the model and the windows.
+    `fingerprint` is that of the model and the windows.
     """
     layout = job.layout
     store = StatisticsStore(fingerprint, list(layout.blocks), job.config.statistics)

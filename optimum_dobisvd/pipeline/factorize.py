@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 from tqdm.auto import tqdm
 
-from ..allocation.plan import Plan, PlannedModule
+from ..allocation.plan import Plan
 from ..factorization.decompositions import PreparedInputs, decompositions, input_grams
 from ..factorization.errors import output_error
 from ..factorization.factors import Factors
 from ..factorization.sample_bases import SampleBasisVisitor
-from ..model.layout import Layout
 from ..model.offloaded import dense_weight
 from ..statistics.store import StatisticsStore
 from ..structures.format import format_named
@@ -34,42 +31,26 @@ class Replacement:
 
     Args:
         model: the model.
-        layout: its linears; replaced ones are dropped from it if there is no way back.
-        planned: by name, what each linear becomes that will be replaced.
-        settings: of the encodings that another library makes.
-        device: where errors are computed.
+        job: its layout loses the linears that are replaced if there is no way back.
+        plan: what each linear becomes.
         undo_on_error: keep the dense linears until the end, so that there is a way back.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        layout: Layout,
-        planned: Mapping[str, PlannedModule],
-        settings: Any,
-        device: torch.device,
-        undo_on_error: bool,
-    ) -> None:
+    def __init__(self, model: Any, job: Job, plan: Plan, undo_on_error: bool) -> None:
         self.errors: dict[str, float | None] = {}
-        self._model = model
-        self._layout = layout
-        self._device = device
-        self._settings = settings
-        self._undo_on_error = undo_on_error
+        self._model, self._plan, self._undo_on_error = model, plan, undo_on_error
+        self._linears, self._device, self._settings = job.layout.linears, job.device, job.config.encoding.settings
         self._replaced: dict[str, Module] = {}
-        self._planned = planned
-        self._progress = tqdm(total=len(planned), desc="factorizing", unit="matrix")
+        total = sum(not module.leaves_as_is for module in plan.modules.values())
+        self._progress = tqdm(total=total, desc="factorizing", unit="matrix")
 
     def put(self, name: str, source: Factors | Tensor, gram: Tensor | None) -> None:
         """Write a matrix in its format, measure its error, and put it in the place of the linear `name`.
 
-        Args:
-            name: of the linear.
-            source: its factors, or the matrix itself for a structure without rank.
-            gram: `H` of its inputs, None where it is not known.
+        `source` is its factors, or the matrix itself for a structure without rank; `gram` is `H` of its inputs.
         """
-        module = self._planned[name]
-        linear: Any = self._layout.linears[name]
+        module = self._plan.modules[name]
+        linear: Any = self._linears[name]
         format = format_named(*module.format.key, self._settings)
         matrices = replace_linear(self._model, name, format, module.rank, source)
         self.errors[name] = None
@@ -80,7 +61,7 @@ class Replacement:
         if self._undo_on_error:
             self._replaced[name] = linear
         else:
-            del self._layout.linears[name]
+            del self._linears[name]
         self._progress.update()
 
     def __enter__(self) -> Replacement:

@@ -22,14 +22,8 @@ from ..model.linears import weight_matrix
 class Job:
     """One compression of one model, checked.
 
-    Attributes:
-        config: what was asked for.
-        layout: the model's blocks and targets.
-        budget: what the targets may weigh; None where a plan is given.
-        given_plan: the plan that the config gives.
-        windows: calibration windows; None without text.
-        held_out: windows that nothing but learned ranks is judged on.
-        quantization_windows: what quantization is calibrated on.
+    There is a `budget` unless a plan is given, and calibration `windows` where there is text. Learned ranks alone are
+    judged on windows that are `held_out`.
     """
 
     config: DobiSVDConfig

@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..calibration.dataset import CalibrationWindows
 from ..calibration.runner import BlockRunner
 from ..encodings.base import Encoding
 from ..encodings.registry import encoding_named
 from ..statistics.collect import InputCollector
 from ..statistics.store import full_gram
-from ..structures.base import CompressedLinear, compressed_linears
+from ..structures.base import CompressedLinear, compressed_linears, restore_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -32,29 +30,13 @@ is little to choose.
 """
 
 
-@dataclass(frozen=True)
-class Passes:
-    """How calibration windows go through a model: through which blocks, how many at once, where."""
-
-    blocks: Mapping[str, nn.Module]
-    windows: CalibrationWindows | None
-    batch_size: int
-    device: Any = None
-
-    def runner(self, model: Any) -> BlockRunner | None:
-        """Return what takes them through; None without windows."""
-        if self.windows is None:
-            return None
-        return BlockRunner(model, dict(self.blocks), self.windows, batch_size=self.batch_size, device=self.device)
-
-
-def quantize(model: Any, encoding: Encoding, passes: Passes) -> None:
+def quantize(model: Any, encoding: Encoding, runner: BlockRunner | None) -> None:
     """Quantize the linears in every compressed linear that is to have an encoding of this kind and has not yet.
 
     Args:
         model: compressed; those still hold plain linears.
         encoding: with its settings; others of its kind (GPTQ's other bits) are made with the same.
-        passes: what the rounding is calibrated on. Encodings that need no text round each value on its own without.
+        runner: of the calibration windows, None without. Encodings that need no text round each value on its own then.
 
     Raises:
         ValueError: naming the linear that saw no token, or that could not be rounded; an encoding needs text and there
@@ -67,38 +49,23 @@ def quantize(model: Any, encoding: Encoding, passes: Passes) -> None:
     waiting = {
         name: each for name, each in meant.items() if all(type(child) is nn.Linear for child in each.children())
     }
-    runner = passes.runner(model) if waiting and encoding.uses_text else None
     if waiting and runner is None and encoding.needs_text:
         raise ValueError(f"{encoding.name} needs calibration text: name some with dataset= of the DobiSVDConfig")
     with encoding.quiet() if waiting else contextlib.nullcontext():
-        if runner is not None:
+        if waiting and encoding.uses_text and runner is not None:
             quantize_sequentially(waiting, kinds, runner, one_input_at_a_time=encoding.one_input_at_a_time)
         else:
-            _quantize_each_value(waiting, kinds, encoding)
+            if waiting and encoding.uses_text:
+                logger.warning(
+                    "no calibration text is read, so each value is rounded to 4 bits on its own, which loses much "
+                    "more: name some with dataset= of the DobiSVDConfig; a checkpoint that is there already is "
+                    "rounded with text by `optimum-cli dobisvd quantize OUT --quantization nf4 --dataset TEXT`"
+                )
+            for name, module in waiting.items():
+                _quantize_one(name, module, kinds[module.encoding], None)
     if meant:
         encoding.loaded_model(model)
-    for name, module in meant.items():
-        restore(name, module, kinds[module.encoding])
-
-
-def _quantize_each_value(
-    waiting: Mapping[str, CompressedLinear], kinds: Mapping[str, Encoding], encoding: Encoding
-) -> None:
-    """Quantize compressed linears without text."""
-    if waiting and encoding.uses_text:
-        logger.warning(
-            "no calibration text is read, so each value is rounded to 4 bits on its own, which loses much more: name "
-            "some with dataset= of the DobiSVDConfig; a checkpoint that is there already is rounded with text by "
-            "`optimum-cli dobisvd quantize OUT --quantization nf4 --dataset TEXT`"
-        )
-    for name, module in waiting.items():
-        _quantize_one(name, module, kinds[module.encoding], None)
-
-
-def restore(name: str, module: CompressedLinear, encoding: Encoding) -> None:
-    """Bring the tensors of a compressed linear into the state that checkpoints have them in. ValueError names it."""
-    for child, linear in module.named_children():
-        encoding.before_saving(f"{name}.{child}", linear, module.weight.dtype)
+    restore_tensors(meant, kinds)
 
 
 def quantize_sequentially(
@@ -113,12 +80,6 @@ def quantize_sequentially(
     Each block is calibrated on what the quantized blocks before it give. Within a block, linears that share an input
     are rounded together, and if `one_input_at_a_time` the next ones see what these give. The inputs of a structure's
     later linears follow from the quantized ones before them, exactly. The first token of every window counts as many.
-
-    Args:
-        waiting: compressed linears by name; they still hold plain linears.
-        encodings: by name.
-        runner: takes the calibration windows through its blocks.
-        one_input_at_a_time: whether to pass the windows once for every input of a block instead of once.
 
     Raises:
         ValueError: naming the linear that saw no token, or that could not be rounded.
@@ -144,11 +105,7 @@ def _input_grams(
     """`H` by the first linear that reads an input, and which that is for every compressed linear."""
     found: dict[str, Any] = {}
     entries: dict[str, nn.Module] = {name: next(module.children()) for name, module in modules.items()}
-    replay(
-        InputCollector(
-            lambda _: entries, lambda _, statistics: found.update(it=statistics), lambda _: True, _token_weights
-        )
-    )
+    replay(InputCollector(lambda _: entries, lambda _, each: found.update(it=each), lambda _: True, _token_weights))
     statistics = found["it"]
     return {name: full_gram(each) for name, each in statistics.inputs.items()}, statistics.input_key
 

@@ -17,7 +17,7 @@ from ..calibration.loss import require_labels
 from ..config import DobiSVDConfig
 from ..encodings.base import Encoding
 from ..model.layout import Layout, find_layout
-from ..model.linears import require_finite, weight_matrix
+from ..model.linears import require_finite
 from ..model.patterns import resolve_overrides
 from ..structures.base import is_compressed
 from .job import Job
@@ -30,11 +30,7 @@ def prepare(
 ) -> Job:
     """Check all that can be refused before weights are read, and draw the calibration windows.
 
-    Args:
-        model: the dense model; may be on meta.
-        config: what is asked for.
-        tokenizer: where the config names none; by default the model's own.
-        windows: calibration windows that were drawn before, those held out among them.
+    The dense model may be on meta. Windows that were drawn before have those to hold out among them.
 
     Raises:
         ImportError: a library that the quantization needs is missing; names the extra.
@@ -70,7 +66,8 @@ def check_model(model: Any, config: DobiSVDConfig) -> Layout:
             "the model has adapters (PEFT); merge them (merge_and_unload) or take them off before compressing"
         )
     method = config.resolved_method()
-    if (method.needs_gradients or method.learns) and not _has_head(model):
+    has_no_head = getattr(model, "get_output_embeddings", lambda: True)() is None
+    if (method.needs_gradients or method.learns) and has_no_head:
         raise ValueError(
             f"{type(model).__name__} gives no next-token logits, and method {config.method!r} weighs matrices by the "
             "next-token loss: load it as a causal language model, or choose a method that reads no gradients "
@@ -93,12 +90,6 @@ def check_weights(model: Any, config: DobiSVDConfig, layout: Layout) -> None:
             f"{type(model).__name__} was loaded under torch.inference_mode, so no gradient can be taken through it, "
             f"and method {config.method!r} needs some: load it outside, or choose a method that reads no gradients"
         )
-
-
-def _has_head(model: Any) -> bool:
-    """Whether the model has a language model's head, as far as it says."""
-    head_of = getattr(model, "get_output_embeddings", None)
-    return head_of is None or head_of() is not None
 
 
 def budget_of(config: DobiSVDConfig, layout: Layout) -> Budget:
@@ -185,13 +176,9 @@ def check_coverage(
     reasons: Mapping[str, str | None],
     min_coverage: float,
 ) -> None:
-    """Warn how much cannot be stored so, by matrix; ValueError where what can is less than `min_coverage`, or none.
+    """Warn of matrices that cannot be stored so; ValueError where less than `min_coverage` of the parameters can.
 
-    Args:
-        encoding: how matrices are to be stored.
-        shapes: outputs and inputs of every matrix.
-        reasons: why it cannot be stored so, None if it can.
-        min_coverage: smallest accepted share of the parameters.
+    `shapes` are outputs and inputs of every matrix, `reasons` why it cannot be stored so, None if it can.
     """
     left = {name: math.prod(shapes[name]) for name, reason in reasons.items() if reason is not None}
     if not left:
@@ -212,24 +199,18 @@ def check_coverage(
     logger.warning("%s; they stay in 8 or 16 bits", message)
 
 
-def refuse_offloaded(modules: Mapping[str, nn.Module]) -> None:
+_QUANTIZING = "only what is in memory can be quantized or stored otherwise: load the model without cpu or disk offload"
+LEARNING = (
+    "learning ranks rebuilds every weight in every step: load the model without offload, or use allocation='global', "
+    "which needs no training"
+)
+
+
+def refuse_offloaded(modules: Mapping[str, nn.Module], why: str = _QUANTIZING) -> None:
     """Raise ValueError naming the first linear that Accelerate keeps out of memory between passes."""
     for name, module in modules.items():
         if any(parameter.is_meta for parameter in module.parameters()):
-            raise ValueError(
-                f"{name} is offloaded, and only what is in memory can be quantized or stored otherwise: load the "
-                "model without cpu or disk offload"
-            )
-
-
-def check_learnable(layout: Layout) -> None:
-    """Raise ValueError, naming it, if a weight is offloaded."""
-    for name, module in layout.linears.items():
-        if weight_matrix(module).device.type == "meta":
-            raise ValueError(
-                f"{name}: its weight is offloaded, and learning ranks rebuilds every weight in every step; load the "
-                "model without offload, or use allocation='global', which needs no training"
-            )
+            raise ValueError(f"{name} is offloaded, and {why}")
 
 
 _HOW_TO_GIVE_TEXT = "pass GPTQConfig(dataset=[...texts]), or dataset= of the DobiSVDConfig"
@@ -240,15 +221,9 @@ def quantization_windows(
 ) -> CalibrationWindows | None:
     """Return what quantization is calibrated on: text of its own if its settings name some, else the compression's.
 
-    Args:
-        encoding: the quantization.
-        windows: those of the compression; None where there was none in this process.
-        config: the number and length of windows, and the text to draw from without them. Encodings that can do without
-            then do without: nobody expects a calibration of bitsandbytes when a checkpoint is loaded.
-        tokenizer: where the settings give none.
-
-    Raises:
-        ValueError: there is no text.
+    Without windows of a compression in this process they are drawn from the config's text. Encodings that can do
+    without then do without: nobody expects a calibration of bitsandbytes when a checkpoint is loaded. ValueError where
+    there is no text.
     """
     if not encoding.needs_text:
         return windows if encoding.uses_text else None

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from ..calibration.visitor import LinearsVisitor
 from ..model.linears import weight_matrix
 from .packing import pack
 
 
 @dataclass
 class InputStatistics:
-    """Statistics of one input, shared by the linears that read it.
+    """Statistics of one input of `size` (`n`) features over `tokens` tokens, shared by the linears that read it.
 
-    Attributes:
-        size: `n`, the features of the input.
-        tokens: how many tokens are summed.
-        abs_mean: `mean |x_j|`, `n` values, float32.
-        gram: packed upper triangle of `H = X X^T`, `n(n+1)/2` values, float32.
+    `abs_mean` is `mean |x_j|`, `n` values; `gram` the packed upper triangle of `H = X X^T`, `n(n+1)/2`; both float32.
     """
 
     size: int
@@ -32,15 +30,13 @@ class InputStatistics:
 
 @dataclass
 class BlockStatistics:
-    """Statistics of one block.
+    """Statistics of one block's inputs, each by its key: the name of the first linear that reads it.
 
-    Attributes:
-        inputs: by shared-input key, the name of the first linear that reads the input.
-        input_key: that key for every linear of the block.
+    `input_key` is that key for every linear of the block.
     """
 
-    inputs: dict[str, InputStatistics] = field(default_factory=dict)
-    input_key: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, InputStatistics]
+    input_key: dict[str, str]
 
 
 class _Accumulator:
@@ -74,15 +70,13 @@ class _Accumulator:
         return InputStatistics(len(self.abs_sum), self.tokens, mean, pack(self.gram.cpu()))
 
 
-class InputCollector:
-    """A block visitor that sums the statistics of the inputs of a block's linears.
+class InputCollector(LinearsVisitor):
+    """A block visitor that sums the statistics of the inputs of a block's linears, for `BlockStatistics`.
 
     Linears that read the same tensor (q/k/v, gate/up) share one sum, under the name of the first one called.
 
     Args:
-        linears_of: block name -> its linears by full name.
-        finished: called with block name and `BlockStatistics` after each block.
-        wanted: block name -> whether to collect it.
+        linears_of, finished, wanted: see `LinearsVisitor`.
         weights_of: token mask of a batch -> how many tokens each one counts as in the Grams, both `batch x seqlen`;
             without it, each counts as one.
     """
@@ -94,63 +88,31 @@ class InputCollector:
         wanted: Callable[[str], bool],
         weights_of: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self._linears_of = linears_of
-        self._finished = finished
-        self._wanted = wanted
+        super().__init__(linears_of, finished, wanted)
         self._weights_of = weights_of
-        self._open: dict[str, _OpenBlock] = {}
-
-    def wants(self, name: str) -> bool:
-        return self._wanted(name)
-
-    def enter(self, name: str, block: nn.Module) -> None:
-        self._open[name] = _OpenBlock(self._linears_of(name))
-
-    def start_batch(self, mask: Tensor) -> None:
-        weights = None if self._weights_of is None else self._weights_of(mask)
-        for block in self._open.values():
-            block.start_batch(mask, weights)
-
-    def leave(self, name: str, block: nn.Module) -> None:
-        opened = self._open.pop(name)
-        opened.detach()
-        self._finished(name, opened.statistics())
-
-    def abandon(self) -> None:
-        for opened in self._open.values():
-            opened.detach()
-        self._open.clear()
-
-
-class _OpenBlock:
-    """Hooks and sums of one block while it runs."""
-
-    def __init__(self, linears: dict[str, nn.Module]) -> None:
-        self._linears = linears
-        self._mask: Tensor | None = None
         self._weights: Tensor | None = None
         self._input_key: dict[str, str] = {}
-        self._sums: dict[str, _Accumulator] = {}
-        self._current: dict[str, Tensor] = {}  # input key -> its input in the forward pass under way
-        self._handles = [
-            module.register_forward_pre_hook(partial(self._observe, name), with_kwargs=True)
-            for name, module in linears.items()
-        ]
+        self._current: dict[str, dict[str, Tensor]] = {}  # block -> input key -> its input in the pass under way
 
-    def start_batch(self, mask: Tensor, weights: Tensor | None) -> None:
-        self._mask, self._weights = mask, None if weights is None else weights[mask]
+    def start_batch(self, mask: Tensor) -> None:
+        super().start_batch(mask)
+        self._weights = None if self._weights_of is None else self._weights_of(mask)[mask]
         self._current = {}
 
-    def _observe(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> None:
+    def _hook(self, block: str, linear: str, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_pre_hook(partial(self._observe, block, linear), with_kwargs=True)
+
+    def _observe(self, block: str, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
+        current = self._current.setdefault(block, {})
         if name not in self._input_key:
-            self._input_key[name] = next((key for key, seen in self._current.items() if seen is x), name)
+            self._input_key[name] = next((key for key, seen in current.items() if seen is x), name)
         input_key = self._input_key[name]
         if input_key != name:
-            if self._current.get(input_key) is not x:
+            if current.get(input_key) is not x:
                 raise ValueError(f"{name} and {input_key} shared their input in one batch and not in another")
             return
-        self._current[name] = x
+        current[name] = x
         if name not in self._sums:
             self._sums[name] = _Accumulator(weight_matrix(module).shape[1], x.device)
         rows = token_rows(name, x.detach(), self._mask)
@@ -158,30 +120,31 @@ class _OpenBlock:
         weighted = self._weights is not None and len(self._weights) == len(rows)
         self._sums[name].add(rows, self._weights if weighted else None)
 
-    def detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def statistics(self) -> BlockStatistics:
-        unseen = [name for name in self._linears if name not in self._input_key]
+    def _result(self, block: str) -> BlockStatistics:
+        self._current = {}
+        linears = self._linears_of(block)
+        unseen = [name for name in linears if name not in self._input_key]
         if unseen:
             raise ValueError(
                 f"{unseen[0]} was never called during calibration ({len(unseen)} such linears in its block): "
                 "calibrate on more text, or list it in modules_to_not_convert"
             )
-        return BlockStatistics({name: sums.result(name) for name, sums in self._sums.items()}, dict(self._input_key))
+        keys = {name: key for name, key in self._input_key.items() if name in linears}  # in the order of the calls
+        for name in keys:
+            del self._input_key[name]
+        inputs = {name: self._sums.pop(name).result(name) for name, key in keys.items() if key == name}
+        return BlockStatistics(inputs, keys)
+
+    def abandon(self) -> None:
+        super().abandon()
+        self._input_key, self._current = {}, {}
 
 
 def token_rows(name: str, activations: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the rows of a linear's input or output that are no padding, `tokens x features`.
+    """Return the rows of a linear's input or output (`... x features`) that are no padding, `tokens x features`.
 
-    Args:
-        name: of the linear, for messages.
-        activations: `... x features`, one row for every position of the batch.
-        mask: which positions are no padding, `batch x seqlen`; None if all are.
-
-    Raises:
-        ValueError: there is padding, and the rows are not those of the batch.
+    `mask` (`batch x seqlen`) is True for those; None is all. ValueError, naming the linear, if there is padding and
+    the rows are not one for every position of the batch.
     """
     flat = activations.reshape(-1, activations.shape[-1])
     if mask is None or bool(mask.all()):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibration.dataset import CalibrationWindows
 
@@ -35,14 +35,14 @@ def fingerprint(model: nn.Module, windows: CalibrationWindows) -> dict[str, Any]
         "weights": weights_sha256(model),
         "tokens": windows.sha256(),
         **windows.description,
-        "config": model_config(model),
+        "config": _model_config(model),
     }
 
 
-def model_config(model: nn.Module) -> dict[str, Any]:
+def _model_config(model: nn.Module) -> dict[str, Any]:
     """Return the fields of the model's configuration that its activations depend on, as JSON values."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "to_dict"):
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
         return {}
     # One round through JSON, so that what was just computed equals what is read back from a file.
     return _without_unread(json.loads(json.dumps(config.to_dict(), default=str)))
@@ -62,7 +62,7 @@ def weights_sha256(model: nn.Module) -> str:
             for key, tensor in sorted([*module._parameters.items(), *saved.items()]):
                 if tensor is not None:
                     digest.update(f"{name}.{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                    digest.update(_bytes_of(tensor))
+                    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -74,10 +74,15 @@ def differing_fields(stored: dict[str, Any], current: dict[str, Any]) -> list[st
     config = _differing_config(stored.get("config"), current.get("config"), "config")
     if not config and all(stored.get(key) == current.get(key) for key in _DECISIVE):
         return []
-    return config + [
+    return config + changes({**stored, "config": None}, {**current, "config": None})
+
+
+def changes(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Return a line for every field that differs, with both values."""
+    return [
         f"{key}: {stored.get(key)!r} in the store, {current.get(key)!r} now"
         for key in dict.fromkeys([*stored, *current])
-        if key != "config" and stored.get(key) != current.get(key)
+        if stored.get(key) != current.get(key)
     ]
 
 
@@ -94,7 +99,3 @@ def _without_unread(values: dict[str, Any]) -> dict[str, Any]:
         for key, value in values.items()
         if key not in _UNREAD_CONFIG and not key.startswith("_")
     }
-
-
-def _bytes_of(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from ..calibration.visitor import LinearsVisitor
 from ..model.linears import weight_matrix
 from ..model.offloaded import dense_bias
 from .collect import token_rows
@@ -77,77 +78,31 @@ class _Sums:
         return GradientStatistics(len(self.gram), self.tokens, pack(self.gram.cpu()), **values)
 
 
-class GradientCollector:
-    """A block visitor for backward passes that sums `GradientStatistics` of a block's linears.
-
-    Args:
-        linears_of: block name -> its linears by full name.
-        finished: called with block name and the statistics by linear name after each block.
-        wanted: block name -> whether to collect it.
-    """
-
-    def __init__(
-        self,
-        linears_of: Callable[[str], dict[str, nn.Module]],
-        finished: Callable[[str, dict[str, GradientStatistics]], None],
-        wanted: Callable[[str], bool],
-    ) -> None:
-        self._linears_of = linears_of
-        self._finished = finished
-        self._wanted = wanted
-        self._mask: Tensor | None = None
-        self._biases: dict[str, Tensor | None] = {}
-        self._open: dict[str, tuple[list[Any], dict[str, _Sums]]] = {}
+class GradientCollector(LinearsVisitor):
+    """A block visitor for backward passes that sums `GradientStatistics` of a block's linears, by their names."""
 
     def wants(self, name: str) -> bool:
-        return self._wanted(name) and bool(self._linears_of(name))
+        return super().wants(name) and bool(self._linears_of(name))
 
-    def enter(self, name: str, block: nn.Module) -> None:
-        linears = self._linears_of(name)
-        self._biases |= {linear: dense_bias(module) for linear, module in linears.items()}
-        handles = [
-            module.register_forward_hook(partial(self._observe, name, linear), with_kwargs=True)
-            for linear, module in linears.items()
-        ]
-        self._open[name] = (handles, {})
-
-    def start_batch(self, mask: Tensor) -> None:
-        self._mask = mask
+    def _hook(self, block: str, linear: str, module: nn.Module) -> RemovableHandle:
+        observe = partial(self._observe, linear, dense_bias(module))
+        return module.register_forward_hook(observe, with_kwargs=True)
 
     def _observe(
-        self, block: str, linear: str, module: Any, args: tuple, kwargs: dict[str, Tensor], output: Tensor
+        self, linear: str, bias: Tensor | None, module: Any, args: tuple, kwargs: dict[str, Tensor], output: Tensor
     ) -> None:
         if not output.requires_grad:
             return
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
-        bias = self._biases[linear]
         y = output.detach() if bias is None else output.detach() - bias.to(output)
         mask = self._mask
-        sums = self._open[block][1]
-        if linear not in sums:
-            sums[linear] = _Sums(weight_matrix(module).shape[0], output.device)
+        if linear not in self._sums:
+            self._sums[linear] = _Sums(weight_matrix(module).shape[0], output.device)
+        sums = self._sums[linear]
+        output.register_hook(
+            lambda gradient: sums.add(*(token_rows(linear, each, mask) for each in (x, y, gradient.detach())))
+        )
 
-        def add(gradient: Tensor) -> None:
-            sums[linear].add(*(token_rows(linear, each, mask) for each in (x, y, gradient.detach())))
-
-        output.register_hook(add)
-
-    def leave(self, name: str, block: nn.Module) -> None:
-        handles, sums = self._open.pop(name)
-        _remove(handles)
-        found = {}
-        for linear in self._linears_of(name):
-            self._biases.pop(linear)
-            found[linear] = sums.get(linear, _Sums(1, torch.device("cpu"))).result(linear)
-        self._finished(name, found)
-
-    def abandon(self) -> None:
-        for handles, _ in self._open.values():
-            _remove(handles)
-        self._open.clear()
-        self._biases.clear()
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
+    def _result(self, block: str) -> dict[str, GradientStatistics]:
+        unseen = _Sums(1, torch.device("cpu"))
+        return {linear: self._sums.pop(linear, unseen).result(linear) for linear in self._linears_of(block)}

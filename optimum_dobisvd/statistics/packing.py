@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,23 +22,23 @@ def unpacked_size(length: int) -> int:
 
 def pack(matrix: Tensor) -> Tensor:
     """Pack a symmetric `n x n` matrix into `n(n+1)/2` values, float32."""
-    size = len(matrix)
-    packed = torch.empty(packed_length(size), dtype=torch.float32)
-    start = 0
-    for row in range(size):  # slices, not an index tensor: that one would be four times the matrix
-        packed[start : start + size - row] = matrix[row, row:]
-        start += size - row
+    packed = torch.empty(packed_length(len(matrix)), dtype=torch.float32)
+    for row, values in enumerate(_rows(packed, len(matrix))):
+        values.copy_(matrix[row, row:])
     return packed
 
 
 def unpack(packed: Tensor, size: int) -> Tensor:
     """Unpack `n(n+1)/2` values into an `n x n` matrix, float64; `size` is `n`. ValueError if the length is another."""
-    if packed.shape != (packed_length(size),):
-        expected = packed_length(size)
+    expected = packed_length(size)
+    if packed.shape != (expected,):
         raise ValueError(f"a packed {size} x {size} Gram has {expected} values, found the shape {tuple(packed.shape)}")
     matrix = torch.zeros(size, size, dtype=torch.float64)
-    start = 0
-    for row in range(size):
-        matrix[row, row:] = packed[start : start + size - row]
-        start += size - row
+    for row, values in enumerate(_rows(packed, size)):
+        matrix[row, row:] = values
     return matrix + matrix.triu(1).T
+
+
+def _rows(packed: Tensor, size: int) -> Sequence[Tensor]:
+    """Return the rows of a packed triangle as views: an index tensor would be four times the matrix."""
+    return packed.split(list(range(size, 0, -1)))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..atomic_files import write_atomically, write_text_atomically
 from .collect import BlockStatistics, InputStatistics
-from .fingerprint import differing_fields
+from .fingerprint import changes, differing_fields
 from .gradients import SCALARS, GradientStatistics
 from .packing import packed_length, unpack, unpacked_size
 
@@ -36,17 +37,14 @@ class StatisticsStore:
     ) -> None:
         """Open the store in a folder, or create it.
 
-        Args:
-            fingerprint: what `statistics.fingerprint` returned.
-            blocks: names of the model's blocks, in order.
-            folder: None keeps the statistics in memory.
+        `fingerprint` is what `statistics.fingerprint` returned, `blocks` the names of the model's blocks in order.
+        Without a folder the statistics are kept in memory.
 
         Raises:
             ValueError: the folder holds something else, a damaged store, or one of other weights, text or settings
                 (names the fields that differ).
         """
-        self.fingerprint = fingerprint
-        self._blocks = blocks
+        self.fingerprint, self._blocks = fingerprint, blocks
         self._folder = Path(folder) if folder is not None else None
         self._memory: dict[str, BlockStatistics] = {}
         self._gradient_settings: dict[str, Any] | None = None
@@ -65,19 +63,19 @@ class StatisticsStore:
             write_text_atomically(path, json.dumps(index, indent=2) + "\n")
 
     def _check_index(self, path: Path) -> None:
-        try:
+        with _readable(path, "delete the folder to collect statistics again"):
             index = json.loads(path.read_text(encoding="utf-8"))
             version, stored, blocks = index["format_version"], dict(index["fingerprint"]), list(index["blocks"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); delete the folder to collect statistics again") from error
-        if version != FORMAT_VERSION:
-            raise ValueError(f"{path} has format {version}, this version reads {FORMAT_VERSION}; use another folder")
+        _require_version(path, version)
         differences = differing_fields(stored, self.fingerprint)
         if blocks != self._blocks:
             differences.append(f"blocks: {len(blocks)} in the store, {len(self._blocks)} now")
+        self._require_none(differences, "statistics")
+
+    def _require_none(self, differences: list[str], what: str) -> None:
         if differences:
             raise ValueError(
-                f"the statistics in {self._folder} do not belong to this run. {'; '.join(differences)}. "
+                f"the {what} in {self._folder} do not belong to this run. {'; '.join(differences)}. "
                 "Use the settings they were collected with, or another folder"
             )
 
@@ -95,10 +93,8 @@ class StatisticsStore:
         if self._folder is None:
             self._memory[block] = statistics
             return
-        tensors: dict[str, Tensor] = {}
-        for name, inputs in statistics.inputs.items():
-            tensors[f"{name}.abs_mean"] = inputs.abs_mean
-            tensors[f"{name}.gram"] = inputs.gram
+        tensors = {f"{name}.abs_mean": inputs.abs_mean for name, inputs in statistics.inputs.items()}
+        tensors |= {f"{name}.gram": inputs.gram for name, inputs in statistics.inputs.items()}
         tokens = {name: inputs.tokens for name, inputs in statistics.inputs.items()}
         # One key: safetensors writes several in random order, and a resumed run must give the same bytes.
         metadata = {"statistics": json.dumps({"leader": statistics.input_key, "tokens": tokens})}
@@ -117,8 +113,7 @@ class StatisticsStore:
     def open_gradients(self, settings: dict[str, Any]) -> None:
         """Prepare for gradient statistics: new ones, or those of an interrupted run with the same settings.
 
-        Args:
-            settings: JSON values; `tokens` is how many tokens of text the gradients are summed over.
+        Settings are JSON values, of which `tokens` is how many tokens of text the gradients are summed over.
 
         Raises:
             ValueError: the store has gradients of other settings (names the fields that differ), or a damaged file.
@@ -127,23 +122,13 @@ class StatisticsStore:
         if self._folder is None:
             return
         path = self._folder / GRADIENTS_NAME
-        if not path.exists():
-            # Left by a run whose settings are unknown.
-            for stale in [*self._folder.glob("gradients-*.safetensors"), self._folder / "spectra-kfac.safetensors"]:
-                stale.unlink(missing_ok=True)
-            write_text_atomically(path, json.dumps({"format_version": FORMAT_VERSION, **settings}, indent=2) + "\n")
+        if path.exists():
+            self._require_none(changes(_read_gradient_settings(path), settings), "gradients")
             return
-        stored = _read_gradient_settings(path)
-        differences = [
-            f"{key}: {stored.get(key)!r} in the store, {settings.get(key)!r} now"
-            for key in dict.fromkeys([*stored, *settings])
-            if stored.get(key) != settings.get(key)
-        ]
-        if differences:
-            raise ValueError(
-                f"the gradients in {self._folder} do not belong to this run. {'; '.join(differences)}. Use the "
-                "settings they were collected with, or another folder"
-            )
+        # Left by a run whose settings are unknown.
+        for stale in [*self._folder.glob("gradients-*.safetensors"), self._folder / "spectra-kfac.safetensors"]:
+            stale.unlink(missing_ok=True)
+        write_text_atomically(path, json.dumps({"format_version": FORMAT_VERSION, **settings}, indent=2) + "\n")
 
     @property
     def gradient_tokens(self) -> int:
@@ -186,11 +171,7 @@ class StatisticsStore:
         return _read_gradients(self._path(block, "gradients"))
 
     def require(self, linears: Mapping[str, Iterable[str]]) -> None:
-        """Check that the store has the statistics of these linears (by block).
-
-        Raises:
-            ValueError: one was excluded when the statistics were collected; names it.
-        """
+        """Raise ValueError, naming it, if one of these linears (by block) was excluded from the statistics."""
         for block, names in linears.items():
             known = self.block(block).input_key
             lacking = [name for name in names if name not in known]
@@ -203,16 +184,13 @@ class StatisticsStore:
     def spectra(self, metric: str) -> Mapping[str, Tensor] | None:
         """Return the singular values in a metric by linear, `min(m, n)` each; None if they are not in the store.
 
-        Raises:
-            ValueError: the file is damaged; names it.
+        ValueError names a damaged file.
         """
         if metric not in self._spectra and self._folder is not None:
             path = self._folder / f"spectra-{metric}.safetensors"
             if path.exists():
-                try:
+                with _readable(path, "delete it to compute it again"):
                     self._spectra[metric] = load_file(path)
-                except SafetensorError as error:
-                    raise ValueError(f"{path} is damaged ({error}); delete it to compute it again") from error
         return self._spectra.get(metric)
 
     def put_spectra(self, metric: str, spectra: dict[str, Tensor]) -> None:
@@ -238,18 +216,28 @@ def full_gram(statistics: InputStatistics | GradientStatistics) -> Tensor:
     return unpack(statistics.gram, statistics.size)
 
 
+@contextlib.contextmanager
+def _readable(path: Path, remedy: str) -> Iterator[None]:
+    """A context in which whatever goes wrong is a damage of this file: ValueError names it, and says what to do."""
+    try:
+        yield
+    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+
+
+def _require_version(path: Path, version: Any) -> None:
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format {version}, this version reads {FORMAT_VERSION}; use another folder")
+
+
 def _read_block(path: Path) -> BlockStatistics:
     """Read the statistics of one block; names and sizes are checked before tensors. ValueError names the file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            described = json.loads((file.metadata() or {})["statistics"])
-            input_key, tokens = described["leader"], described["tokens"]
-            if not set(input_key.values()) <= tokens.keys():
-                raise ValueError("a linear's input is missing")
-            inputs = {name: _read_input(file, name, count) for name, count in tokens.items()}
-    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete this file to collect its block again") from error
-    return BlockStatistics(inputs, input_key)
+    with _readable(path, "delete this file to collect its block again"), safe_open(path, framework="pt") as file:
+        described = json.loads((file.metadata() or {})["statistics"])
+        input_key, tokens = described["leader"], described["tokens"]
+        if not set(input_key.values()) <= tokens.keys():
+            raise ValueError("a linear's input is missing")
+        return BlockStatistics({name: _read_input(file, name, count) for name, count in tokens.items()}, input_key)
 
 
 def _read_input(file: Any, name: str, tokens: int) -> InputStatistics:
@@ -261,30 +249,24 @@ def _read_input(file: Any, name: str, tokens: int) -> InputStatistics:
 
 
 def _read_gradient_settings(path: Path) -> dict[str, Any]:
-    try:
+    with _readable(path, "delete it to collect the gradients again"):
         settings = dict(json.loads(path.read_text(encoding="utf-8")))
         version = settings.pop("format_version")
         int(settings["tokens"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to collect the gradients again") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format {version}, this version reads {FORMAT_VERSION}; use another folder")
+    _require_version(path, version)
     return settings
 
 
 def _read_gradients(path: Path) -> dict[str, GradientStatistics]:
     """Read the gradients of one block; sizes are checked before tensors. ValueError names the file."""
     found: dict[str, GradientStatistics] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name, described in json.loads((file.metadata() or {})["gradients"]).items():
-                shape = file.get_slice(f"{name}.gram").get_shape()
-                size = unpacked_size(shape[0]) if len(shape) == 1 else 0
-                if not size:
-                    raise ValueError(f"the gradient Gram of {name} has shape {shape}")
-                scalars = {key: float(described[key]) for key in SCALARS}
-                gram = file.get_tensor(f"{name}.gram")
-                found[name] = GradientStatistics(size, int(described["tokens"]), gram, **scalars)
-    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete this file to collect its block again") from error
+    with _readable(path, "delete this file to collect its block again"), safe_open(path, framework="pt") as file:
+        for name, described in json.loads((file.metadata() or {})["gradients"]).items():
+            shape = file.get_slice(f"{name}.gram").get_shape()
+            size = unpacked_size(shape[0]) if len(shape) == 1 else 0
+            if not size:
+                raise ValueError(f"the gradient Gram of {name} has shape {shape}")
+            scalars = {key: float(described[key]) for key in SCALARS}
+            gram = file.get_tensor(f"{name}.gram")
+            found[name] = GradientStatistics(size, int(described["tokens"]), gram, **scalars)
     return found

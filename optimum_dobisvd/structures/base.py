@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..encodings.base import ErrorMetric, InputGram, matrix_of
+from ..encodings.base import Encoding, ErrorMetric, InputGram, matrix_of
 from ..factorization.factors import Factors, Gauge
-from ..model.linears import dense_linear
+from ..model.linears import dense_linear, weight_matrix
 
 
 class CompressedLinear(nn.Module, ABC):
@@ -24,8 +24,7 @@ class CompressedLinear(nn.Module, ABC):
     Until an encoding puts something else in their place, the children are exactly `nn.Linear`, because bitsandbytes,
     GPTQ and PEFT find their layers by that type.
 
-    `conv1d` remembers that the dense layer was transformers' `Conv1D` (GPT-2), whose weight is stored transposed, so
-    that the dense form can be put back as it was.
+    `conv1d` remembers that the dense layer was transformers' `Conv1D` (GPT-2, which stores `W^T`), to put it back so.
 
     `weight` is empty, and is saved under the dense weight's old name. A reader that does not know the format would
     build the dense model, find no weights, and fill them at random with a warning; with it, it finds a weight of the
@@ -53,11 +52,8 @@ class CompressedLinear(nn.Module, ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.rank = rank
-        self.conv1d = conv1d
-        self.encoding = "float"
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.conv1d, self.encoding = conv1d, "float"
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
         for name, (outputs, inputs) in self.linears(out_features, in_features, rank).items():
             child_bias = bias and f"{name}.bias" == self.bias_key
@@ -78,23 +74,17 @@ class CompressedLinear(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def written(cls, source: Factors | Tensor, gauge: Gauge, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return the weights of its linears by name.
+        """Return the weights of its linears by name, of factors (`m x k`, `k x n`) or, without a rank, of the matrix.
 
-        Args:
-            source: factors (`m x k`, `k x n`), or for a structure without rank the matrix itself.
-            gauge: which pair of equal factors to write.
-            dtype: the model's, which scales are stored in.
+        `gauge` says which pair of equal factors to write; scales are stored in `dtype`, the model's.
         """
 
     @classmethod
     @abstractmethod
     def input_gram(cls, linear: str, gram: Tensor, before: Mapping[str, Tensor]) -> Tensor:
-        """Return `H` of a linear's inputs.
+        """Return `H` of the inputs of the linear of that name.
 
-        Args:
-            linear: its name.
-            gram: `H` of the whole matrix's inputs, `n x n`.
-            before: the matrices that the linears before it compute with.
+        `gram` is `H` (`n x n`) of the whole matrix's inputs; `before` has what the linears before it compute with.
         """
 
     @classmethod
@@ -102,10 +92,7 @@ class CompressedLinear(nn.Module, ABC):
     def error_metrics(cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor) -> dict[str, ErrorMetric]:
         """Return what errors of its linears' weights cost, by name.
 
-        Args:
-            weights: of its linears.
-            gram: `H` of the whole matrix's inputs.
-            root: `R` (`m x m`) with `R R^T` what the loss feels of the matrix's outputs.
+        `gram` is `H` of the whole matrix's inputs; `root` is `R` (`m x m`), and the loss feels `R R^T` of its outputs.
         """
 
     @classmethod
@@ -137,15 +124,10 @@ class CompressedLinear(nn.Module, ABC):
     def __format__(self, spec: str) -> str:
         # PEFT refuses a module with f"Target module {module} is not supported": the only place in its message where a
         # user can be told what to name instead. print(model), str and repr do not come here.
-        return format(f"{self!r} ({self._adapters()})", spec)
-
-    def _adapters(self) -> str:
-        names = [name for name, _ in self.named_children()]
-        targets = ", ".join(f"'q_proj.{name}'" for name in names)
-        refusals = [getattr(child, "adapter_refusal", None) for child in self.children()]
-        if refusals[0] is not None:
-            return str(refusals[0])
-        return f"a wrapper: name what is in it, as in target_modules=[{targets}], or 'all-linear'"
+        refusal = getattr(next(self.children()), "adapter_refusal", None)
+        targets = ", ".join(f"'q_proj.{name}'" for name, _ in self.named_children())
+        remedy = refusal or f"a wrapper: name what is in it, as in target_modules=[{targets}], or 'all-linear'"
+        return format(f"{self!r} ({remedy})", spec)
 
     def extra_repr(self) -> str:
         rank = "" if self.rank is None else f", rank={self.rank}"
@@ -165,6 +147,21 @@ def bare_linear(weight: Tensor, bias: Any = None) -> nn.Linear:
 def compressed_linears(model: nn.Module) -> dict[str, CompressedLinear]:
     """Return the compressed linears of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """Return outputs and inputs of a compressed or dense linear."""
+    if isinstance(module, CompressedLinear):
+        return module.out_features, module.in_features
+    rows, columns = weight_matrix(module).shape
+    return rows, columns
+
+
+def restore_tensors(compressed: Mapping[str, CompressedLinear], encodings: Mapping[str, Encoding]) -> None:
+    """Bring tensors into the state that checkpoints have them in. ValueError names a linear that cannot be."""
+    for name, module in compressed.items():
+        for child, linear in module.named_children():
+            encodings[module.encoding].before_saving(f"{name}.{child}", linear, module.weight.dtype)
 
 
 def is_compressed(model: nn.Module) -> bool:

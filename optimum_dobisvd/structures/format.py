@@ -19,10 +19,9 @@ from .registry import STRUCTURES
 
 @dataclass(frozen=True)
 class Format:
-    """How a matrix is stored, but for its rank.
+    """How an `m x n` matrix is stored, but for its rank: `out_features` is `m`, `in_features` is `n`.
 
-    All sizes are of an `m x n` matrix: `out_features` is `m`, `in_features` is `n`. `rank` is None for structures that
-    have none.
+    `rank` is None for structures that have none.
     """
 
     structure: type[CompressedLinear]
@@ -75,6 +74,9 @@ class Format:
     @property
     def relative_error(self) -> float:
         """The share of a matrix's energy that rounding its linears takes, for allocators that know no better."""
+        # Of factors in few enough bits to matter it is measured; in others it is small beside what is truncated.
+        if self.structure.has_rank and not self.encoding.loss_is_measured:
+            return 0.0
         return len(self.structure.linears(1, 1, 1)) * self.encoding.relative_error
 
     def quantization_loss(self, source: Factors | Tensor, gram: InputGram, root: Tensor) -> float:
@@ -89,25 +91,15 @@ class Format:
     ) -> dict[str, tuple[list[int], str | None]]:
         """Return shape and dtype of all its tensors as files' headers have them; None is any float."""
         linears = self.linears(out_features, in_features, rank)
-        found = {
-            f"{name}.{key}": header
-            for name, shape in linears.items()
-            for key, header in self.encoding.tensors(shape).items()
-        }
-        return {**found, self.structure.bias_key: ([out_features], None)} if bias else found
+        found = {name: self.encoding.tensors(shape).items() for name, shape in linears.items()}
+        tensors = {f"{name}.{key}": header for name, headers in found.items() for key, header in headers}
+        return {**tensors, self.structure.bias_key: ([out_features], None)} if bias else tensors
 
     def empty(self, dense: Any, rank: int | None, shape: tuple[int, int], conv1d: bool) -> CompressedLinear:
         """Return the module of a dense or compressed linear's shape, bias and dtype, on meta, to load tensors into."""
-        out_features, in_features = shape
-        new = self.structure(
-            in_features,
-            out_features,
-            rank,
-            bias=dense.bias is not None,
-            conv1d=conv1d,
-            device="meta",
-            dtype=dense.weight.dtype,
-        )
+        outputs, inputs = shape
+        bias, dtype = dense.bias is not None, dense.weight.dtype
+        new = self.structure(inputs, outputs, rank, bias=bias, conv1d=conv1d, device="meta", dtype=dtype)
         new.encoding = self.encoding.name
         for name, child in list(new.named_children()):
             new.set_submodule(name, self.encoding.empty(child, min(shape)))  # type: ignore[arg-type]
@@ -116,16 +108,9 @@ class Format:
     def quantize(
         self, weights: Mapping[str, Tensor], bias: nn.Parameter | None, dtype: torch.dtype, full_rank: int
     ) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
-        """Quantize the weights of its linears, each value on its own.
+        """Quantize the weights of its linears, of any float dtype, each value on its own.
 
-        Args:
-            weights: of its linears by name, any floating point dtype.
-            bias: of the matrix.
-            dtype: the model's.
-            full_rank: `min(m, n)`.
-
-        Returns:
-            Its children, and the matrices that they stand for.
+        Returns its children, and the matrices that they stand for. `dtype` is the model's, `full_rank` `min(m, n)`.
         """
         children: dict[str, nn.Module] = {}
         matrices: dict[str, Tensor] = {}

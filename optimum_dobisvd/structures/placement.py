@@ -11,29 +11,20 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from ..factorization.factors import Factors
-from ..model.linears import is_conv1d, weight_matrix
-from .base import CompressedLinear
+from ..model.linears import is_conv1d
+from .base import CompressedLinear, matrix_shape
 from .format import AS_IS, Format
 
 
 def replace_linear(
     model: nn.Module, name: str, format: Format, rank: int | None, source: Factors | Tensor
 ) -> dict[str, Tensor] | None:
-    """Put a compressed linear in the place of the linear `name`, on its device, in its dtype, offloaded if it was.
+    """Put a compressed linear in the place of another, on its device, in its dtype, offloaded if it was.
 
-    Args:
-        model: where the linear is.
-        name: of the linear, dense or compressed.
-        format: what it becomes.
-        rank: None for a structure without.
-        source: factors (`m x k`, `k x n`), or the matrix for a structure without rank.
+    `source` are factors (`m x k`, `k x n`), or the matrix for a structure without rank.
 
-    Returns:
-        The matrices that its linears compute with; None where they are still plain linears, for an encoding that uses
-        text to quantize sequentially.
-
-    Raises:
-        ValueError: values or scales overflow in the model's dtype.
+    Returns the matrices that its linears compute with; None where they are still plain linears, for an encoding that
+    uses text to quantize sequentially. ValueError where values or scales overflow in the model's dtype.
     """
     module: Any = model.get_submodule(name)
     hook = _align_hook(module)
@@ -52,22 +43,19 @@ def _built(
 ) -> tuple[CompressedLinear, dict[str, Tensor]]:
     """The compressed linear on the device of the one it stands for, with memory of its own."""
     device, dtype = module.weight.device, module.weight.dtype
-    if isinstance(module, CompressedLinear):
-        shape, conv1d = (module.out_features, module.in_features), module.conv1d
-    else:
-        rows, columns = weight_matrix(module).shape
-        shape, conv1d = (rows, columns), is_conv1d(module)
-    trained = module.weight.requires_grad if not isinstance(module, CompressedLinear) else True
+    compressed, (outputs, inputs) = isinstance(module, CompressedLinear), matrix_shape(module)
+    conv1d = module.conv1d if compressed else is_conv1d(module)
+    trained = compressed or module.weight.requires_grad
     bias = module.bias
     if bias is not None:
         bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-    new = format.structure(shape[1], shape[0], rank, bias=bias is not None, conv1d=conv1d, device="meta", dtype=dtype)
+    new = format.structure(inputs, outputs, rank, bias=bias is not None, conv1d=conv1d, device="meta", dtype=dtype)
     new.encoding = format.encoding.name
     new.weight = torch.empty(0, device=device, dtype=dtype)
     weights = format.structure.written(source, format.encoding.gauge, dtype)
     now = Format(format.structure, AS_IS.encoding) if format.encoding.uses_text else format
     here = {child: weight.to(device) for child, weight in weights.items()}
-    children, matrices = now.quantize(here, bias, dtype, min(shape))
+    children, matrices = now.quantize(here, bias, dtype, min(outputs, inputs))
     for child, built in children.items():
         built.to(device)
         if type(built) is nn.Linear:
@@ -88,8 +76,7 @@ def _hook_alike(module: nn.Module, hook: AlignDevicesHook) -> None:
         values = {key: value.to("cpu") for key, value in module.state_dict().items()}
         attach_align_device_hook(module, execution_device=hook.execution_device, offload=True, weights_map=values)
         return
-    same = AlignDevicesHook(execution_device=hook.execution_device, io_same_device=hook.io_same_device)
-    add_hook_to_module(module, same)
+    add_hook_to_module(module, AlignDevicesHook(hook.execution_device, io_same_device=hook.io_same_device))
 
 
 def _align_hook(module: nn.Module) -> AlignDevicesHook | None:
