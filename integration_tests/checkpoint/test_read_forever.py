@@ -76,7 +76,7 @@ print("found:" + json.dumps(found))
 
 @pytest.mark.parametrize("bundled", [False, True], ids=["without_import", "bundled_loader"])
 def test_in_a_process_without_import(bundled, tmp_path):
-    """Plain transformers: the package registers itself, or is not installed and the checkpoint's own loader is used."""
+    """Plain transformers: the package registers itself, or is missing and the checkpoint's own loader is used."""
     from integration_tests.checkpoints.write_checkpoints import IDS
 
     copies = {}

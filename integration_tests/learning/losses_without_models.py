@@ -11,10 +11,10 @@ from torch import Tensor
 from optimum_dobisvd.allocation.budget import Budget, BudgetRequest, open_budget
 from optimum_dobisvd.allocation.global_allocation import allocate_globally
 from optimum_dobisvd.allocation.plan import PlannedModule, planned_bytes
+from optimum_dobisvd.allocation.rank_training import RankTraining
 from optimum_dobisvd.allocation.uniform import uniform
 from optimum_dobisvd.learning.adam import AdamRankOptimizer
 from optimum_dobisvd.learning.directions import DirectionOptimizer
-from optimum_dobisvd.allocation.rank_training import RankTraining
 from optimum_dobisvd.learning.training import RankLearner
 from optimum_dobisvd.model.target import Target
 from optimum_dobisvd.structures.format import format_named

@@ -15,9 +15,9 @@ from integration_tests.learning.losses_without_models import (
 )
 from optimum_dobisvd.allocation.global_allocation import allocate_globally
 from optimum_dobisvd.allocation.plan import PlannedModule
+from optimum_dobisvd.allocation.rank_training import RankTraining
 from optimum_dobisvd.allocation.uniform import uniform
 from optimum_dobisvd.learning.adam import AdamRankOptimizer
-from optimum_dobisvd.allocation.rank_training import RankTraining
 from optimum_dobisvd.learning.training import RankLearner
 from optimum_dobisvd.model.patterns import Override
 

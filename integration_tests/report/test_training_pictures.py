@@ -11,10 +11,9 @@ from optimum_dobisvd.learning.curve import Evaluation, Step, TrainingCurve
 from optimum_dobisvd.report.training_pictures import (
     before_after_picture,
     predictions_picture,
-    svd_gradient_norm,
-    svd_gradients_picture,
     training_picture,
 )
+from recipes.benchmarks.svd_gradients import draw, svd_gradient_norm
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj", "mlp.gate_proj")
 
@@ -91,4 +90,4 @@ def test_the_two_gradients_agree_where_values_are_apart_and_only_one_stays_small
     assert svd_gradient_norm(1e-5, stable=False) > 1e4
     assert svd_gradient_norm(1e-5, stable=True) < 1e3
     assert math.isfinite(svd_gradient_norm(0.0, stable=True))
-    assert pixels(svd_gradients_picture(tmp_path / "p.png")).size
+    assert pixels(draw(tmp_path / "p.png")).size

@@ -71,7 +71,7 @@ SPEC = CommandSpec(
 def _draw(checkpoint: Path, folder: str, report: Any) -> list[str]:
     from ..allocation.plan import Plan
     from ..learning.curve import TrainingCurve
-    from ..report.pictures import matplotlib_is_installed
+    from ..report.figure import matplotlib_is_installed
     from ..report.write import PLAN_NAME, write_pictures
 
     if not matplotlib_is_installed():

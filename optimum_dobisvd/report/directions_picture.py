@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..allocation.plan import Plan, PlannedModule
+from .figure import new_figure, save_figure
 from .grid import grid_of
-from .training_pictures import new_figure, save_figure
 
 DIRECTIONS_PICTURE = "dobisvd_directions.png"
 _BINS = 40

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..atomic_files import write_atomically
+from .figure import new_figure, save_figure
 from .grid import Grid, grid_of
 from .report import CompressionReport, ModuleReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 RANKS_PICTURE = "dobisvd_ranks.png"
 ERRORS_PICTURE = "dobisvd_errors.png"
 
 _ANNOTATED_LAYERS = 40  # with more, the numbers in the cells are too small to read
 _DENSE_COLOR = "#d9d9d9"
-
-
-def matplotlib_is_installed() -> bool:
-    """Whether pictures can be drawn."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def ranks_picture(report: CompressionReport, path: str | os.PathLike[str]) -> Path:
@@ -117,7 +110,9 @@ def _error_label(value: float) -> str:
 
 def _draw(heat_map: _HeatMap, report: CompressionReport, path: str | os.PathLike[str]) -> Path:
     grid, values, labels = heat_map.grid, heat_map.values, heat_map.labels
-    figure, axes = _canvas(len(grid.layers), len(grid.types))
+    cell = 0.36 if len(grid.layers) <= _ANNOTATED_LAYERS else 0.17
+    figure = new_figure(max(6.5, 2.6 + cell * len(grid.layers)), max(2.6, 1.6 + 0.36 * len(grid.types)))
+    axes = figure.add_subplot()
     rows = [[_or_nan(values.get((kind, layer))) for layer in grid.layers] for kind in grid.types]
     low, high = _limits(values)
     image = axes.imshow(rows, aspect="auto", cmap=heat_map.colors, interpolation="nearest", vmin=low, vmax=high)
@@ -135,21 +130,7 @@ def _draw(heat_map: _HeatMap, report: CompressionReport, path: str | os.PathLike
     several = "; *: mean over a layer's experts" if any(len(found) > 1 for found in grid.cells.values()) else ""
     axes.set_title(_title(report, heat_map.title) + several, loc="left", fontsize=10)
     _add_legend(axes, report)
-    write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=150))
-    return Path(path)
-
-
-def _canvas(layers: int, types: int) -> tuple[Figure, Axes]:
-    """A figure with room for its cells. No pyplot: it keeps figures alive and may look for a display."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'optimum-dobisvd[plots]'") from error
-    cell = 0.36 if layers <= _ANNOTATED_LAYERS else 0.17
-    figure = Figure(figsize=(max(6.5, 2.6 + cell * layers), max(2.6, 1.6 + 0.36 * types)), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return save_figure(figure, path)
 
 
 def _limits(values: dict[tuple[str, int], float | None]) -> tuple[float, float]:

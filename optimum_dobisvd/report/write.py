@@ -9,14 +9,13 @@ from pathlib import Path
 from ..allocation.plan import Plan
 from ..learning.curve import TrainingCurve
 from .directions_picture import DIRECTIONS_PICTURE, chooses_directions, directions_picture
-from .pictures import ERRORS_PICTURE, RANKS_PICTURE, errors_picture, matplotlib_is_installed, ranks_picture
+from .figure import matplotlib_is_installed
+from .pictures import ERRORS_PICTURE, RANKS_PICTURE, errors_picture, ranks_picture
 from .report import CompressionReport
 from .training_pictures import (
     BEFORE_AFTER_PICTURE,
-    SVD_GRADIENTS_PICTURE,
     TRAINING_PICTURE,
     before_after_picture,
-    svd_gradients_picture,
     training_picture,
 )
 
@@ -63,6 +62,4 @@ def write_pictures(
     if curve is not None and curve.steps:
         written.append(training_picture(curve, folder / TRAINING_PICTURE))
         written.append(before_after_picture(curve, folder / BEFORE_AFTER_PICTURE))
-        if curve.mode == "activation":
-            written.append(svd_gradients_picture(folder / SVD_GRADIENTS_PICTURE))
     return written

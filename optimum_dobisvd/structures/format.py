@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,9 +46,7 @@ class Format:
 
     def bytes(self, out_features: int, in_features: int, rank: int | None, element_size: int) -> int:
         """Return the bytes on disk, scales and indices included; `element_size` is the dense weight's."""
-        linears = self.linears(out_features, in_features, rank).values()
-        own = self.structure.own_bytes(out_features, in_features, rank)
-        return own + sum(self.encoding.bytes(shape, element_size) for shape in linears)
+        return _bytes(self, out_features, in_features, rank, element_size)
 
     def macs(self, out_features: int, in_features: int, rank: int | None) -> int:
         """Return multiply-adds per token."""
@@ -118,6 +117,13 @@ class Format:
             linear = bare_linear(weight, bias if f"{name}.bias" == self.structure.bias_key else None)
             children[name], matrices[name] = self.encoding.quantize(linear, full_rank, dtype)
         return children, matrices
+
+
+@functools.lru_cache(1 << 16)  # most matrices of a model have one of a few shapes, and allocators ask for every rank
+def _bytes(format: Format, out_features: int, in_features: int, rank: int | None, element_size: int) -> int:
+    linears = format.linears(out_features, in_features, rank).values()
+    own = format.structure.own_bytes(out_features, in_features, rank)
+    return own + sum(format.encoding.bytes(shape, element_size) for shape in linears)
 
 
 AS_IS = Format(STRUCTURES.get("dense"), encoding_named("float"))
