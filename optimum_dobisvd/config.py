@@ -224,7 +224,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
 
     @property
     def is_compressed(self) -> bool:
-        """Whether this describes a compressed model (has `modules`) and not a wish."""
+        """Whether this describes a compressed model (has `modules`) and not a request."""
         return self.modules is not None
 
     def with_plan(self, plan: Plan, dataset: str | None = None) -> DobiSVDConfig:

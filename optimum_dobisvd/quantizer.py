@@ -20,14 +20,13 @@ from .model.footprint import checkpoint_bytes, macs_per_token, resident_bytes
 from .pipeline.allocate import allocate, measure_losses, predicted_increase
 from .pipeline.collect import block_runner, collect
 from .pipeline.factorize import Replacement, factorize
-from .pipeline.job import Job, describe_dataset
+from .pipeline.job import Job
 from .pipeline.quantize import quantize
 from .pipeline.stages import Stages
 from .pipeline.validate import LEARNING, check_basis, check_weights, prepare, refuse_offloaded
 from .report.report import CompressionReport, module_report
 from .report.write import write_beside
 from .statistics.fingerprint import fingerprint
-from .statistics.store import StatisticsStore
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +112,9 @@ class DobiSVDQuantizer:
             _warn_of_unused_quantization(plan, job)
         if job.held_out is not None:
             with stages.stage("rank training"):
-                plan = self._learn(model, job, plan, store, basis)
+                modules, self.training_curve = learn_ranks(model, job, plan, store)
+                named = any(module.directions is not None for module in modules.values())
+                plan = replace(plan, modules=modules, basis=basis if named else None)
         targets, coverage = layout.targets, layout.coverage
         with stages.stage("factorization"), Replacement(model, job, plan, undo_on_error) as replacement:
             factorize(model, job, plan, store, replacement)
@@ -140,12 +141,6 @@ class DobiSVDQuantizer:
         self._attach(model, job, plan, report)
         return model
 
-    def _learn(self, model: Any, job: Job, start: Plan, store: StatisticsStore | None, basis: str | None) -> Plan:
-        """Move the ranks of `start` to where the loss wants them; sets `training_curve`."""
-        modules, self.training_curve = learn_ranks(model, job, start, store)
-        named = any(module.directions is not None for module in modules.values())
-        return replace(start, modules=modules, basis=basis if named else None)
-
     def _attach(self, model: Any, job: Job, plan: Plan, report: CompressionReport) -> None:
         """Have the model know what it is, and write plan and report beside itself when it is saved."""
         curve = self.training_curve
@@ -154,7 +149,8 @@ class DobiSVDQuantizer:
             write_beside, plan=plan, report=report, curve=curve, pictures=False
         )
         model.dobisvd_is_new = True
-        attach(model, job.config.with_plan(plan, dataset=describe_dataset(job.windows)))
+        dataset = str(job.windows.description.get("dataset")) if job.windows is not None else None
+        attach(model, job.config.with_plan(plan, dataset=dataset))
 
     def save(self, model: Any, save_dir: str | os.PathLike[str], **kwargs: Any) -> None:
         """`model.save_pretrained(save_dir, **kwargs)`, with plan, report and pictures beside the checkpoint."""

@@ -27,7 +27,7 @@ noise = torch.randint(-127, 128, (64 + 612 * 612,), dtype=torch.int8)
 
 def made(encoding, outputs, inputs, rank):
     dense = nn.Linear(inputs, outputs, bias=False, device="meta", dtype=torch.bfloat16)
-    module = format_named("low_rank", encoding).empty(dense, rank, (outputs, inputs), conv1d=False)
+    module = format_named("low_rank", encoding).empty(dense, rank)
     return module.to_empty(device="cpu")
 
 def check(module, batches):

@@ -165,7 +165,7 @@ def headers_of(module: nn.Module) -> dict[str, tuple[list[int], str | None]]:
 @pytest.mark.parametrize(("m", "n"), [(96, 64), (64, 96), (64, 64)])
 def test_a_place_for_its_tensors_has_those_that_it_lists(format: Format, bias: bool, m: int, n: int) -> None:
     dense = nn.Linear(n, m, bias=bias, device="meta", dtype=torch.bfloat16)
-    module = format.empty(dense, rank_of(format, 32), (m, n), conv1d=False)
+    module = format.empty(dense, rank_of(format, 32))
     assert headers_of(module) == format.tensors(m, n, rank_of(format, 32), bias)
     assert all(tensor.is_meta for tensor in module.parameters())
     assert module.weight.numel() == 0, "so that a reader of dense models finds a weight of the wrong size"
@@ -186,7 +186,7 @@ def made(format: Format, m: int, n: int, bias: Tensor | None, dtype: torch.dtype
     """A module of the format with values in it."""
     weights = format.structure.written(source_of(format, m, n), format.encoding.gauge, dtype)
     dense = nn.Linear(n, m, bias=bias is not None, device="meta", dtype=dtype)
-    module = format.empty(dense, rank_of(format, 16), (m, n), conv1d=False)
+    module = format.empty(dense, rank_of(format, 16))
     parameter = None if bias is None else nn.Parameter(bias)
     children, matrices = format.quantize(weights, parameter, dtype, min(m, n))
     for name, child in children.items():

@@ -1,4 +1,4 @@
-"""The price list that allocators read: singular values by matrix."""
+"""The importance scores that allocators read: singular values by matrix."""
 
 from __future__ import annotations
 

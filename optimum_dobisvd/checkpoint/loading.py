@@ -10,7 +10,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..encodings.base import Encoding
 from ..encodings.registry import encoding_named, encoding_of
-from ..model.linears import is_conv1d, is_dense_linear, weight_matrix
+from ..model.linears import is_dense_linear, weight_matrix
 from ..structures.base import CompressedLinear, compressed_linears, to_dense
 from ..structures.format import Format
 from ..structures.registry import STRUCTURES
@@ -189,4 +189,4 @@ def empty_compressed(name: str, dense: Any, format: Format, rank: int | None) ->
     reason = format.unsupported_reason(out_features, in_features, rank)
     if reason is not None:
         raise ValueError(f"{name}: config.json cannot be right, {reason}; copy it again")
-    return format.empty(dense, rank, (out_features, in_features), is_conv1d(dense))
+    return format.empty(dense, rank)

@@ -98,7 +98,7 @@ class Encoding(ABC):
         dense_encodings: what a matrix that is not factorized may be stored as beside it, the smallest first; as it is
             (`float`) is always a choice.
         relative_error: share of a linear's energy that rounding takes, for allocators that know no better.
-        loss_is_measured: whether allocators that price ranks weigh its rounding by measured loss.
+        loss_is_measured: whether allocators that score ranks weigh its rounding by measured loss.
         own_text, own_tokenizer: calibration text that its settings name, and its tokenizer; None where they do not.
         one_input_at_a_time: whether linears of a block that read different inputs are quantized one after the other,
             each on what the ones before it give, rather than all on what the dense ones give.

@@ -66,8 +66,3 @@ class Job:
         """Return a digest of all that decides the singular directions of `kfac`: weights, text, gradients."""
         decides = [*(fingerprint[key] for key in ("weights", "tokens", "dtype")), self.gradient_settings()]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def describe_dataset(windows: CalibrationWindows | None) -> str | None:
-    """Return the calibration text in words, for config.json and the report."""
-    return str(windows.description.get("dataset")) if windows is not None else None

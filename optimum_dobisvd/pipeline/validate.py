@@ -47,7 +47,11 @@ def prepare(
     held_out = None
     if windows is not None and learns:
         windows, held_out = windows.split(config.rank_training.held_out)
-    _check_labels(config, windows, held_out)
+    if windows is not None and job.method.needs_gradients:
+        require_labels(windows.first(config.gradient_windows).attention_mask, "the windows of the gradients")
+    if windows is not None and held_out is not None:
+        require_labels(windows.attention_mask, "the windows that ranks are learned on")
+        require_labels(held_out.attention_mask, "the held-out windows")
     rounded_on = quantization_windows(config.encoding, windows, config, named)
     return replace(job, windows=windows, held_out=held_out, quantization_windows=rounded_on)
 
@@ -250,14 +254,3 @@ def _load_windows(config: DobiSVDConfig, tokenizer: Any, held_out: int) -> Calib
             "or token tensors), or use method='svd', which needs none"
         )
     return None
-
-
-def _check_labels(
-    config: DobiSVDConfig, windows: CalibrationWindows | None, held_out: CalibrationWindows | None
-) -> None:
-    """Refuse text without a single next token where a loss is to be taken of it."""
-    if windows is not None and config.resolved_method().needs_gradients:
-        require_labels(windows.first(config.gradient_windows).attention_mask, "the windows of the gradients")
-    if windows is not None and held_out is not None:
-        require_labels(windows.attention_mask, "the windows that ranks are learned on")
-        require_labels(held_out.attention_mask, "the held-out windows")

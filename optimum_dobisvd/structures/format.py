@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..encodings.base import Encoding, InputGram, LinearShape
 from ..encodings.registry import encoding_named
 from ..factorization.factors import Factors
-from .base import CompressedLinear, bare_linear
+from ..model.linears import is_conv1d
+from .base import CompressedLinear, bare_linear, matrix_shape
 from .registry import STRUCTURES
 
 
@@ -94,14 +95,14 @@ class Format:
         tensors = {f"{name}.{key}": header for name, headers in found.items() for key, header in headers}
         return {**tensors, self.structure.bias_key: ([out_features], None)} if bias else tensors
 
-    def empty(self, dense: Any, rank: int | None, shape: tuple[int, int], conv1d: bool) -> CompressedLinear:
-        """Return the module of a dense or compressed linear's shape, bias and dtype, on meta, to load tensors into."""
-        outputs, inputs = shape
+    def empty(self, dense: Any, rank: int | None) -> CompressedLinear:
+        """Return the module of a dense linear's shape, bias and dtype, on meta, to load tensors into."""
+        (outputs, inputs), conv1d = matrix_shape(dense), is_conv1d(dense)
         bias, dtype = dense.bias is not None, dense.weight.dtype
         new = self.structure(inputs, outputs, rank, bias=bias, conv1d=conv1d, device="meta", dtype=dtype)
         new.encoding = self.encoding.name
         for name, child in list(new.named_children()):
-            new.set_submodule(name, self.encoding.empty(child, min(shape)))  # type: ignore[arg-type]
+            new.set_submodule(name, self.encoding.empty(child, min(outputs, inputs)))  # type: ignore[arg-type]
         return new
 
     def quantize(

@@ -43,7 +43,7 @@ def modules(features: int, rank: int, device: str) -> dict[str, nn.Module]:
     for name, (structure, encoding) in FORMATS.items():
         format = format_named(structure, encoding)
         own_rank = rank if format.structure.has_rank else None
-        new = format.empty(plain, own_rank, (features, features), conv1d=False).to_empty(device=device)
+        new = format.empty(plain, own_rank).to_empty(device=device)
         made[name] = new.linear if format.leaves_as_is else new
         for tensor in made[name].parameters():
             if tensor.is_floating_point():
