@@ -54,13 +54,12 @@ class Factors:
     def in_gauge(self, gauge: Gauge, dtype: torch.dtype) -> Factors:
         """Return factors of the same product in a gauge; `dtype` is what they will be stored beside (see there)."""
         balanced = self.balanced()
+        if gauge is Gauge.BALANCED:
+            return balanced
         if gauge is Gauge.ROTATED:
             return balanced.rotated()
-        if gauge is Gauge.EQUAL_COLUMNS:
-            return balanced.with_equal_columns(dtype)
-        if gauge is Gauge.EQUAL_LEADING_COLUMNS:
-            return balanced.with_equal_columns(dtype, rows=min(len(self.second), self.first.shape[1]))
-        return balanced
+        leading = gauge is Gauge.EQUAL_LEADING_COLUMNS
+        return balanced.with_equal_columns(dtype, min(len(self.second), self.first.shape[1]) if leading else None)
 
     def balanced(self) -> Factors:
         """Return factors with column `i` of `second` and row `i` of `first` of equal norm, same product.
@@ -92,10 +91,7 @@ class Factors:
 
         With one scale per row (integer encodings), all ranks then use the whole range of the integers. One scale per
         rank and one per output is what that amounts to, as in Dobi-SVD's Alg. 3, and the one per output besides.
-
-        Args:
-            dtype: in which the scales of rows are stored, rounded up.
-            rows: how many rows of `second` count; None is all.
+        Scales of rows are stored in `dtype`, rounded up. Only the first `rows` rows of `second` count; None is all.
         """
         counted = self.second[:rows].double()
         largest = counted.abs().amax(1)
@@ -109,9 +105,7 @@ def rounded_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the smallest values of `dtype` not below `scale` (float64), as float64.
 
     Never zero: a scale below the normal range becomes the smallest normal number (its values then use fewer bits).
-
-    Raises:
-        ValueError: a scale is not finite in that dtype.
+    ValueError if a scale is not finite in that dtype.
     """
     # What float64 itself rounded must not push a scale that fits to the next value.
     least = scale.double() * (1 - 1e-14)
@@ -149,13 +143,13 @@ class Decomposition:
         if directions[-1] == rank - 1:  # the leading ones
             second, first = self.left[:, :rank], self.right[:rank]
         else:
-            chosen = torch.tensor([number for number in directions if number < there], dtype=torch.long)
-            chosen = chosen.to(self.left.device)
+            found = [number for number in directions if number < there]
+            chosen = torch.tensor(found, dtype=torch.long, device=self.left.device)
             second, first = self.left[:, chosen], self.right[chosen]
         missing = rank - second.shape[1]
         if missing > 0:
-            second = torch.cat([second, second.new_zeros(second.shape[0], missing)], dim=1)
-            first = torch.cat([first, first.new_zeros(missing, first.shape[1])], dim=0)
+            second = torch.nn.functional.pad(second, (0, missing))
+            first = torch.nn.functional.pad(first, (0, 0, 0, missing))
         return Factors(second, first)
 
     def truncation_loss(self, rank: int) -> float:
@@ -261,7 +255,7 @@ class Encoding(ABC):
         dense_encodings: what a matrix that is not factorized may be stored as beside it, the smallest first; as it is
             (`float`) is always a choice.
         relative_error: share of a linear's energy that rounding takes, for allocators that know no better.
-        loss_is_measured: whether allocators that price ranks weigh its rounding by measured loss.
+        loss_is_measured: whether allocators that score ranks weigh its rounding by measured loss.
         own_text, own_tokenizer: calibration text that its settings name, and its tokenizer; None where they do not.
         one_input_at_a_time: whether linears of a block that read different inputs are quantized one after the other,
             each on what the ones before it give, rather than all on what the dense ones give.
@@ -888,6 +882,8 @@ KERNEL_CALLS: Counter[str] = Counter()
 # `_weight_int8pack_mm` reads beyond its operands where the inner dimension is no multiple of its vectors: with AVX2 of
 # 8 (wrong results, then a segmentation fault), with AVX-512 of 16.
 _CPU_MULTIPLE = 16
+# And with AVX-512 it crashes on operands at other addresses, as those in a mapped file are by the length of its head.
+_CPU_ALIGNMENT = 64
 _CACHED = 1 << 22
 """Elements that are unpacked at once on a CPU."""
 # Above so many rows the bf16 instructions of newer CPUs beat it, unpacking included.
@@ -1068,8 +1064,18 @@ def _cpu_packed(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     # In float16 a scale over 128 could fall below the normal range; in bfloat16 it is exact.
     fused = scale is not None and x.dtype is torch.bfloat16
     factors = scale.to(x.dtype) / UNIT if fused else x.new_full((len(weight),), 1 / UNIT)  # type: ignore[union-attr]
-    product = torch._weight_int8pack_mm(x.contiguous(), weight, factors)
+    product = torch._weight_int8pack_mm(_aligned(x.contiguous()), _aligned(weight), factors)
     return product if fused or scale is None else product * scale.to(x.dtype)
+
+
+def is_aligned(operand: Tensor) -> bool:
+    """Whether a tensor on the CPU is at an address that the CPU kernel can take."""
+    return operand.data_ptr() % _CPU_ALIGNMENT == 0
+
+
+def _aligned(operand: Tensor) -> Tensor:
+    """Return a tensor itself, or a copy at such an address."""
+    return operand if is_aligned(operand) else operand.clone()
 
 
 def _triton_refuses(x: Tensor, weight: Tensor) -> str | None:
@@ -1188,6 +1194,19 @@ class Int8(Encoding):
             parameter.requires_grad_(key == "bias")
         read_offloaded_as_stored(name, module)
         return module
+
+    def loaded_model(self, model: Any) -> None:
+        """Give the model memory of its own, if its file is mapped to where the CPU kernel cannot take the weights.
+
+        Once, and not the weights for every product; and all of it, since a tensor that stayed would keep the whole
+        file mapped beside the copies.
+        """
+        weights = [module.weight for module in model.modules() if isinstance(module, Int8Linear)]
+        if all(weight.device.type != "cpu" or is_aligned(weight) for weight in weights):
+            return
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() != tensor.nbytes:
+                tensor.data = tensor.data.clone()
 
 
 class Int8Linear(nn.Module):
@@ -1349,7 +1368,7 @@ _BNB_BLOCK = 64
 _BNB_NESTED_BLOCK = 256
 _FEEDBACK_DAMPING = 0.01
 # QLoRA, appendix E: quantiles of a normal distribution, zero among them. And the values of a 4-bit float.
-_CODES = {
+CODES = {
     "nf4": (
         *(-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0),
         *(0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0),
@@ -1362,6 +1381,7 @@ class BitsAndBytes(Encoding):
     """What a `BitsAndBytesConfig` asks for."""
 
     quant_method = "bitsandbytes"
+    gauge = Gauge.ROTATED
     loss_is_measured = True
     has_more_tensors = True
     bits: int
@@ -1449,7 +1469,6 @@ class FourBit(BitsAndBytes):
     """Two values a byte, a scale for 64 of them."""
 
     bits = 4
-    gauge = Gauge.ROTATED
     uses_text = True
     # Blocks that run on into the next row are legal, and bitsandbytes 0.50 unpacks them wrongly on CPUs: errors of
     # half a matrix wherever inputs are a multiple of 16 and not of 64.
@@ -1477,7 +1496,7 @@ class FourBit(BitsAndBytes):
         return -(-shape.numel // 2) + scales + 4 * 16 + len(json.dumps(state))
 
     def quantization_loss(self, weight: Tensor, full_rank: int, metric: ErrorMetric) -> float:
-        return metric.with_feedback(fake_quantize_to_code(weight, _CODES[self.kind]) - weight, _FEEDBACK_DAMPING)
+        return metric.with_feedback(fake_quantize_to_code(weight, CODES[self.kind]) - weight, _FEEDBACK_DAMPING)
 
     def quantize(
         self, linear: nn.Linear, full_rank: int, dtype: torch.dtype, gram: Tensor | None = None
@@ -2247,8 +2266,7 @@ class CompressedLinear(nn.Module, ABC):
     Until an encoding puts something else in their place, the children are exactly `nn.Linear`, because bitsandbytes,
     GPTQ and PEFT find their layers by that type.
 
-    `conv1d` remembers that the dense layer was transformers' `Conv1D` (GPT-2), whose weight is stored transposed, so
-    that the dense form can be put back as it was.
+    `conv1d` remembers that the dense layer was transformers' `Conv1D` (GPT-2, which stores `W^T`), to put it back so.
 
     `weight` is empty, and is saved under the dense weight's old name. A reader that does not know the format would
     build the dense model, find no weights, and fill them at random with a warning; with it, it finds a weight of the
@@ -2276,11 +2294,8 @@ class CompressedLinear(nn.Module, ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.rank = rank
-        self.conv1d = conv1d
-        self.encoding = "float"
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.conv1d, self.encoding = conv1d, "float"
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
         for name, (outputs, inputs) in self.linears(out_features, in_features, rank).items():
             child_bias = bias and f"{name}.bias" == self.bias_key
@@ -2301,23 +2316,17 @@ class CompressedLinear(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def written(cls, source: Factors | Tensor, gauge: Gauge, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return the weights of its linears by name.
+        """Return the weights of its linears by name, of factors (`m x k`, `k x n`) or, without a rank, of the matrix.
 
-        Args:
-            source: factors (`m x k`, `k x n`), or for a structure without rank the matrix itself.
-            gauge: which pair of equal factors to write.
-            dtype: the model's, which scales are stored in.
+        `gauge` says which pair of equal factors to write; scales are stored in `dtype`, the model's.
         """
 
     @classmethod
     @abstractmethod
     def input_gram(cls, linear: str, gram: Tensor, before: Mapping[str, Tensor]) -> Tensor:
-        """Return `H` of a linear's inputs.
+        """Return `H` of the inputs of the linear of that name.
 
-        Args:
-            linear: its name.
-            gram: `H` of the whole matrix's inputs, `n x n`.
-            before: the matrices that the linears before it compute with.
+        `gram` is `H` (`n x n`) of the whole matrix's inputs; `before` has what the linears before it compute with.
         """
 
     @classmethod
@@ -2325,10 +2334,7 @@ class CompressedLinear(nn.Module, ABC):
     def error_metrics(cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor) -> dict[str, ErrorMetric]:
         """Return what errors of its linears' weights cost, by name.
 
-        Args:
-            weights: of its linears.
-            gram: `H` of the whole matrix's inputs.
-            root: `R` (`m x m`) with `R R^T` what the loss feels of the matrix's outputs.
+        `gram` is `H` of the whole matrix's inputs; `root` is `R` (`m x m`), and the loss feels `R R^T` of its outputs.
         """
 
     @classmethod
@@ -2360,15 +2366,10 @@ class CompressedLinear(nn.Module, ABC):
     def __format__(self, spec: str) -> str:
         # PEFT refuses a module with f"Target module {module} is not supported": the only place in its message where a
         # user can be told what to name instead. print(model), str and repr do not come here.
-        return format(f"{self!r} ({self._adapters()})", spec)
-
-    def _adapters(self) -> str:
-        names = [name for name, _ in self.named_children()]
-        targets = ", ".join(f"'q_proj.{name}'" for name in names)
-        refusals = [getattr(child, "adapter_refusal", None) for child in self.children()]
-        if refusals[0] is not None:
-            return str(refusals[0])
-        return f"a wrapper: name what is in it, as in target_modules=[{targets}], or 'all-linear'"
+        refusal = getattr(next(self.children()), "adapter_refusal", None)
+        targets = ", ".join(f"'q_proj.{name}'" for name, _ in self.named_children())
+        remedy = refusal or f"a wrapper: name what is in it, as in target_modules=[{targets}], or 'all-linear'"
+        return format(f"{self!r} ({remedy})", spec)
 
     def extra_repr(self) -> str:
         rank = "" if self.rank is None else f", rank={self.rank}"
@@ -2388,6 +2389,21 @@ def bare_linear(weight: Tensor, bias: Any = None) -> nn.Linear:
 def compressed_linears(model: nn.Module) -> dict[str, CompressedLinear]:
     """Return the compressed linears of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """Return outputs and inputs of a compressed or dense linear."""
+    if isinstance(module, CompressedLinear):
+        return module.out_features, module.in_features
+    rows, columns = weight_matrix(module).shape
+    return rows, columns
+
+
+def restore_tensors(compressed: Mapping[str, CompressedLinear], encodings: Mapping[str, Encoding]) -> None:
+    """Bring tensors into the state that checkpoints have them in. ValueError names a linear that cannot be."""
+    for name, module in compressed.items():
+        for child, linear in module.named_children():
+            encodings[module.encoding].before_saving(f"{name}.{child}", linear, module.weight.dtype)
 
 
 def is_compressed(model: nn.Module) -> bool:
@@ -2520,6 +2536,7 @@ for _structure in (DenseLinear, LowRankLinear):
 
 
 import bisect
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -2531,10 +2548,9 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Format:
-    """How a matrix is stored, but for its rank.
+    """How an `m x n` matrix is stored, but for its rank: `out_features` is `m`, `in_features` is `n`.
 
-    All sizes are of an `m x n` matrix: `out_features` is `m`, `in_features` is `n`. `rank` is None for structures that
-    have none.
+    `rank` is None for structures that have none.
     """
 
     structure: type[CompressedLinear]
@@ -2558,9 +2574,7 @@ class Format:
 
     def bytes(self, out_features: int, in_features: int, rank: int | None, element_size: int) -> int:
         """Return the bytes on disk, scales and indices included; `element_size` is the dense weight's."""
-        linears = self.linears(out_features, in_features, rank).values()
-        own = self.structure.own_bytes(out_features, in_features, rank)
-        return own + sum(self.encoding.bytes(shape, element_size) for shape in linears)
+        return _bytes(self, out_features, in_features, rank, element_size)
 
     def macs(self, out_features: int, in_features: int, rank: int | None) -> int:
         """Return multiply-adds per token."""
@@ -2587,6 +2601,9 @@ class Format:
     @property
     def relative_error(self) -> float:
         """The share of a matrix's energy that rounding its linears takes, for allocators that know no better."""
+        # Of factors in few enough bits to matter it is measured; in others it is small beside what is truncated.
+        if self.structure.has_rank and not self.encoding.loss_is_measured:
+            return 0.0
         return len(self.structure.linears(1, 1, 1)) * self.encoding.relative_error
 
     def quantization_loss(self, source: Factors | Tensor, gram: InputGram, root: Tensor) -> float:
@@ -2601,43 +2618,26 @@ class Format:
     ) -> dict[str, tuple[list[int], str | None]]:
         """Return shape and dtype of all its tensors as files' headers have them; None is any float."""
         linears = self.linears(out_features, in_features, rank)
-        found = {
-            f"{name}.{key}": header
-            for name, shape in linears.items()
-            for key, header in self.encoding.tensors(shape).items()
-        }
-        return {**found, self.structure.bias_key: ([out_features], None)} if bias else found
+        found = {name: self.encoding.tensors(shape).items() for name, shape in linears.items()}
+        tensors = {f"{name}.{key}": header for name, headers in found.items() for key, header in headers}
+        return {**tensors, self.structure.bias_key: ([out_features], None)} if bias else tensors
 
-    def empty(self, dense: Any, rank: int | None, shape: tuple[int, int], conv1d: bool) -> CompressedLinear:
-        """Return the module of a dense or compressed linear's shape, bias and dtype, on meta, to load tensors into."""
-        out_features, in_features = shape
-        new = self.structure(
-            in_features,
-            out_features,
-            rank,
-            bias=dense.bias is not None,
-            conv1d=conv1d,
-            device="meta",
-            dtype=dense.weight.dtype,
-        )
+    def empty(self, dense: Any, rank: int | None) -> CompressedLinear:
+        """Return the module of a dense linear's shape, bias and dtype, on meta, to load tensors into."""
+        (outputs, inputs), conv1d = matrix_shape(dense), is_conv1d(dense)
+        bias, dtype = dense.bias is not None, dense.weight.dtype
+        new = self.structure(inputs, outputs, rank, bias=bias, conv1d=conv1d, device="meta", dtype=dtype)
         new.encoding = self.encoding.name
         for name, child in list(new.named_children()):
-            new.set_submodule(name, self.encoding.empty(child, min(shape)))  # type: ignore[arg-type]
+            new.set_submodule(name, self.encoding.empty(child, min(outputs, inputs)))  # type: ignore[arg-type]
         return new
 
     def quantize(
         self, weights: Mapping[str, Tensor], bias: nn.Parameter | None, dtype: torch.dtype, full_rank: int
     ) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
-        """Quantize the weights of its linears, each value on its own.
+        """Quantize the weights of its linears, of any float dtype, each value on its own.
 
-        Args:
-            weights: of its linears by name, any floating point dtype.
-            bias: of the matrix.
-            dtype: the model's.
-            full_rank: `min(m, n)`.
-
-        Returns:
-            Its children, and the matrices that they stand for.
+        Returns its children, and the matrices that they stand for. `dtype` is the model's, `full_rank` `min(m, n)`.
         """
         children: dict[str, nn.Module] = {}
         matrices: dict[str, Tensor] = {}
@@ -2645,6 +2645,13 @@ class Format:
             linear = bare_linear(weight, bias if f"{name}.bias" == self.structure.bias_key else None)
             children[name], matrices[name] = self.encoding.quantize(linear, full_rank, dtype)
         return children, matrices
+
+
+@functools.lru_cache(1 << 16)  # most matrices of a model have one of a few shapes, and allocators ask for every rank
+def _bytes(format: Format, out_features: int, in_features: int, rank: int | None, element_size: int) -> int:
+    linears = format.linears(out_features, in_features, rank).values()
+    own = format.structure.own_bytes(out_features, in_features, rank)
+    return own + sum(format.encoding.bytes(shape, element_size) for shape in linears)
 
 
 AS_IS = Format(STRUCTURES.get("dense"), encoding_named("float"))
@@ -2699,11 +2706,6 @@ def check_tensors(model: Any, files: list[str], encodings: Mapping[str, Encoding
 
     Shapes and dtypes are read from the headers. Scales of integers are read, and must be above zero and finite.
 
-    Args:
-        model: its compressed linears on meta.
-        files: of the checkpoint.
-        encodings: of the compressed linears, by name.
-
     Raises:
         ValueError: names the tensor, what is wrong with it, and the remedy. No weight has been allocated by then.
     """
@@ -2713,10 +2715,10 @@ def check_tensors(model: Any, files: list[str], encodings: Mapping[str, Encoding
     expected: dict[str, tuple[list[int], str | None]] = {}
     scales: set[str] = set()
     for name, module in compressed.items():
-        encoding = encodings[module.encoding]
-        found_of = _tensors_of(name, module, encoding)
-        expected |= found_of
-        scales |= {tensor for tensor in found_of if tensor.rpartition(".")[2] in encoding.scales}
+        format = Format(type(module), encodings[module.encoding])
+        tensors = format.tensors(*matrix_shape(module), module.rank, bias=module.bias is not None)
+        expected |= {f"{name}.{key}": header for key, header in tensors.items()}
+        scales |= {f"{name}.{key}" for key in tensors if key.rpartition(".")[2] in format.encoding.scales}
     found = _headers_by_model_name(model, files, scales)
     for tensor, (shape, dtype) in expected.items():
         _check_tensor(tensor, shape, dtype, found.get(tensor))
@@ -2728,14 +2730,6 @@ def check_tensors(model: Any, files: list[str], encodings: Mapping[str, Encoding
             )
         _check_is_listed(model, tensor, expected, encodings)
     _check_nothing_else_is_missing(model, {tensor: shape for tensor, (shape, _) in found.items()})
-
-
-def _tensors_of(name: str, module: CompressedLinear, encoding: Encoding) -> dict[str, tuple[list[int], str | None]]:
-    """Shape of every tensor a compressed linear loads, and its dtype where loading must not change it."""
-    format = Format(type(module), encoding)
-    shape = (module.out_features, module.in_features)
-    tensors = format.tensors(*shape, module.rank, bias=module.bias is not None)
-    return {f"{name}.{key}": header for key, header in tensors.items()}
 
 
 def _check_tensor(tensor: str, shape: list[int], dtype: str | None, found: tuple[list[int], str] | None) -> None:
@@ -2759,11 +2753,12 @@ def _check_is_listed(model: Any, tensor: str, expected: Collection[str], encodin
     if tensor in expected:
         return
     parts = tensor.split(".")
+    module = model
     for end in range(1, len(parts)):  # a wrapper before the linears in it: it is what config.json lists
         owner, inside = ".".join(parts[:end]), parts[end:]
-        if not model_has(model, owner):
-            continue
-        module = model.get_submodule(owner)
+        module = getattr(module, parts[end - 1], None)
+        if not isinstance(module, torch.nn.Module):
+            return
         if isinstance(module, CompressedLinear):
             more = encodings[module.encoding].has_more_tensors and inside[0] in dict(module.named_children())
             strange = inside != ["weight"] and not more
@@ -2779,26 +2774,12 @@ def _check_nothing_else_is_missing(model: Any, shapes: dict[str, list[int]]) -> 
     """Other weights must be there, too. Only a head may be untrained, where another class was saved than is loaded."""
     other_class = type(model).__name__ not in (model.config.architectures or ())
     head = [] if getattr(model, model.base_model_prefix, model) is model else [model.base_model_prefix + "."]
-    tied = set(model.all_tied_weights_keys)
-    optional = [
-        re.compile(pattern)
-        for pattern in [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
-    ]
+    optional = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
     for name in model.state_dict():
         may_be_new = other_class and head and not name.startswith(head[0])
-        if name not in shapes and name not in tied and not may_be_new:
-            if any(pattern.search(name) for pattern in optional):
-                continue
+        known = name in shapes or name in model.all_tied_weights_keys or may_be_new
+        if not known and not any(re.search(pattern, name) for pattern in optional):
             raise ValueError(f"the checkpoint lacks {name}: it is incomplete, copy it again")
-
-
-def model_has(model: Any, name: str) -> bool:
-    """Whether the model has a submodule of that name."""
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
 
 
 def _headers_by_model_name(model: Any, files: list[str], scales: Collection[str]) -> dict[str, tuple[list[int], str]]:
@@ -2945,9 +2926,7 @@ class CompressedLoader(HfQuantizer):
                     f"{type(dense).__name__}: the checkpoint belongs to another architecture"
                 )
             entry = modules[listed]
-            format = Format(
-                format_named(entry["structure"], entry["encoding"]).structure, self.encodings[entry["encoding"]]
-            )
+            format = Format(STRUCTURES.get(entry["structure"]), self.encodings[entry["encoding"]])
             model.set_submodule(name, empty_compressed(listed, dense, format, entry.get("rank")))
         if checkpoint_files:
             check_tensors(model, checkpoint_files, self.encodings)
@@ -3014,7 +2993,7 @@ def empty_compressed(name: str, dense: Any, format: Format, rank: int | None) ->
     reason = format.unsupported_reason(out_features, in_features, rank)
     if reason is not None:
         raise ValueError(f"{name}: config.json cannot be right, {reason}; copy it again")
-    return format.empty(dense, rank, (out_features, in_features), is_conv1d(dense))
+    return format.empty(dense, rank)
 
 
 """What `auto_map` in config.json names: the loader for machines without this package (`trust_remote_code=True`).
