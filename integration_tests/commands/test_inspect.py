@@ -81,7 +81,7 @@ def test_pictures_are_drawn_where_asked(work: Path, capfd: Any, monkeypatch: pyt
     result = inspected(capfd, "small", "--pictures", "drawn")
     assert names_in(work / "drawn") == ["dobisvd_errors.png", "dobisvd_ranks.png"]
     assert result["pictures"] == ["drawn/dobisvd_ranks.png", "drawn/dobisvd_errors.png"]
-    monkeypatch.setattr("optimum_dobisvd.report.pictures.matplotlib_is_installed", lambda: False)
+    monkeypatch.setattr("optimum_dobisvd.report.figure.matplotlib_is_installed", lambda: False)
     assert dobisvd("inspect", "small", "--pictures", "drawn") == 1
     assert "optimum-dobisvd[plots]" in capfd.readouterr().err
 
