@@ -53,6 +53,16 @@ def test_formats_with_a_rank_have_a_loss_at_every_rank_and_the_others_one_number
         torch.testing.assert_close(loss[64:97].diff(), ((loss[96] - loss[64]) / 32).expand(32))
 
 
+@pytest.mark.parametrize("encoding", ["int8", "remap", "gptq4_g32", "nf4"])
+def test_the_loss_between_the_measured_ranks_is_near_what_a_measurement_there_gives(encoding: str) -> None:
+    weight, found, gram, root = matrix(192, 256)
+    format = format_named("low_rank", encoding)
+    loss = quantization_losses([format], weight, found, gram, root)[format.key]
+    for rank in (48, 96, 160):
+        measured = format.quantization_loss(found.truncate(rank), InputGram(gram), root)
+        assert float(loss[rank]) == pytest.approx(measured, rel=0.25)
+
+
 def test_finer_encodings_lose_less_in_either_structure() -> None:
     weight, found, gram, root = matrix(128, 128)
     losses = quantization_losses([*formats("low_rank"), *formats("dense")], weight, found, gram, root)

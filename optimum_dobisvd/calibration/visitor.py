@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Protocol
@@ -29,7 +30,7 @@ class BlockVisitor(Protocol):
         """Remove all hooks, instead of `leave`, after an error."""
 
 
-class LinearsVisitor:
+class LinearsVisitor(ABC):
     """A block visitor that sums something at every linear of a block: subclasses give the hooks and the result.
 
     Args:
@@ -67,8 +68,10 @@ class LinearsVisitor:
         self._hooks.close()
         self._sums.clear()
 
+    @abstractmethod
     def _hook(self, block: str, linear: str, module: nn.Module) -> RemovableHandle:
-        raise NotImplementedError
+        """Hook one linear of a block, to sum what it sees."""
 
+    @abstractmethod
     def _result(self, block: str) -> Any:
-        raise NotImplementedError
+        """Return what the block's linears have summed."""
