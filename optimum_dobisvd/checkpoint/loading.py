@@ -102,7 +102,7 @@ class CompressedLoader(HfQuantizer):
     @property
     def is_to_be_converted(self) -> bool:
         """Whether the linears are to be quantized once they are loaded."""
-        return self.encoding.name != "float" and not self._kinds & self.encodings.keys()
+        return not self.encoding.trainable and not self._kinds & self.encodings.keys()
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any

@@ -50,7 +50,7 @@ def measure_losses(job: Job, store: StatisticsStore | None) -> QuantizationLosse
     """
     if job.budget is None or store is None or not job.method.weighs_loss:
         return None
-    formats = [format for format in _formats_in(job.budget) if format.encoding.name != "float"]
+    formats = [format for format in _formats_in(job.budget) if not format.encoding.trainable]
     if not any(format.encoding.loss_is_measured for format in formats):
         return None
     row, layout = FACTORIZATIONS.get(_LOSS_METRIC), job.layout
