@@ -18,7 +18,7 @@ from .encodings.base import QUANT_METHOD, Encoding
 from .encodings.registry import encoding_named, encoding_of
 from .methods import Method, method_named
 from .structures.format import Format, format_named
-from .structures.registry import STRUCTURES
+from .structures.registry import AUTO, structures_for
 
 if TYPE_CHECKING:
     from .allocation.plan import Plan
@@ -49,8 +49,9 @@ class DobiSVDConfig(QuantizationConfigMixin):
         budget: size of the whole checkpoint's tensors instead of a ratio, in bytes or as `"2.8GB"`, `"500MiB"`. (Files
             have a head besides, some hundred bytes a matrix.)
         allocation, factorization: replace one column of the method's row.
-        structure: how matrices are written: `low_rank`, two factors where they are smaller, or `dense`.
-            By default the method's own.
+        structure: how matrices are written: `low_rank`, two factors; `pivoted`, rows of the matrix and the others in
+            terms of them; `dense`; or `auto`, whichever of these loses least at its bytes (`global` only, and its
+            default; the other methods' is `low_rank`). Matrices that no structure makes smaller stay as they are.
         quantization: how factors and whole matrices are stored: None (the model's dtype; what the method says),
             `"int8"`, `"remap"` (Dobi-SVD's 8+16 bit), a `GPTQConfig` or a `BitsAndBytesConfig`, or the names of these
             (`"gptq4_g32"`, `"nf4"`, `"llm_int8"`). `ratio` and `budget` count its bits.
@@ -157,6 +158,14 @@ class DobiSVDConfig(QuantizationConfigMixin):
                 "mixed weighs encodings against each other by what they cost the loss, which only method 'global' "
                 f"knows, not {self.method!r} with allocation {method.allocation!r}: take method='global'"
             )
+        if method.structure == AUTO and not method.weighs_loss:
+            raise ValueError(
+                "structure 'auto' weighs structures against each other by what they cost the loss, which allocation "
+                f"{method.allocation!r} with the scores of {method.metric!r} does not: name one, such as 'low_rank'"
+            )
+        if not self.formats:
+            conflict = Format(structures_for(method.structure)[0], self.encoding).conflict
+            raise ValueError(f"{conflict}: take structure 'low_rank', or another quantization")
         if self.gradient_nsamples is not None:
             _check_integer("gradient_nsamples", self.gradient_nsamples, at_least=1)
         if self.fisher not in ("empirical", "sampled"):
@@ -187,10 +196,11 @@ class DobiSVDConfig(QuantizationConfigMixin):
     @property
     def formats(self) -> tuple[Format, ...]:
         """The format of factors, and others that the allocation may choose for a matrix."""
-        encoding = self.encoding
-        structure = STRUCTURES.get(self.resolved_method().structure)
+        encoding, structures = self.encoding, structures_for(self.resolved_method().structure)
         names = dict.fromkeys([encoding.name, *((*encoding.alternatives, "int8", "float") if self.mixed else ())])
-        return tuple(Format(structure, encoding_named(name, encoding.settings)) for name in names)
+        encodings = [encoding_named(name, encoding.settings) for name in names]
+        made = [Format(structure, each) for each in encodings for structure in structures]
+        return tuple(format for format in made if format.conflict is None)
 
     @property
     def is_quantized(self) -> bool:

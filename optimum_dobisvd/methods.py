@@ -9,7 +9,7 @@ from .allocation.registry import ALLOCATIONS, Allocation
 from .encodings.registry import encoding_named
 from .factorization.registry import FACTORIZATIONS, Factorization
 from .registry import Registry
-from .structures.registry import STRUCTURES
+from .structures.registry import AUTO, structures_for
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Method:
     def __post_init__(self) -> None:
         # To look a name up is to check it.
         _ = self.importance, self.factorizer, self.allocator
-        STRUCTURES.get(self.structure)
+        structures_for(self.structure)
         encoding_named(self.encoding)
 
     @property
@@ -85,7 +85,7 @@ class Method:
 
 
 METHODS: Registry[Method] = Registry("method")
-METHODS.register("global", Method("kfac", "global", "kfac"))
+METHODS.register("global", Method("kfac", "global", "kfac", structure="auto"))
 METHODS.register("dobi", Method("output_pca", "dobi_activation", "dobi_ipca", encoding="remap"))
 METHODS.register("dobi_no_remap", Method("output_pca", "dobi_activation", "dobi_ipca"))
 METHODS.register("svd", Method("svd", "uniform", "svd"))
@@ -104,4 +104,7 @@ def method_named(
     ValueError lists the names there are.
     """
     given = {"allocation": allocation, "structure": structure, "factorization": factorization, "metric": factorization}
-    return replace(METHODS.get(name), **{column: value for column, value in given.items() if value is not None})
+    found = replace(METHODS.get(name), **{column: value for column, value in given.items() if value is not None})
+    if structure is None and found.structure == AUTO and not found.weighs_loss:
+        return replace(found, structure="low_rank")  # what was put in cannot weigh structures
+    return found

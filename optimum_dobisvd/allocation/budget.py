@@ -95,14 +95,20 @@ def open_budget(targets: Sequence[Target], request: BudgetRequest) -> Budget:
     """
     known = targets_by_name(targets)
     _check_request(known, request)
-    options = {name: request.options_of(target, request.format) for name, target in known.items()}
+    formats = (request.format, *request.alternatives)
+    options = {name: [request.options_of(target, each) for each in formats] for name, target in known.items()}
     fixed = {name: _fixed_by(options[name], override) for name, override in request.overrides.items()}
-    fixed |= {name: each.module_at(0) for name, each in options.items() if len(each) == 1 and name not in fixed}
-    free = {name: each for name, each in options.items() if name not in fixed}
-    alternatives = {
-        name: tuple(request.options_of(known[name], format) for format in request.alternatives) for name in free
-    }
-    budget = Budget(tuple(known), fixed, free, 0, alternatives if request.alternatives else {})
+    for name, found in options.items():
+        if name not in fixed and all(len(each) == 1 for each in found):
+            fixed[name] = found[0].module_at(0)
+    free = {name: found for name, found in options.items() if name not in fixed}
+    budget = Budget(
+        tuple(known),
+        fixed,
+        {name: found[0] for name, found in free.items()},
+        0,
+        {name: tuple(found[1:]) for name, found in free.items()} if request.alternatives else {},
+    )
     return replace(budget, free_bytes=_free_bytes(known, budget, request))
 
 
@@ -250,20 +256,33 @@ def _check_request(known: Mapping[str, Target], request: BudgetRequest) -> None:
             )
 
 
-def _fixed_by(options: SizeOptions, override: Override) -> PlannedModule:
-    """What an override makes of its matrix."""
-    target = options.target
+def _fixed_by(formats: Sequence[SizeOptions], override: Override) -> PlannedModule:
+    """What an override makes of its matrix: in the first one's encoding, whichever structure makes most of it."""
+    same = [options for options in formats if options.format.encoding.name == formats[0].format.encoding.name]
+    target = same[0].target
     if override.dense:
         return PlannedModule(*AS_IS.key)
     if override.rank is not None:
-        module = PlannedModule(*options.format.key, rank=override.rank)
-        check_possible(target, module)
-        return module
-    option = options.option_within(math.floor(_exact(override.ratio or 0) * target.dense_bytes))
-    if option < 0:
+        modules = [PlannedModule(*options.format.key, rank=override.rank) for options in same]
+        possible = [module for module in modules if _is_possible(target, module)]
+        if not possible:
+            check_possible(target, modules[-1])
+        return min(possible, key=lambda module: planned_bytes(target, module))
+    size = math.floor(_exact(override.ratio or 0) * target.dense_bytes)
+    found = [(options, option) for options in same if (option := options.option_within(size)) >= 0]
+    if not found:
         raise ValueError(
             f"{target.name}: the override's ratio {override.ratio} of {target.dense_bytes} bytes is below the "
-            f"{options.bytes_at(0)} bytes of the smallest size allowed for this matrix; raise that ratio, lower "
-            "rank_multiple or min_rank, or override it with a rank or with dense: true"
+            f"{min(options.bytes_at(0) for options in same)} bytes of the smallest size allowed for this matrix; "
+            "raise that ratio, lower rank_multiple or min_rank, or override it with a rank or with dense: true"
         )
-    return options.module_at(option)
+    largest = [options.module_at(option) for options, option in found]
+    return max(largest, key=lambda module: math.inf if module.rank is None else module.rank)
+
+
+def _is_possible(target: Target, module: PlannedModule) -> bool:
+    try:
+        check_possible(target, module)
+    except ValueError:
+        return False
+    return True

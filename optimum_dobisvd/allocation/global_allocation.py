@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
 from .budget import Budget, planned, spend_remainder
-from .options import ParetoFront, SizeOptions
+from .options import ParetoFront, SizeOptions, pareto_front
 from .plan import PlannedModule
 from .spectra import check_spectrum
 
@@ -44,38 +44,15 @@ def allocate_globally(
     for options in budget.options.values():
         check_spectrum(options.target, spectra, "global")
     scores = {name: spectra[name].detach().cpu().double().square() for name in budget.options}
-    if budget.alternatives:
-        return allocate_mixture(budget, scores, losses)
     return allocate_by_importance(budget, scores, losses)
-
-
-def allocate_mixture(
-    budget: Budget, scores: Mapping[str, Tensor], losses: QuantizationLosses | None = None
-) -> dict[str, PlannedModule]:
-    """Choose format and rank of every matrix: `allocate_globally` over the sizes that it can take in any format.
-
-    `scores` are the importance of each direction of every matrix, not rising; `losses` what rounding costs.
-    """
-    fronts, lost = {}, {}
-    for name in budget.options:
-        choices = [
-            (options.bytes_at(option), loss, options.module_at(option))
-            for options in budget.all_options(name)
-            for option, loss in enumerate(option_losses(options, scores[name], losses))
-        ]
-        best: list[tuple[int, float, PlannedModule]] = []
-        for choice in sorted(choices, key=lambda choice: choice[:2]):
-            if not best or choice[1] < best[-1][1]:  # a larger one must lose less
-                best.append(choice)
-        fronts[name] = ParetoFront(tuple((size, module) for size, _, module in best))
-        lost[name] = [loss for _, loss, _ in best]
-    return allocate_by_loss(budget, lost, fronts)
 
 
 def allocate_by_importance(
     budget: Budget, scores: Mapping[str, Tensor], losses: QuantizationLosses | None = None
 ) -> dict[str, PlannedModule]:
     """Keep the most important singular directions, as many of each matrix as the budget is best spent on.
+
+    Every matrix takes whichever of its formats loses least at its bytes.
 
     Args:
         budget: what `open_budget` returned.
@@ -84,18 +61,13 @@ def allocate_by_importance(
         losses: what rounding costs, where it was measured.
     """
     orders = {name: values.argsort(descending=True, stable=True) for name, values in scores.items()}
-    fronts, lost = {}, {}
-    for name, options in budget.options.items():
-        found = option_losses(options, scores[name][orders[name]].clamp_min(0), losses)
-        # Where the last ranks lose next to nothing, rounding may lose more: a size that a smaller one beats is none.
-        kept = [
-            option
-            for option, (loss, least) in enumerate(zip(found, accumulate(found, min), strict=True))
-            if loss <= least
-        ]
-        fronts[name] = ParetoFront(tuple((options.bytes_at(option), options.module_at(option)) for option in kept))
-        lost[name] = [found[option] for option in kept]
-    chosen = allocate_by_loss(budget, lost, fronts)
+    fronts = {}
+    for name in budget.options:
+        falling = scores[name][orders[name]].clamp_min(0)
+        fronts[name] = pareto_front(
+            [(options, option_losses(options, falling, losses)) for options in budget.all_options(name)]
+        )
+    chosen = allocate_by_loss(budget, fronts)
     for name in budget.options:
         rank = chosen[name].rank
         if rank is not None:
@@ -128,13 +100,11 @@ def option_losses(options: SizeOptions, scores: Tensor, losses: QuantizationLoss
     return found
 
 
-def allocate_by_loss(
-    budget: Budget, losses: Mapping[str, Sequence[float]], fronts: Mapping[str, ParetoFront]
-) -> dict[str, PlannedModule]:
-    """Choose the options that minimize the sum of `losses` (by name and option, not rising) within the budget."""
+def allocate_by_loss(budget: Budget, fronts: Mapping[str, ParetoFront]) -> dict[str, PlannedModule]:
+    """Choose the options of all matrices that minimize the sum of their losses within the budget."""
     chosen = dict.fromkeys(fronts, 0)
     left = budget.free_bytes - sum(front.bytes_at(0) for front in fronts.values())
-    edges = {name: _hull(front, losses[name]) for name, front in fronts.items()}
+    edges = {name: _hull(front) for name, front in fronts.items()}
     queue = [(-edges[name][0][0], order, name, 0) for order, name in enumerate(fronts) if edges[name]]
     heapq.heapify(queue)
     while queue:
@@ -149,23 +119,19 @@ def allocate_by_loss(
                 heapq.heappush(queue, (-edges[name][position + 1][0], order, name, position + 1))
 
     def gain_per_byte(name: str, option: int) -> float:
-        if option == len(fronts[name]) - 1:
+        front = fronts[name]
+        if option == len(front) - 1:
             return 0.0
-        cost = fronts[name].bytes_at(option + 1) - fronts[name].bytes_at(option)
-        gain = losses[name][option] - losses[name][option + 1]
-        return gain / cost if cost else float("inf")
+        return (front.losses[option] - front.losses[option + 1]) / (front.sizes[option + 1] - front.sizes[option])
 
     spend_remainder(fronts, budget.free_bytes, chosen, gain_per_byte)
     return planned(budget, fronts, chosen)
 
 
-def _hull(front: ParetoFront, losses: Sequence[float]) -> list[tuple[float, int]]:
+def _hull(front: ParetoFront) -> list[tuple[float, int]]:
     """The lower convex hull of (bytes, loss) from the first option up: `(gain per byte, option)` by edge."""
     hull: list[tuple[int, float, int]] = []
-    for option, loss in enumerate(losses):
-        size = front.bytes_at(option)
-        if hull and size == hull[-1][0]:
-            hull.pop()  # the higher option costs the same
+    for option, (size, loss) in enumerate(zip(front.sizes, front.losses, strict=True)):
         while len(hull) >= 2 and _bends_up(hull[-2], hull[-1], (size, loss, option)):
             hull.pop()
         hull.append((size, loss, option))

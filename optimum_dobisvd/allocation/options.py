@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import bisect
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
+
+import torch
 
 from ..encodings.registry import encoding_named
 from ..model.target import Target
@@ -52,6 +56,13 @@ class SizeOptions:
         format, rank = self._at(option)
         return bytes_as(self.target, format, rank)
 
+    def sizes(self) -> tuple[int, ...]:
+        """Return the bytes on disk of every option."""
+        target = self.target
+        shape = (target.out_features, target.in_features)
+        ranked = _ranked_sizes(self.format, *shape, target.element_size, self.ranks)
+        return (*ranked, *(bytes_as(target, format, None) for format in self.dense))
+
     def option_within(self, size: int | Fraction) -> int:
         """Return the highest option of at most that many bytes; −1 where even the first has more."""
         return bisect.bisect_right(range(len(self)), size, key=self.bytes_at) - 1
@@ -64,20 +75,52 @@ class SizeOptions:
 
 @dataclass(frozen=True)
 class ParetoFront:
-    """Sizes of one matrix of which none is both larger and worse than another: `(bytes, what it becomes)`."""
+    """Sizes of one matrix, in any format, of which none is both larger and worse than another.
 
-    options: tuple[tuple[int, PlannedModule], ...]
+    Attributes:
+        sizes, losses: of every one: bytes, rising, and what is lost, falling.
+        sources: whose option each is, and which.
+    """
+
+    sizes: tuple[int, ...]
+    losses: tuple[float, ...]
+    sources: tuple[tuple[SizeOptions, int], ...]
 
     def __len__(self) -> int:
-        return len(self.options)
+        return len(self.sizes)
 
     def bytes_at(self, option: int) -> int:
         """Return the bytes on disk."""
-        return self.options[option][0]
+        return self.sizes[option]
 
     def module_at(self, option: int) -> PlannedModule:
         """Return what the matrix becomes."""
-        return self.options[option][1]
+        options, number = self.sources[option]
+        return options.module_at(number)
+
+
+def pareto_front(choices: Sequence[tuple[SizeOptions, Sequence[float]]]) -> ParetoFront:
+    """Return the front of the sizes that a matrix can take, each with what is lost at every one of its options."""
+    sizes = torch.tensor([size for options, _ in choices for size in options.sizes()])
+    losses = torch.tensor([loss for _, lost in choices for loss in lost], dtype=torch.float64)
+    order = losses.argsort(stable=True)
+    order = order[sizes[order].argsort(stable=True)]
+    least = losses[order].cummin(0).values
+    # A larger one must lose less, but for the matrix as it is, which nothing is put in the place of.
+    as_is = order == len(choices[0][0]) - 1
+    better = torch.cat([torch.ones(1, dtype=torch.bool), least[1:] < least[:-1]])
+    kept = order[better | (as_is & (losses[order] <= least))]
+    sources = [(options, number) for options, _ in choices for number in range(len(options))]
+    return ParetoFront(
+        tuple(sizes[kept].tolist()), tuple(losses[kept].tolist()), tuple(sources[place] for place in kept.tolist())
+    )
+
+
+@functools.lru_cache(256)  # most matrices of a model have one of a few shapes
+def _ranked_sizes(
+    format: Format, out_features: int, in_features: int, element_size: int, ranks: range
+) -> tuple[int, ...]:
+    return tuple(format.bytes(out_features, in_features, rank, element_size) for rank in ranks)
 
 
 def size_options(target: Target, format: Format, rank_multiple: int | None, min_rank: int) -> SizeOptions:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -44,7 +46,8 @@ def module_names_in(model: Any, names: list[str]) -> dict[str, str]:
 def check_tensors(model: Any, files: list[str], encodings: Mapping[str, Encoding]) -> None:
     """Check that every tensor of every compressed linear is in the files, and none is there without a module.
 
-    Shapes and dtypes are read from the headers. Scales of integers are read, and must be above zero and finite.
+    Shapes and dtypes are read from the headers. Scales of integers are read, and must be above
+    zero and finite; indices are read, too.
 
     Raises:
         ValueError: names the tensor, what is wrong with it, and the remedy. No weight has been allocated by then.
@@ -53,13 +56,17 @@ def check_tensors(model: Any, files: list[str], encodings: Mapping[str, Encoding
         raise ValueError(f"a dobi_svd checkpoint is stored in safetensors, found {files[0]}")
     compressed = compressed_linears(model)
     expected: dict[str, tuple[list[int], str | None]] = {}
-    scales: set[str] = set()
+    read: dict[str, Callable[[Tensor], str | None]] = {}
     for name, module in compressed.items():
         format = Format(type(module), encodings[module.encoding])
         tensors = format.tensors(*matrix_shape(module), module.rank, bias=module.bias is not None)
         expected |= {f"{name}.{key}": header for key, header in tensors.items()}
-        scales |= {f"{name}.{key}" for key in tensors if key.rpartition(".")[2] in format.encoding.scales}
-    found = _headers_by_model_name(model, files, scales)
+        read |= {
+            f"{name}.{key}": _problem_with_scale for key in tensors if key.rpartition(".")[2] in format.encoding.scales
+        }
+        own = module.own_tensors(*matrix_shape(module), module.rank)
+        read |= {f"{name}.{key}": functools.partial(module.problem_with, key) for key in own}
+    found = _headers_by_model_name(model, files, read)
     for tensor, (shape, dtype) in expected.items():
         _check_tensor(tensor, shape, dtype, found.get(tensor))
     for tensor, (shape, _) in found.items():
@@ -122,10 +129,18 @@ def _check_nothing_else_is_missing(model: Any, shapes: dict[str, list[int]]) -> 
             raise ValueError(f"the checkpoint lacks {name}: it is incomplete, copy it again")
 
 
-def _headers_by_model_name(model: Any, files: list[str], scales: Collection[str]) -> dict[str, tuple[list[int], str]]:
+def _problem_with_scale(scale: Tensor) -> str | None:
+    if bool((torch.isfinite(scale) & (scale > 0)).all()):
+        return None
+    return "holds a scale that is zero, negative or not finite"
+
+
+def _headers_by_model_name(
+    model: Any, files: list[str], read: Mapping[str, Callable[[Tensor], str | None]]
+) -> dict[str, tuple[list[int], str]]:
     """Shape and dtype of all tensors in the files, under the names transformers will load them to.
 
-    Those named in `scales` are read, too. ValueError names one that has a value that is not finite and above zero.
+    Those in `read` are read, too: their function says what is wrong with the values. ValueError if anything is.
     """
     # Private, all of it, but only transformers knows how this architecture's keys are renamed on load.
     conversions = get_model_conversion_mapping(model)
@@ -134,17 +149,15 @@ def _headers_by_model_name(model: Any, files: list[str], scales: Collection[str]
     expected = model.state_dict()
     found = {}
     for file in files:
-        # Older releases of transformers call this under torch.device("meta"); scales are read for their values.
+        # Older releases of transformers call this under torch.device("meta"); these are read for their values.
         with torch.device("cpu"), safe_open(file, framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict
                 name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
                 header = handle.get_slice(key)
                 found[name] = (header.get_shape(), header.get_dtype())
-                if name in scales:
-                    scale = handle.get_tensor(key)
-                    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-                        raise ValueError(
-                            f"{name} in {file} holds a scale that is zero, negative or not finite: the checkpoint is "
-                            "damaged; copy it again, or compress again"
-                        )
+                problem = read[name](handle.get_tensor(key)) if name in read else None
+                if problem is not None:
+                    raise ValueError(
+                        f"{name} in {file} {problem}: the checkpoint is damaged; copy it again, or compress again"
+                    )
     return found

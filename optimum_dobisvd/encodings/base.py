@@ -95,6 +95,7 @@ class Encoding(ABC):
         out_multiple, in_multiple: what outputs and inputs must be multiples of.
         rank_multiple: what ranks are multiples of unless the user says otherwise.
         gauge: which pair of equal factors rounds best.
+        needs_gauge: whether it is for factors in that gauge alone.
         dense_encodings: what a matrix that is not factorized may be stored as beside it, the smallest first; as it is
             (`float`) is always a choice.
         relative_error: share of a linear's energy that rounding takes, for allocators that know no better.
@@ -118,6 +119,7 @@ class Encoding(ABC):
     out_multiple: int = 1
     in_multiple: int = 1
     gauge: Gauge = Gauge.BALANCED
+    needs_gauge: ClassVar[bool] = False
     dense_encodings: tuple[str, ...] = ()
     relative_error: float = 0.0
     loss_is_measured: ClassVar[bool] = False

@@ -15,6 +15,7 @@ class Remap(Int8):
 
     name = "remap"
     gauge = Gauge.EQUAL_LEADING_COLUMNS
+    needs_gauge = True
     dense_encodings: tuple[str, ...] = ()
 
     def part(self, out_features: int, in_features: int, full_rank: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,15 +53,19 @@ class AdamRankOptimizer:
         self._objective, self._budget, self._settings = objective, budget, settings
         self._fixed = {name: module.rank for name, module in start.items() if name not in budget.options}
         require_ranks(budget, start)
-        options = {name: each for name, each in budget.options.items() if start[name].rank is not None}
+        options = {
+            name: next(each for each in budget.all_options(name) if each.format.key == start[name].format.key)
+            for name in budget.options
+            if start[name].rank is not None
+        }
         self._names = list(options)
         self._largest = _vector(each.ranks[-1] for each in options.values())
-        self._cost = _vector(_bytes_per_rank(each) for each in options.values())
+        self._curves = [_SizeCurve(each) for each in options.values()]
         self._lowest = _vector(each.ranks[0] for each in options.values()) / self._largest
         dense = {name: start[name] for name in budget.options if name not in options}
         taken = sum(planned_bytes(budget.options[name].target, module) for name, module in dense.items())
         self._sliding = replace(
-            budget, fixed=budget.fixed | dense, options=options, free_bytes=budget.free_bytes - taken
+            budget, fixed=budget.fixed | dense, options=options, free_bytes=budget.free_bytes - taken, alternatives={}
         )
         self._bytes = float(self._sliding.free_bytes)
         self._shares = self._held(_vector(start[name].rank for name in options) / self._largest)
@@ -79,8 +84,10 @@ class AdamRankOptimizer:
         return loss
 
     def _move(self, step: int, slopes: Mapping[str, float]) -> None:
-        per_byte = _vector(slopes[name] for name in self._names) / self._cost
-        weight = self._cost * self._largest
+        ranks = (self._shares * self._largest).tolist()
+        cost = _vector(curve.slope(rank) for curve, rank in zip(self._curves, ranks, strict=True))
+        per_byte = _vector(slopes[name] for name in self._names) / cost
+        weight = cost * self._largest
         # The part common to all bytes would only change their sum, which is fixed.
         excess = per_byte - (per_byte * weight).sum() / weight.sum()
         self._first = self._MOMENTS[0] * self._first + (1 - self._MOMENTS[0]) * excess
@@ -91,7 +98,7 @@ class AdamRankOptimizer:
         self._shares = self._held(self._shares - rate * corrected / scale.clamp_min(1e-300))
 
     def planned(self) -> dict[str, PlannedModule]:
-        sizes = (self._shares * self._largest * self._cost).tolist()
+        sizes = self._sizes(self._shares).tolist()
         return spend(self._sliding, {name: max(1, round(size)) for name, size in zip(self._names, sizes, strict=True)})
 
     def state(self) -> dict[str, Tensor]:
@@ -100,9 +107,12 @@ class AdamRankOptimizer:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self._shares, self._first, self._second = (state[key] for key in ("shares", "first", "second"))
 
+    def _sizes(self, shares: Tensor) -> Tensor:
+        ranks = (shares * self._largest).tolist()
+        return _vector(curve.bytes(rank) for curve, rank in zip(self._curves, ranks, strict=True))
+
     def _held(self, shares: Tensor) -> Tensor:
         """Shift all shares alike until their bytes sum to the budget, each clipped to its limits."""
-        weight = self._cost * self._largest
 
         def shifted(by: float) -> Tensor:
             return torch.minimum(torch.maximum(shares + by, self._lowest), torch.ones_like(shares))
@@ -110,13 +120,27 @@ class AdamRankOptimizer:
         low, high = -2.0, 2.0
         for _ in range(100):
             middle = (low + high) / 2
-            low, high = (middle, high) if float((weight * shifted(middle)).sum()) <= self._bytes else (low, middle)
+            low, high = (middle, high) if float(self._sizes(shifted(middle)).sum()) <= self._bytes else (low, middle)
         return shifted(low)
 
 
-def _bytes_per_rank(options: SizeOptions) -> float:
-    """Return the bytes of one rank, the mean over all ranks: scales of an encoding may add to the first ones."""
-    return options.bytes_at(len(options.ranks) - 1) / options.ranks[-1]
+class _SizeCurve:
+    """The bytes of one matrix at real ranks: for some structures a rank costs the less the more there are."""
+
+    def __init__(self, options: SizeOptions) -> None:
+        count = len(options.ranks)
+        self._ranks, self._sizes = np.array(options.ranks, dtype=float), np.array(options.sizes()[:count], dtype=float)
+
+    def bytes(self, rank: float) -> float:
+        return float(np.interp(rank, self._ranks, self._sizes))
+
+    def slope(self, rank: float) -> float:
+        """Bytes per rank, over one step of ranks."""
+        if len(self._ranks) == 1:
+            return float(self._sizes[0] / self._ranks[0])
+        half = (self._ranks[1] - self._ranks[0]) / 2
+        middle = min(max(rank, self._ranks[0] + half), self._ranks[-1] - half)
+        return (self.bytes(middle + half) - self.bytes(middle - half)) / (2 * half)
 
 
 def _betas(settings: RankTraining, step: int, largest: Tensor) -> list[float]:

@@ -12,6 +12,7 @@ from ..allocation.budget import Budget
 from ..allocation.global_allocation import allocate_by_importance
 from ..allocation.plan import PlannedModule
 from ..allocation.spectra import check_spectrum
+from ..structures.registry import STRUCTURES
 from .fixed_basis import FixedBasis
 from .rank_optimizer import NoGradientError, check_gradient, require_ranks
 
@@ -51,7 +52,7 @@ class DirectionOptimizer:
             check_spectrum(options.target, spectra, "dobi_fixed_basis")
         self._objective, self._budget = objective, budget
         self._scores = {name: spectra[name].detach().cpu().double().square() for name in budget.options}
-        self._largest = {name: each.ranks[-1] if each.ranks else 0 for name, each in budget.options.items()}
+        self._largest = {name: _largest_rank(budget, name) for name in budget.options}
         # Sums of every direction's measurements and of their squares, `2 x min(m, n)`.
         self._sums = {name: scores.new_zeros(2, len(scores)) for name, scores in self._scores.items()}
         # Mean importance near the border by matrix, in the order of the budget: measured, and by K-FAC.
@@ -152,28 +153,30 @@ class DirectionOptimizer:
     def state(self) -> dict[str, Tensor]:
         found = {"borders": self._borders, "weights": self._weights, "curvature": self._curvature}
         found["stale_steps"] = self._stale_steps
+        places = [self._formats(name).index(self._planned[name].format.key) for name in self._scores]
+        found["formats"] = torch.tensor(places)
         for name, scores in self._scores.items():
-            planned = self._planned[name]
-            if planned.rank is None:  # negative: which of the dense encodings
-                kept = scores.new_full((len(scores),), -1.0 - self._dense_encodings(name).index(planned.encoding))
-            else:
-                kept = _kept(planned, len(scores))
-            found[name] = torch.stack([*self._sums[name], kept])
+            found[name] = torch.stack([*self._sums[name], _kept(self._planned[name], len(scores))])
         return found
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self._borders, self._weights, self._curvature = (state[key] for key in ("borders", "weights", "curvature"))
         self._stale_steps = state["stale_steps"]
-        for name, options in self._budget.options.items():
+        for name, place in zip(self._budget.options, state["formats"].tolist(), strict=True):
             self._sums[name], kept = state[name][:2], state[name][2]
-            if float(kept[0]) < 0:
-                self._planned[name] = PlannedModule("dense", self._dense_encodings(name)[-1 - int(kept[0])])
-            else:
-                chosen = tuple(kept.nonzero().flatten().tolist())
-                self._planned[name] = PlannedModule(*options.format.key, len(chosen), chosen)
+            structure, encoding = self._formats(name)[place]
+            chosen = tuple(kept.nonzero().flatten().tolist()) if STRUCTURES.get(structure).has_rank else None
+            rank = None if chosen is None else len(chosen)
+            self._planned[name] = PlannedModule(structure, encoding, rank, chosen)
 
-    def _dense_encodings(self, name: str) -> list[str]:
-        return [format.encoding.name for format in self._budget.options[name].dense]
+    def _formats(self, name: str) -> list[tuple[str, str]]:
+        """Return the keys of the formats that a matrix can have."""
+        found = self._budget.all_options(name)
+        return [*(each.format.key for each in found), *(format.key for each in found for format in each.dense)]
+
+
+def _largest_rank(budget: Budget, name: str) -> int:
+    return max((each.ranks[-1] for each in budget.all_options(name) if each.ranks), default=0)
 
 
 def _kept(module: PlannedModule, count: int) -> Tensor:

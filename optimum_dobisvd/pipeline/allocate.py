@@ -46,12 +46,12 @@ def allocate(job: Job, store: StatisticsStore | None, losses: QuantizationLosses
 def measure_losses(job: Job, store: StatisticsStore | None) -> QuantizationLosses | None:
     """Return what rounding costs in every format that the allocation may choose, in nats per token.
 
-    None where importance scores are no losses, and where only our own 8 bits round (a fixed share of the energy does).
+    None where importance scores are no losses, and where all of it is small enough to be taken for a fixed share.
     """
     if job.budget is None or store is None or not job.method.weighs_loss:
         return None
     formats = [format for format in _formats_in(job.budget) if not format.encoding.trainable]
-    if not any(format.encoding.loss_is_measured for format in formats):
+    if not any(format.loss_is_measured for format in formats):
         return None
     row, layout = FACTORIZATIONS.get(_LOSS_METRIC), job.layout
     ranked = any(format.structure.has_rank for format in formats)
@@ -96,8 +96,7 @@ def predicted_increase(
 
 def _increase_of(module: PlannedModule, scores: Tensor, loss: Tensor | None) -> float | None:
     """What one matrix adds: the directions it loses, and their rounding."""
-    encoding = module.format.encoding
-    if loss is None and encoding.loss_is_measured:
+    if loss is None and module.format.loss_is_measured:
         return None
     lost = 0.0 if module.rank is None else float(scores.sum() - scores[list(module.kept)].sum())
     if loss is not None:

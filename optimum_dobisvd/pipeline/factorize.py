@@ -52,7 +52,7 @@ class Replacement:
         module = self._plan.modules[name]
         linear: Any = self._linears[name]
         format = format_named(*module.format.key, self._settings)
-        matrices = replace_linear(self._model, name, format, module.rank, source)
+        matrices = replace_linear(self._model, name, format, module.rank, source, gram)
         self.errors[name] = None
         if gram is not None and matrices is not None:
             stored = format.structure.product({key: each.double() for key, each in matrices.items()})

@@ -16,6 +16,7 @@ from ..encodings.registry import encoding_named
 from ..statistics.collect import InputCollector
 from ..statistics.store import full_gram
 from ..structures.base import CompressedLinear, compressed_linears, restore_tensors
+from ..structures.format import Format
 
 logger = logging.getLogger(__name__)
 
@@ -119,17 +120,15 @@ def _token_weights(mask: Tensor) -> Tensor:
 
 def _quantize_one(name: str, module: CompressedLinear, encoding: Encoding, gram: Tensor | None) -> None:
     """Quantize the linears of one compressed linear in the order in which they compute."""
-    full_rank = min(module.out_features, module.in_features)
-    before: dict[str, Tensor] = {}
-    done: dict[str, nn.Module] = {}
+    plain: Any = dict(module.named_children())
+    weights = {child: linear.weight.detach() for child, linear in plain.items()} | module.own()
+    device = next(iter(weights.values())).device
+    format, full_rank = Format(type(module), encoding), min(module.out_features, module.in_features)
     try:
-        for child, linear in list(module.named_children()):
-            plain: Any = linear
-            # Sums are kept on the CPU.
-            inputs = None if gram is None else module.input_gram(child, gram.to(plain.weight.device), before)
-            done[child], matrix = encoding.quantize(plain, full_rank, module.weight.dtype, inputs)
-            before[child] = matrix if inputs is None else matrix.to(inputs)
+        # Sums are kept on the CPU.
+        felt = None if gram is None else gram.to(device)
+        done, _ = format.quantize(weights, module.bias, module.weight.dtype, full_rank, felt)
     except (ValueError, RuntimeError, torch.linalg.LinAlgError) as error:
         raise ValueError(f"{name}: rounding it to {module.encoding} failed: {error}") from error
     for child, linear in done.items():
-        module.set_submodule(child, linear)
+        module.set_submodule(child, linear.train(module.training))

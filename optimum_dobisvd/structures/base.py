@@ -6,6 +6,7 @@ A structure is the class of the module that takes a linear's place. Bundled with
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -34,8 +35,10 @@ class CompressedLinear(nn.Module, ABC):
     structure: ClassVar[str]
     """Its name in plans and config.json."""
     has_rank: ClassVar[bool] = True
+    gauge_is_free: ClassVar[bool] = True
+    """Whether equal pairs of factors can be told apart by a gauge."""
     bias_key: ClassVar[str]
-    """The name of the bias among the parameters."""
+    """The name of the bias among the parameters: `bias`, its own, or that of a child."""
     encoding: str
     """Of its children, or what they will be quantized to."""
     weight: Tensor
@@ -58,6 +61,12 @@ class CompressedLinear(nn.Module, ABC):
         for name, (outputs, inputs) in self.linears(out_features, in_features, rank).items():
             child_bias = bias and f"{name}.bias" == self.bias_key
             self.add_module(name, nn.Linear(inputs, outputs, bias=child_bias, device=device, dtype=dtype))
+        for name, (shape, kind) in self.own_tensors(out_features, in_features, rank).items():
+            self.register_buffer(name, torch.empty(shape, device=device, dtype=kind))
+        if self.bias_key == "bias":
+            # Not by register_parameter, which takes the property of that name for something else.
+            values = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+            self._parameters[self.bias_key] = values
 
     # The structure, for shapes and tensors.
 
@@ -67,17 +76,41 @@ class CompressedLinear(nn.Module, ABC):
         """Return outputs and inputs of its linears by name, in the order in which they compute."""
 
     @classmethod
+    def own_tensors(
+        cls, out_features: int, in_features: int, rank: int | None
+    ) -> dict[str, tuple[list[int], torch.dtype]]:
+        """Return shape and dtype of the tensors it needs beside its linears, indices for one, by name."""
+        return {}
+
+    @classmethod
     def own_bytes(cls, out_features: int, in_features: int, rank: int | None) -> int:
-        """Return the bytes it needs beside its linears."""
-        return 0
+        """Return the bytes of `own_tensors`."""
+        own = cls.own_tensors(out_features, in_features, rank).values()
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in own)
+
+    @classmethod
+    def problem_with(cls, name: str, tensor: Tensor) -> str | None:
+        """Return what is wrong with the values of one of `own_tensors`, None if nothing is."""
+        return None
 
     @classmethod
     @abstractmethod
     def written(cls, source: Factors | Tensor, gauge: Gauge, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the weights of its linears by name, of factors (`m x k`, `k x n`) or, without a rank, of the matrix.
 
-        `gauge` says which pair of equal factors to write; scales are stored in `dtype`, the model's.
+        After them its own tensors. `gauge` says which pair of equal factors to write; scales are stored in `dtype`,
+        the model's.
         """
+
+    @classmethod
+    def refitted(
+        cls, linear: str, weights: Mapping[str, Tensor], before: Mapping[str, Tensor], gram: Tensor | None
+    ) -> Tensor:
+        """Return the weight of a linear that makes the best of how those before it were rounded.
+
+        `weights` are what `written` gave, `before` what these linears compute with, `gram` `H` of the matrix's inputs.
+        """
+        return weights[linear]
 
     @classmethod
     @abstractmethod
@@ -90,7 +123,7 @@ class CompressedLinear(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def error_metrics(cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor) -> dict[str, ErrorMetric]:
-        """Return what errors of its linears' weights cost, by name.
+        """Return what errors of its linears' weights cost, by name; `weights` are what `written` gave.
 
         `gram` is `H` of the whole matrix's inputs; `root` is `R` (`m x m`), and the loss feels `R R^T` of its outputs.
         """
@@ -98,20 +131,32 @@ class CompressedLinear(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def product(cls, matrices: Mapping[str, Tensor]) -> Tensor:
-        """Return the `m x n` matrix that these matrices of its linears stand for."""
+        """Return the `m x n` matrix that these matrices of its linears, and its own tensors, stand for."""
 
     # The module.
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> nn.Parameter | None:
         """The bias, wherever it lies."""
         owner, _, key = self.bias_key.rpartition(".")
-        found: Tensor | None = getattr(self.get_submodule(owner), key, None)
+        found: nn.Parameter | None = getattr(self.get_submodule(owner), key, None) if owner else self._parameters[key]
         return found
 
+    def put_own(self, tensors: Mapping[str, Tensor], bias: nn.Parameter | None) -> None:
+        """Put its own tensors in their places, and the bias if that is its own."""
+        for name in self.own_tensors(self.out_features, self.in_features, self.rank):
+            self.register_buffer(name, tensors[name])
+        if self.bias_key == "bias":
+            self._parameters[self.bias_key] = bias
+
+    def own(self) -> dict[str, Tensor]:
+        """Return its own tensors by name (see `own_tensors`)."""
+        names = self.own_tensors(self.out_features, self.in_features, self.rank)
+        return {name: self.get_buffer(name) for name in names}
+
     def matrices(self) -> dict[str, Tensor]:
-        """Return what its linears compute with by name, float32."""
-        return {name: matrix_of(child) for name, child in self.named_children()}
+        """Return what its linears compute with by name, float32, and its own tensors."""
+        return {name: matrix_of(child) for name, child in self.named_children()} | self.own()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return `(second, first)` of a matrix with a rank, `m x k` and `k x n`, float64."""

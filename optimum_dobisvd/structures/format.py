@@ -18,6 +18,9 @@ from ..model.linears import is_conv1d
 from .base import CompressedLinear, bare_linear, matrix_shape
 from .registry import STRUCTURES
 
+_HEADER_NAMES = {torch.uint8: "U8", torch.int32: "I32"}
+"""What safetensors calls the dtypes of `CompressedLinear.own_tensors`."""
+
 
 @dataclass(frozen=True)
 class Format:
@@ -33,6 +36,20 @@ class Format:
     def key(self) -> tuple[str, str]:
         """The names of structure and encoding."""
         return self.structure.structure, self.encoding.name
+
+    @property
+    def conflict(self) -> str | None:
+        """Why the two do not go together, None if they do."""
+        if self.structure.gauge_is_free or not self.encoding.needs_gauge:
+            return None
+        return f"{self.encoding.name} is for factors that can be scaled, and structure {self.key[0]!r} fixes them"
+
+    @property
+    def loss_is_measured(self) -> bool:
+        """Whether allocators that score ranks weigh its rounding by measured loss."""
+        # Where no gauge evens rows out, and an error of one row is felt in others, 8 bits are too few to be ignored.
+        fixed = self.structure.has_rank and not self.structure.gauge_is_free
+        return self.encoding.loss_is_measured or (fixed and not self.encoding.trainable)
 
     @property
     def leaves_as_is(self) -> bool:
@@ -55,13 +72,15 @@ class Format:
 
     def unsupported_reason(self, out_features: int, in_features: int, rank: int | None = None) -> str | None:
         """Return why such a matrix (of that rank) cannot be stored so, None if it can."""
-        reason = self.encoding.unsupported_reason(out_features, in_features)
+        reason = self.conflict or self.encoding.unsupported_reason(out_features, in_features)
         if reason is not None or rank is None:
             return reason
         multiple = self.encoding.required_rank_multiple
         if rank % multiple:
             return f"{self.encoding.name} takes ranks in multiples of {multiple}, and it is to have {rank}"
         shapes = self.structure.linears(out_features, in_features, rank).values()
+        if any(outputs < 1 for outputs, _ in shapes):
+            return f"structure {self.key[0]!r} at rank {rank} has all rows of the matrix in its first linear"
         return next((why for shape in shapes if (why := self.encoding.unsupported_reason(*shape)) is not None), None)
 
     def largest_rank_below(self, size: int, out_features: int, in_features: int, element_size: int) -> int:
@@ -75,7 +94,7 @@ class Format:
     def relative_error(self) -> float:
         """The share of a matrix's energy that rounding its linears takes, for allocators that know no better."""
         # Of factors in few enough bits to matter it is measured; in others it is small beside what is truncated.
-        if self.structure.has_rank and not self.encoding.loss_is_measured:
+        if self.structure.has_rank and not self.loss_is_measured:
             return 0.0
         return len(self.structure.linears(1, 1, 1)) * self.encoding.relative_error
 
@@ -84,7 +103,7 @@ class Format:
         weights = self.structure.written(source, self.encoding.gauge, torch.float32)
         metrics = self.structure.error_metrics(weights, gram, root)
         full = min(len(root), len(gram.matrix))
-        return sum(self.encoding.quantization_loss(weight, full, metrics[name]) for name, weight in weights.items())
+        return sum(self.encoding.quantization_loss(weights[name], full, metric) for name, metric in metrics.items())
 
     def tensors(
         self, out_features: int, in_features: int, rank: int | None, bias: bool
@@ -93,6 +112,8 @@ class Format:
         linears = self.linears(out_features, in_features, rank)
         found = {name: self.encoding.tensors(shape).items() for name, shape in linears.items()}
         tensors = {f"{name}.{key}": header for name, headers in found.items() for key, header in headers}
+        own = self.structure.own_tensors(out_features, in_features, rank).items()
+        tensors |= {name: (shape, _HEADER_NAMES[dtype]) for name, (shape, dtype) in own}
         return {**tensors, self.structure.bias_key: ([out_features], None)} if bias else tensors
 
     def empty(self, dense: Any, rank: int | None) -> CompressedLinear:
@@ -106,17 +127,37 @@ class Format:
         return new
 
     def quantize(
-        self, weights: Mapping[str, Tensor], bias: nn.Parameter | None, dtype: torch.dtype, full_rank: int
+        self,
+        weights: Mapping[str, Tensor],
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+        full_rank: int,
+        gram: Tensor | None = None,
     ) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
-        """Quantize the weights of its linears, of any float dtype, each value on its own.
+        """Quantize the weights of its linears (`structure.written`, any float dtype) in the order they compute in.
 
-        Returns its children, and the matrices that they stand for. `dtype` is the model's, `full_rank` `min(m, n)`.
+        Args:
+            weights: of its linears, and its own tensors.
+            bias: for the child that has it.
+            dtype: the model's.
+            full_rank: `min(m, n)`.
+            gram: `H` of the matrix's inputs, for a structure that refits what is still to be rounded, and an encoding
+                that uses text.
+
+        Returns:
+            Its children, and the matrices that they stand for, with its own tensors (see `structure.product`).
         """
+        names = list(self.structure.linears(1, 1, 1))
         children: dict[str, nn.Module] = {}
-        matrices: dict[str, Tensor] = {}
-        for name, weight in weights.items():
+        matrices = {name: tensor for name, tensor in weights.items() if name not in names}
+        for name in names:
+            weight = self.structure.refitted(name, weights, matrices, gram)
             linear = bare_linear(weight, bias if f"{name}.bias" == self.structure.bias_key else None)
-            children[name], matrices[name] = self.encoding.quantize(linear, full_rank, dtype)
+            inputs = None
+            if gram is not None and self.encoding.uses_text:
+                inputs = self.structure.input_gram(name, gram, matrices)
+            children[name], matrix = self.encoding.quantize(linear, full_rank, dtype, inputs)
+            matrices[name] = matrix if gram is None else matrix.to(gram)
         return children, matrices
 
 

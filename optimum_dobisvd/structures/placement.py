@@ -17,20 +17,27 @@ from .format import AS_IS, Format
 
 
 def replace_linear(
-    model: nn.Module, name: str, format: Format, rank: int | None, source: Factors | Tensor
+    model: nn.Module,
+    name: str,
+    format: Format,
+    rank: int | None,
+    source: Factors | Tensor,
+    gram: Tensor | None = None,
 ) -> dict[str, Tensor] | None:
     """Put a compressed linear in the place of another, on its device, in its dtype, offloaded if it was.
 
-    `source` are factors (`m x k`, `k x n`), or the matrix for a structure without rank.
+    `source` are factors (`m x k`, `k x n`), or the matrix for a structure without rank; `gram` is `H` of its inputs,
+    for structures that refit what is not rounded yet.
 
-    Returns the matrices that its linears compute with; None where they are still plain linears, for an encoding that
-    uses text to quantize sequentially. ValueError where values or scales overflow in the model's dtype.
+    Returns what `structure.product` takes: the matrices that its linears compute with; None where they are still plain
+    linears, for an encoding that uses text to quantize sequentially. ValueError where values or scales overflow in the
+    model's dtype.
     """
     module: Any = model.get_submodule(name)
     hook = _align_hook(module)
     away = hook is not None and hook.offload
     with align_module_device(module, execution_device="cpu") if away else nullcontext():
-        new, matrices = _built(module, format, rank, source)
+        new, matrices = _built(module, format, rank, source, gram)
     new.train(module.training)
     if hook is not None:
         _hook_alike(new, hook)
@@ -39,7 +46,7 @@ def replace_linear(
 
 
 def _built(
-    module: Any, format: Format, rank: int | None, source: Factors | Tensor
+    module: Any, format: Format, rank: int | None, source: Factors | Tensor, gram: Tensor | None
 ) -> tuple[CompressedLinear, dict[str, Tensor]]:
     """The compressed linear on the device of the one it stands for, with memory of its own."""
     device, dtype = module.weight.device, module.weight.dtype
@@ -55,7 +62,9 @@ def _built(
     weights = format.structure.written(source, format.encoding.gauge, dtype)
     now = Format(format.structure, AS_IS.encoding) if format.encoding.uses_text else format
     here = {child: weight.to(device) for child, weight in weights.items()}
-    children, matrices = now.quantize(here, bias, dtype, min(outputs, inputs))
+    felt = None if gram is None else gram.to(device)
+    children, matrices = now.quantize(here, bias, dtype, min(outputs, inputs), felt)
+    new.put_own(here, bias)
     for child, built in children.items():
         built.to(device)
         if type(built) is nn.Linear:

@@ -1,0 +1,125 @@
+"""Rows of the matrix itself, and the other rows in terms of them: `W'[rest] = C W'[pivots]`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..encodings.base import ErrorMetric, InputGram
+from ..factorization.factors import Factors, Gauge
+from ..factorization.pivots import interpolate
+from .base import CompressedLinear
+
+PERMUTATION = "permutation"
+_IN_A_BYTE = 256
+_REFIT_DAMPING = 1e-4
+"""Added to the diagonal of the Gram of the pivot rows' outputs, as a share of its mean."""
+
+
+class PivotedLinear(CompressedLinear):
+    """`u = first(x)`, `v = second(u)`, and `y` has `u` and `v` at the places that `permutation` names.
+
+    `first` (`k x n`) are `k` rows of the matrix, `second` (`m - k x k`) the other rows in terms of them (PIFA, arXiv
+    2501.19090). That spends no numbers on the `k x k` gauge that two factors leave open, so it is smaller than the
+    matrix at every rank below `min(m, n)`.
+
+    `permutation[j]` is the output that row `j` of the two stacked linears gives. The bias is its own, of `m` values:
+    in `first` it would reach all outputs.
+    """
+
+    structure = "pivoted"
+    gauge_is_free = False
+    bias_key = "bias"
+    rank: int
+    first: nn.Module
+    second: nn.Module
+    permutation: Tensor
+
+    @classmethod
+    def linears(cls, out_features: int, in_features: int, rank: int | None) -> dict[str, tuple[int, int]]:
+        if rank is None:
+            raise ValueError("structure 'pivoted' needs a rank")
+        return {"first": (rank, in_features), "second": (out_features - rank, rank)}
+
+    @classmethod
+    def own_tensors(
+        cls, out_features: int, in_features: int, rank: int | None
+    ) -> dict[str, tuple[list[int], torch.dtype]]:
+        # Not int16: DistributedDataParallel broadcasts buffers, and neither gloo nor NCCL knows that type.
+        return {PERMUTATION: ([out_features], torch.uint8 if out_features <= _IN_A_BYTE else torch.int32)}
+
+    @classmethod
+    def problem_with(cls, name: str, tensor: Tensor) -> str | None:
+        if bool((tensor.long().sort().values == torch.arange(len(tensor))).all()):
+            return None
+        return f"is no permutation of the numbers from 0 to {len(tensor) - 1}"
+
+    @classmethod
+    def written(cls, source: Factors | Tensor, gauge: Gauge, dtype: torch.dtype) -> dict[str, Tensor]:
+        if isinstance(source, Tensor):
+            raise TypeError("structure 'pivoted' is written from factors")
+        factors = source.balanced()
+        rank = len(factors.first)
+        order, coefficients = interpolate(factors.second)
+        pivots = factors.second[order[:rank]].double() @ factors.first.double()
+        tensors = cls.own_tensors(len(factors.second), factors.first.shape[1], rank)
+        return {"first": pivots, "second": coefficients, PERMUTATION: order.to(tensors[PERMUTATION][1])}
+
+    @classmethod
+    def refitted(
+        cls, linear: str, weights: Mapping[str, Tensor], before: Mapping[str, Tensor], gram: Tensor | None
+    ) -> Tensor:
+        """Fit the other rows to the rounded pivot rows `P'`: `C + C (P - P') H P'^T S^-1` with `S = P' H P'^T`."""
+        weight = weights[linear]
+        if linear == "first" or gram is None or not len(weight):
+            return weight
+        rounded, exact, felt = before["first"].double(), weights["first"].double(), gram.double()
+        inputs = rounded @ felt @ rounded.T
+        inputs.diagonal().add_(_REFIT_DAMPING * inputs.diagonal().mean().clamp_min(1e-300))
+        moved = torch.linalg.solve(inputs, rounded @ felt @ (exact - rounded).T).T
+        return weight + weight.double() @ moved
+
+    @classmethod
+    def input_gram(cls, linear: str, gram: Tensor, before: Mapping[str, Tensor]) -> Tensor:
+        if linear == "first":
+            return gram
+        first = before["first"].to(gram)
+        return first @ gram @ first.T
+
+    @classmethod
+    def error_metrics(cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor) -> dict[str, ErrorMetric]:
+        inner = InputGram(cls.input_gram("second", gram.matrix, weights))
+        outer = cls._outer(weights)
+        rest = weights[PERMUTATION].long()[outer.shape[1] :]
+        return {
+            "first": ErrorMetric(gram, (root.T @ outer).square().sum(0)),
+            "second": ErrorMetric(inner, root[rest].square().sum(1)),
+        }
+
+    @classmethod
+    def product(cls, matrices: Mapping[str, Tensor]) -> Tensor:
+        return cls._outer(matrices) @ matrices["first"]
+
+    @classmethod
+    def _outer(cls, matrices: Mapping[str, Tensor]) -> Tensor:
+        """Return the factor that takes the pivot rows to all rows, `m x k`."""
+        second = matrices["second"]
+        stacked = torch.cat([torch.eye(second.shape[1]).to(second), second])
+        outer = torch.empty_like(stacked)
+        outer[matrices[PERMUTATION].long()] = stacked
+        return outer
+
+    def forward(self, x: Tensor) -> Tensor:
+        pivots = self.first(x)
+        rest = self.second(pivots)
+        places = self.permutation.long()
+        y = pivots.new_empty(*pivots.shape[:-1], self.out_features)
+        y.index_copy_(-1, places[: self.rank], pivots)
+        y.index_copy_(-1, places[self.rank :], rest.to(y.dtype))
+        return y if self.bias is None else y + self.bias
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        matrices = self.matrices()
+        return self._outer(matrices).double(), matrices["first"].double()
