@@ -148,25 +148,52 @@ def test_with_plan_leaves_the_original_alone():
 
 
 @pytest.mark.parametrize(
-    ("settings", "key", "names"),
+    ("settings", "structures", "names"),
     [
-        ({}, ("low_rank", "float"), ["float"]),
-        ({"method": "dobi"}, ("low_rank", "remap"), ["remap"]),
-        ({"quantization": "int8"}, ("low_rank", "int8"), ["int8"]),
-        ({"quantization": "int8", "structure": "dense"}, ("dense", "int8"), ["int8"]),
-        ({"mixed": True}, ("low_rank", "int8"), ["int8", "float"]),
+        ({}, ["low_rank", "pivoted"], ["float"]),
+        ({"structure": "pivoted"}, ["pivoted"], ["float"]),
+        ({"method": "dobi"}, ["low_rank"], ["remap"]),
+        ({"method": "svd_llm_v2", "structure": "pivoted"}, ["pivoted"], ["float"]),
+        ({"allocation": "uniform"}, ["low_rank"], ["float"]),
+        ({"factorization": "svd_llm"}, ["low_rank"], ["float"]),
+        ({"quantization": "int8"}, ["low_rank", "pivoted"], ["int8"]),
+        ({"quantization": "remap"}, ["low_rank"], ["remap"]),
+        ({"quantization": "int8", "structure": "dense"}, ["dense"], ["int8"]),
+        ({"mixed": True}, ["low_rank", "pivoted"], ["int8", "float"]),
         (
             {"mixed": True, "quantization": "gptq4_g32", "ratio": 0.4},
-            ("low_rank", "gptq4_g32"),
+            ["low_rank", "pivoted"],
             ["gptq4_g32", "gptq2_g32", "gptq3_g32", "gptq8_g32", "int8", "float"],
         ),
-        ({"mixed": True, "quantization": "nf4", "ratio": 0.4}, ("low_rank", "nf4"), ["nf4", "int8", "float"]),
+        ({"mixed": True, "quantization": "nf4", "ratio": 0.4}, ["low_rank", "pivoted"], ["nf4", "int8", "float"]),
     ],
 )
-def test_a_quantization_is_a_format_and_a_mixture_several(settings, key, names):
+def test_a_quantization_is_a_format_and_a_mixture_several(settings, structures, names):
     formats = DobiSVDConfig(**settings).formats
-    assert formats[0].key == key
-    assert [format.encoding.name for format in formats] == names
+    assert [format.key for format in formats] == [(structure, name) for name in names for structure in structures]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"structure": "pivotal"},
+            "unknown structure 'pivotal'; did you mean 'pivoted'. known: auto, dense, low_rank",
+        ),
+        (
+            {"structure": "auto", "method": "svd_llm_v2"},
+            "structure 'auto' weighs .* allocation 'svd_llm_v2'.*'low_rank'",
+        ),
+        ({"structure": "auto", "factorization": "svd"}, "structure 'auto' weighs .* scores of 'svd' does not"),
+        (
+            {"structure": "pivoted", "quantization": "remap"},
+            "remap is for factors that can be scaled, and structure 'pivoted' fixes them: take",
+        ),
+    ],
+)
+def test_a_structure_that_cannot_be_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DobiSVDConfig(**settings)
 
 
 @pytest.mark.parametrize("method", ["dobi", "svd_llm_v2", "svd"])
@@ -181,7 +208,7 @@ def test_a_mixture_needs_a_method_that_knows_what_encodings_cost_the_loss(method
         (3, "a: expected a structure, an encoding and perhaps a rank, got 3"),
         ({"rank": 3, "storage": "plain"}, "a: expected a structure, an encoding and perhaps a rank"),
         ({"structure": "low_rank", "encoding": "float", "rank": 3, "directions": "1"}, "a: expected a structure"),
-        ({"structure": "pivoted", "encoding": "float", "rank": 3}, "a: unknown structure 'pivoted'; .*upgrade"),
+        ({"structure": "monarch", "encoding": "float", "rank": 3}, "a: unknown structure 'monarch'; .*upgrade"),
         ({"structure": "low_rank", "encoding": "int2", "rank": 3}, "a: unknown encoding 'int2'; .*upgrade"),
         ({"structure": "low_rank", "encoding": "float", "rank": 0}, "a: rank must be at least 1, got 0"),
         (

@@ -26,9 +26,9 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def compressed(folder: Path, **options: Any) -> Any:
+def compressed(folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
     config = DobiSVDConfig(method="svd", **{"ratio": 0.6, **options}, modules_to_not_convert=[EXCLUDED])
-    return DobiSVDQuantizer(config).quantize_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
+    return DobiSVDQuantizer(config).quantize_model(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
 
 
 def low_rank(model: Any) -> dict[str, Any]:
@@ -173,3 +173,61 @@ def test_what_is_offloaded_is_refused_before_anything_is_changed(dense: Path, tm
         convert(model, "int8")
     assert encodings(model) == {"float"}
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_from_two_factors_to_pivots_and_back(
+    dense: Path, tmp_path: Path, architecture: str, quantization: str | None
+) -> None:
+    model = compressed(dense / architecture, torch.float32, ratio=0.4)
+    exact, expected = matrices(model), logits(model)
+    convert(model, quantization, structure="pivoted")
+    assert {module.structure for module in compressed_linears(model).values() if module.rank} == {"pivoted"}
+    assert encodings(model) == {quantization or "float"}
+    close = {"atol": 1e-5, "rtol": 1e-4} if quantization is None else {"atol": 0.02, "rtol": 0.2}
+    for name, matrix in matrices(model).items():
+        torch.testing.assert_close(matrix, exact.get(name, matrix), **close)
+    if quantization is None:
+        torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-3)
+    model.save_pretrained(tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(reloaded), logits(model))
+    assert {module.structure for module in compressed_linears(reloaded).values() if module.rank} == {"pivoted"}
+    convert(reloaded, structure="low_rank")
+    assert low_rank(reloaded)
+    assert not any(module.structure == "pivoted" for module in compressed_linears(reloaded).values())
+    for name, matrix in matrices(reloaded).items():
+        torch.testing.assert_close(matrix, exact[name], **close)
+
+
+def test_two_factors_as_large_as_the_matrix_are_taken_whole(dense: Path) -> None:
+    model = compressed(dense / "llama", structure="pivoted", ratio=0.9)
+    exact = {name: module.dense_matrix() for name, module in compressed_linears(model).items()}
+    large = {name for name, module in compressed_linears(model).items() if module.rank * 2 > module.in_features}
+    assert large
+    convert(model, structure="low_rank")
+    assert not large & compressed_linears(model).keys()
+    for name in large:
+        assert torch.equal(model.get_submodule(name).weight, exact[name].to(torch.bfloat16))
+
+
+def test_structures_can_be_taken_off(dense: Path) -> None:
+    model = compressed(dense / "llama")
+    expected = matrices(model)
+    convert(model, "int8", structure="dense")
+    assert {module.structure for module in compressed_linears(model).values()} == {"dense"}
+    for name, matrix in expected.items():
+        torch.testing.assert_close(compressed_linears(model)[name].dense_matrix(), matrix, atol=1e-2, rtol=0.1)
+
+
+def test_a_structure_that_cannot_be_is_refused_before_anything_is_changed(dense: Path) -> None:
+    model = compressed(dense / "llama", structure="pivoted")
+    before = {name: id(module) for name, module in compressed_linears(model).items()}
+    with pytest.raises(ValueError, match="unknown structure 'pivot'; known: pivoted"):
+        convert(model, structure="pivot")
+    with pytest.raises(ValueError, match=r"q_proj: remap is for factors .*; pass structure='low_rank', too"):
+        convert(model, "remap")
+    assert {name: id(module) for name, module in compressed_linears(model).items()} == before
+    convert(model, "remap", structure="low_rank")
+    assert encodings(model) == {"remap"}

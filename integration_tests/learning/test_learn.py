@@ -123,7 +123,7 @@ def test_curve_and_pictures_lie_beside_the_checkpoint(tmp_path: Path) -> None:
 
 def test_a_picture_of_the_directions_lies_beside_a_checkpoint_that_chose_some(tmp_path: Path) -> None:
     model = tiny("llama")
-    learned(model).save(model, tmp_path / "out")
+    learned(model, structure="low_rank").save(model, tmp_path / "out")
     assert (tmp_path / "out" / "dobisvd_directions.png").exists()
 
 
@@ -136,7 +136,7 @@ def test_ranks_that_a_plan_gives_are_not_learned() -> None:
 
 def test_a_plan_of_learned_directions_gives_the_same_model_again(tmp_path: Path) -> None:
     model, again = tiny("llama"), tiny("llama")
-    quantizer = learned(model, statistics=str(tmp_path / "s"))
+    quantizer = learned(model, structure="low_rank", statistics=str(tmp_path / "s"))
     assert quantizer.plan is not None
     assert any(module.directions is not None for module in quantizer.plan.modules.values())
     quantizer.plan.save(tmp_path / "plan.json")
@@ -150,7 +150,7 @@ def test_a_plan_of_learned_directions_gives_the_same_model_again(tmp_path: Path)
 
 def test_directions_of_other_statistics_are_refused_before_any_work(tmp_path: Path) -> None:
     """The training calibrates on 12 of the 14 windows; a replay without held-out ones would calibrate on all."""
-    plan = learned(tiny("llama")).plan
+    plan = learned(tiny("llama"), structure="low_rank").plan
     assert plan is not None
     assert plan.names_directions_of is not None
     model = tiny("llama")
@@ -163,7 +163,7 @@ def test_directions_of_other_statistics_are_refused_before_any_work(tmp_path: Pa
 
 
 def test_directions_of_kfac_are_not_taken_for_those_of_another_factorizer() -> None:
-    plan = learned(tiny("llama")).plan
+    plan = learned(tiny("llama"), structure="low_rank").plan
     with pytest.raises(ValueError, match=r"names directions of kfac for .*, and the factors are made by 'svd_llm'"):
         learned(tiny("llama"), method="svd_llm", allocation=None, training={}, plan=plan)
 

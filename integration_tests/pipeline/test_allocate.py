@@ -42,6 +42,7 @@ def test_overrides_and_exclusions_are_honored() -> None:
     quantizer = compress(
         model,
         ratio=0.6,
+        structure="low_rank",
         overrides={"re:.*down_proj": {"ratio": 0.9}, "layers.1.mlp.gate_proj": {"dense": True}, Q0: {"rank": 3}},
         modules_to_not_convert=["v_proj", "model.layers.2.self_attn"],
     )

@@ -45,7 +45,7 @@ def test_computes_the_matrix_of_the_factors_for_every_shape_and_rank(
         nn.init.normal_(dense.bias)
     module = pivoted(dense.double(), factors)
     assert (type(module.first), type(module.second)) == (nn.Linear, nn.Linear)
-    assert module.first.weight.shape == (rank, n) and module.second.weight.shape == (m - rank, rank)
+    assert (module.first.weight.shape, module.second.weight.shape) == ((rank, n), (m - rank, rank))
     x = normal(2, 3, n, seed=7)
     expected = x @ factors.product().T + (0 if dense.bias is None else dense.bias)
     torch.testing.assert_close(module(x), expected, atol=1e-9, rtol=1e-9)
@@ -68,9 +68,7 @@ def test_first_has_rows_of_the_matrix_itself() -> None:
 
 def test_directions_without_weight_leave_no_infinite_coefficients() -> None:
     factors = factors_of(12, 9, 6)
-    padded = Factors(
-        torch.cat([factors.second, torch.zeros(12, 2)], 1), torch.cat([factors.first, torch.zeros(2, 9)])
-    )
+    padded = Factors(torch.cat([factors.second, torch.zeros(12, 2)], 1), torch.cat([factors.first, torch.zeros(2, 9)]))
     module = pivoted(nn.Linear(9, 12, bias=False).double(), padded)
     torch.testing.assert_close(module.dense_matrix().double(), factors.product(), atol=1e-5, rtol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Another encoding for the matrices of a compressed model: 16 bits to train in, 8 or 4 to ship."""
+"""Another encoding or structure for the matrices of a compressed model: 16 bits to train in, 8 or 4 to ship."""
 
 from __future__ import annotations
 
@@ -24,29 +24,35 @@ from ..pipeline.validate import check_coverage, refuse_offloaded
 from ..structures.base import CompressedLinear, compressed_linears, matrix_shape, to_dense
 from ..structures.format import AS_IS, Format
 from ..structures.placement import replace_linear
+from ..structures.registry import STRUCTURES
 from .hf_quantizer import attach, forget_compression
 
 
-def convert(model: Any, quantization: Any = None, *, windows: CalibrationWindows | None = None) -> Any:
-    """Store the matrices of a loaded model in another encoding, in place; its config says so afterwards.
+def convert(
+    model: Any, quantization: Any = None, *, structure: str | None = None, windows: CalibrationWindows | None = None
+) -> Any:
+    """Store the matrices of a loaded model in another encoding or structure, in place; its config says so afterwards.
 
     Ranks stay, but for those that the encoding cannot take: they are filled up with zeros, which changes nothing the
-    model computes; where that makes the factors as large as the matrix, it is taken whole. Matrices that are not
+    model computes. What would then be as large as the matrix is taken whole. Matrices that are not
     factorized go with the factors where the encoding is for them (`int8`, GPTQ, bitsandbytes), and are dense
     otherwise. What cannot have the encoding at all is warned of and left as it is.
 
     Args:
         model: compressed, in memory.
         quantization: as in `DobiSVDConfig`; None is the model's own dtype, to train in.
+        structure: of all factorized matrices (`low_rank`, `pivoted`, or `dense`, which keeps no factors); None leaves
+            each its own.
         windows: calibration windows for encodings that round on text; GPTQ needs some.
 
     Raises:
         ImportError: a library is missing; names the extra.
-        ValueError: the model is not compressed, has nothing to store so, matrices that another library quantized or
-            that are offloaded, or too few that the encoding fits; or there is no text for one that needs some. Then
-            nothing was changed.
+        ValueError: an unknown structure, or one that the encoding does not go with; the model is not compressed, has
+            nothing to store so, matrices that another library quantized or that are offloaded, or too few that the
+            encoding fits; or there is no text for one that needs some. Then nothing was changed.
     """
     encoding, config = encoding_of(quantization), getattr(model.config, "quantization_config", None)
+    wanted = None if structure is None else STRUCTURES.get(structure)
     if not isinstance(config, DobiSVDConfig):
         raise ValueError(
             "the model is not compressed: pass what from_pretrained loads of a compressed checkpoint, or what "
@@ -57,28 +63,32 @@ def convert(model: Any, quantization: Any = None, *, windows: CalibrationWindows
         raise ValueError(f"{encoding.name} needs calibration text: pass windows")
     blocks = find_blocks(model)
     with torch.inference_mode(False), torch.no_grad():
-        _rewrite(model, encoding, config)
+        _rewrite(model, encoding, wanted, config)
         runner = None if windows is None else BlockRunner(model, blocks, windows, batch_size=config.batch_size)
         quantize(model, encoding, runner)
     modules = {
         name: PlannedModule(each.structure, each.encoding, each.rank).to_dict()
         for name, each in compressed_linears(model).items()
     }
-    attach(model, replace(config, modules=modules, quantization=encoding.as_applied(), mixed=False))
+    described = replace(config, modules=modules, quantization=encoding.as_applied(), mixed=False)
+    attach(model, described if structure is None else replace(described, structure=structure))
     forget_compression(model)
     return model
 
 
-def _rewrite(model: Any, encoding: Encoding, config: DobiSVDConfig) -> None:
-    """Write every matrix anew in the encoding, unquantized yet where that takes text."""
+def _rewrite(model: Any, encoding: Encoding, structure: type[CompressedLinear] | None, config: DobiSVDConfig) -> None:
+    """Write every matrix anew in encoding and structure, unquantized yet where that takes text."""
     compressed = compressed_linears(model)
     dense = untouched_linears(model, config) if encoding.name in encoding.dense_encodings else {}
+    formats = {name: Format(_structure_of(module, structure), encoding) for name, module in compressed.items()}
     for name, module in compressed.items():
         if encoding_named(module.encoding).quant_method != QUANT_METHOD:
             raise ValueError(
                 f"{name} is stored as {module.encoding}, which another library reads: start from the checkpoint "
                 "before it was quantized"
             )
+        if formats[name].conflict is not None:
+            raise ValueError(f"{name}: {formats[name].conflict}; pass structure='low_rank', too")
     if not compressed and not dense:
         raise ValueError(f"the model has no matrix to store as {encoding.name}: compress it first")
     linears = {**compressed, **dense}
@@ -87,21 +97,28 @@ def _rewrite(model: Any, encoding: Encoding, config: DobiSVDConfig) -> None:
     reasons = {name: _reason_against(compressed.get(name), encoding, shape) for name, shape in shapes.items()}
     check_coverage(encoding, shapes, reasons, config.min_coverage)
     for name, reason in reasons.items():
-        stays = name in compressed and compressed[name].encoding == encoding.name
+        format = formats.get(name, Format(AS_IS.structure, encoding))
+        found = compressed.get(name)
+        stays = found is not None and (found.structure, found.encoding) == format.key
         if reason is None and not stays:
-            _write_one(model, name, encoding)
+            _write_one(model, name, format)
 
 
-def _write_one(model: Any, name: str, encoding: Encoding) -> None:
-    """Write one matrix anew."""
-    module = model.get_submodule(name)
+def _structure_of(module: CompressedLinear, wanted: type[CompressedLinear] | None) -> type[CompressedLinear]:
+    """What a matrix becomes: one without a rank has no factors to write anew."""
+    return type(module) if wanted is None or module.rank is None else wanted
+
+
+def _write_one(model: Any, name: str, format: Format) -> None:
+    """Write one matrix anew, whole where that format would be no smaller."""
+    module, encoding = model.get_submodule(name), format.encoding
     dense = Format(AS_IS.structure, encoding)
-    if isinstance(module, CompressedLinear) and module.rank is not None:
-        format, multiple = Format(type(module), encoding), encoding.required_rank_multiple
-        rank = -(-module.rank // multiple) * multiple
-        shape, size = matrix_shape(module), module.weight.element_size()
-        is_smaller = rank <= min(shape) and format.bytes(*shape, rank, size) < dense.bytes(*shape, None, size)
-        if rank == module.rank or is_smaller:
+    if format.structure.has_rank:
+        multiple = encoding.required_rank_multiple
+        rank, shape, size = -(-module.rank // multiple) * multiple, matrix_shape(module), module.weight.element_size()
+        fits = rank <= min(shape) and format.unsupported_reason(*shape, rank) is None
+        stays = rank == module.rank and format.structure is type(module)
+        if fits and (stays or format.bytes(*shape, rank, size) < dense.bytes(*shape, None, size)):
             second, first = module.factors()
             missing = rank - len(first)
             padded = Factors(nn.functional.pad(second, (0, missing)), nn.functional.pad(first, (0, 0, 0, missing)))
