@@ -12,16 +12,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from integration_tests.commands.cli_in_process import contents, dobisvd, names_in
 from integration_tests.commands.conftest import COMPRESS
 from integration_tests.tiny_models import tiny
-from optimum_dobisvd import LowRankLinear, Plan
+from optimum_dobisvd import Plan
 from optimum_dobisvd.commands.sources import model_source
 from optimum_dobisvd.report.report import CompressionReport
+from optimum_dobisvd.structures.base import compressed_linears
 
 BESIDE = {"dobisvd_plan.json", "dobisvd_recipe.yaml", "dobisvd_report.json", "dobisvd_ranks.png", "dobisvd_errors.png"}
 
 
 def ranks(folder: Path) -> dict[str, int]:
     model = AutoModelForCausalLM.from_pretrained(folder)
-    return {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    return {name: module.rank for name, module in compressed_linears(model).items() if module.rank is not None}
 
 
 def error_of(capsys: Any) -> str:
@@ -73,7 +74,7 @@ def test_the_saved_recipe_is_resolved_and_portable(work: Path) -> None:
     recipe = yaml.safe_load((work / "small" / "dobisvd_recipe.yaml").read_text())
     options = recipe["steps"][0]["compress"]
     assert (options["allocation"], options["factorization"]) == ("global", "kfac")
-    assert (options["structure"], options["quantization"], options["mixed"]) == ("low_rank", None, False)
+    assert (options["structure"], options["quantization"], options["mixed"]) == ("auto", None, False)
     assert options["dtype"] == "float32"
     assert options["batch_size"] == 4
     assert "overwrite" not in options
@@ -156,7 +157,7 @@ def test_texts_inside_a_package_and_globs_are_read_without_importing(
         (["--eval-dataset", "missing.txt"], 1, "missing.txt"),
         (["--plan", "missing.json"], 1, "missing.json"),
         (["--override", 'q_porj:{"dense": true}'], 1, "near names: 'q_proj'"),
-        (["--structure", "low_rnk"], 1, "unknown structure 'low_rnk'; known: low_rank, dense"),
+        (["--structure", "low_rnk"], 1, "unknown structure 'low_rnk'; did you mean 'low_rank'? known: auto, dense"),
         (["--method", "svd", "--mixed"], 1, "take method='global'"),
     ],
 )

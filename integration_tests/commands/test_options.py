@@ -97,10 +97,10 @@ def test_options_make_the_configuration() -> None:
 @pytest.mark.parametrize(
     ("method", "asked", "structure", "quantization"),
     [
-        ("global", (), "low_rank", None),
+        ("global", (), "auto", None),
         ("dobi", (), "low_rank", "remap"),
         ("dobi", ("--quantization", "int8"), "low_rank", "int8"),
-        ("global", ("--mixed",), "low_rank", None),
+        ("global", ("--mixed",), "auto", None),
         ("global", ("--structure", "dense", "--quantization", "int8"), "dense", "int8"),
     ],
 )

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from integration_tests.tiny_models import tokens
-from optimum_dobisvd import METHODS, DobiSVDQuantizer, LowRankLinear, Plan
 from optimum_dobisvd.model.linears import weight_matrix
 from optimum_dobisvd.report.report import CompressionReport
 from optimum_dobisvd.structures.base import compressed_linears
@@ -52,16 +51,14 @@ def assert_as_planned(model: nn.Module, dense: nn.Module, plan: Plan) -> None:
         out_features, in_features = weight_matrix(old).shape
         assert (module.structure, module.encoding) == (entry.structure, entry.encoding)
         assert module.weight.dtype == old.weight.dtype
-        if entry.structure == "low_rank":
-            assert isinstance(module, LowRankLinear)
-            assert (module.first.out_features, module.first.in_features) == (entry.rank, in_features)
-            assert (module.second.out_features, module.second.in_features) == (out_features, entry.rank)
-            assert module.first.bias is None
-        if (entry.structure, entry.encoding) == ("low_rank", "float"):
-            assert type(module.first) is type(module.second) is nn.Linear
-            assert module.first.weight.shape == (entry.rank, in_features)
-            assert module.second.weight.shape == (out_features, entry.rank)
-            assert module.first.weight.dtype == module.second.weight.dtype == old.weight.dtype
+        shapes = type(module).linears(out_features, in_features, entry.rank)
+        children = dict(module.named_children())
+        assert {key: (child.out_features, child.in_features) for key, child in children.items()} == shapes
+        assert all(child.bias is None for key, child in children.items() if f"{key}.bias" != module.bias_key)
+        if entry.encoding == "float":
+            for key, child in children.items():
+                assert type(child) is nn.Linear
+                assert (tuple(child.weight.shape), child.weight.dtype) == (shapes[key], old.weight.dtype)
         assert (module.rank, module.out_features, module.in_features) == (entry.rank, out_features, in_features)
         if old.bias is None:
             assert module.bias is None

@@ -128,7 +128,7 @@ def _plan(job: Job, store: StatisticsStore | None) -> tuple[Plan, str]:
     """Return the plan, and in words where its ranks come from."""
     from dataclasses import replace
 
-    from ..pipeline.allocate import allocate
+    from ..pipeline.allocate import allocate, known_losses
     from ..pipeline.validate import budget_of
 
     config, method = job.config, job.method
@@ -140,12 +140,15 @@ def _plan(job: Job, store: StatisticsStore | None) -> tuple[Plan, str]:
     spectra = store.spectra(method.metric) if store is not None else None
     if spectra is not None and all(name in spectra for name in job.layout.linears):
         # What rounding costs is measured on the weights, which are not loaded here.
-        measured = any(format.encoding.loss_is_measured for format in config.formats)
-        unpriced = "; compress weighs what rounding costs, too, and may choose otherwise" if measured else ""
-        return allocate(job, store), (
+        losses = known_losses(job, store)
+        unknown = losses is None and any(format.loss_is_measured for format in config.formats)
+        unpriced = "; compress weighs what rounding costs, too, and may choose otherwise" if unknown else ""
+        return allocate(job, store, losses), (
             f"ranks: {method.allocation}{learned}, from the spectra in {config.statistics}{unpriced}"
         )
-    uniform = replace(config, allocation="uniform", training={}, mixed=False)
+    # Of the structures that it may take, the one that most matrices will have.
+    structure = config.formats[-1].structure.structure
+    uniform = replace(config, allocation="uniform", structure=structure, training={}, mixed=False)
     return allocate(replace(job, config=uniform, budget=budget_of(uniform, job.layout)), None), (
         f"ranks: uniform, to give an idea; {method.allocation} needs spectra, which there are none of yet (the bytes "
         "come out the same; compress with --statistics once, then plan with the same folder)"

@@ -51,7 +51,7 @@ METHOD = (
         "method's own)",
     ),
     Option("factorization", "another method's factors (default: the method's own)"),
-    Option("structure", "how matrices are written: low_rank or dense (default: the method's own)"),
+    Option("structure", "how matrices are written: auto, low_rank, pivoted or dense (default: the method's own)"),
     Option(
         "quantization",
         f"{QUANTIZATION_HELP} (default: the model's dtype, or what the method says)",

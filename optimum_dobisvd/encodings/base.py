@@ -197,6 +197,11 @@ class Encoding(ABC):
 
     # Values.
 
+    @property
+    def loss_name(self) -> str:
+        """Its name, and whatever else of its settings decides `quantization_loss`."""
+        return self.name
+
     def quantization_loss(self, weight: Tensor, full_rank: int, metric: ErrorMetric) -> float:
         """Return what rounding a weight (`m x n`) costs, as near as can be told without doing it."""
         return 0.0

@@ -128,9 +128,16 @@ class GPTQ(Encoding):
                 return f"take group_size={size} (on the command line gptq{self.bits}_g{size})"
         return "take another group_size"
 
+    @property
+    def loss_name(self) -> str:
+        return f"{self.name}-damping{self._damping:g}"
+
+    @property
+    def _damping(self) -> float:
+        return 0.1 if self.settings is None else float(self.settings.damp_percent)
+
     def quantization_loss(self, weight: Tensor, full_rank: int, metric: ErrorMetric) -> float:
-        damping = 0.1 if self.settings is None else self.settings.damp_percent
-        return metric.with_feedback(fake_quantize_groups(weight, self.bits, self.group_size) - weight, damping)
+        return metric.with_feedback(fake_quantize_groups(weight, self.bits, self.group_size) - weight, self._damping)
 
     def quantize(
         self, linear: nn.Linear, full_rank: int, dtype: torch.dtype, gram: Tensor | None = None

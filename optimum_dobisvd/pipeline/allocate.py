@@ -46,16 +46,44 @@ def allocate(job: Job, store: StatisticsStore | None, losses: QuantizationLosses
 def measure_losses(job: Job, store: StatisticsStore | None) -> QuantizationLosses | None:
     """Return what rounding costs in every format that the allocation may choose, in nats per token.
 
-    None where importance scores are no losses, and where all of it is small enough to be taken for a fixed share.
+    It is taken from the store where that has it, and kept there otherwise. None where importance scores are no losses,
+    and where all of it is small enough to be taken for a fixed share.
     """
-    if job.budget is None or store is None or not job.method.weighs_loss:
+    formats = _measured_formats(job)
+    if store is None or not formats:
         return None
+    missing = [format for format in formats if not _has_losses(store, format, job)]
+    if missing:
+        _measure(job, store, missing)
+    return known_losses(job, store)
+
+
+def known_losses(job: Job, store: StatisticsStore | None) -> QuantizationLosses | None:
+    """Return what `measure_losses` does, if it is in the store."""
+    formats = _measured_formats(job)
+    if store is None or not formats or not all(_has_losses(store, format, job) for format in formats):
+        return None
+    found = {format.key: store.losses(format.loss_name) or {} for format in formats}
+    return {name: {key: losses[name] for key, losses in found.items()} for name in job.layout.linears}
+
+
+def _measured_formats(job: Job) -> list[Format]:
+    if job.budget is None or not job.method.weighs_loss:
+        return []
     formats = [format for format in _formats_in(job.budget) if not format.encoding.trainable]
-    if not any(format.loss_is_measured for format in formats):
-        return None
+    return formats if any(format.loss_is_measured for format in formats) else []
+
+
+def _has_losses(store: StatisticsStore, format: Format, job: Job) -> bool:
+    known = store.losses(format.loss_name)
+    return known is not None and all(name in known for name in job.layout.linears)
+
+
+def _measure(job: Job, store: StatisticsStore, formats: list[Format]) -> None:
+    """Measure what rounding costs in these formats, for all targets, into the store."""
     row, layout = FACTORIZATIONS.get(_LOSS_METRIC), job.layout
     ranked = any(format.structure.has_rank for format in formats)
-    found: dict[str, dict[tuple[str, str], Tensor]] = {}
+    found: dict[tuple[str, str], dict[str, Tensor]] = {format.key: {} for format in formats}
     with tqdm(total=len(layout.linears), desc="measuring quantization losses", unit="matrix") as progress:
         for block in layout.blocks:
             prepared = PreparedInputs(row, store, block, job.device)
@@ -63,9 +91,11 @@ def measure_losses(job: Job, store: StatisticsStore | None) -> QuantizationLosse
                 weight = dense_weight(module).to(job.device).double()
                 gram, root = prepared.of(name)
                 decomposition = row.decompose(weight, (gram, root)) if ranked else None
-                found[name] = quantization_losses(formats, weight, decomposition, gram, root.root)
+                for key, loss in quantization_losses(formats, weight, decomposition, gram, root.root).items():
+                    found[key][name] = loss
                 progress.update()
-    return found
+    for format in formats:
+        store.put_losses(format.loss_name, found[format.key])
 
 
 def _formats_in(budget: Budget) -> list[Format]:

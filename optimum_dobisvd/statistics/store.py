@@ -28,8 +28,9 @@ class StatisticsStore:
     """Statistics by block. With a folder, each finished block is written at once, and a killed run resumes after it.
 
     Files: `statistics.json` (format version, fingerprint, block names), `block-00000.safetensors` per block
-    (`{input}.gram` packed float32 triangle, `{input}.abs_mean`), `spectra-{metric}.safetensors` once computed. With
-    gradients also `gradients.json` (their settings) and `gradients-00000.safetensors` per block (`{linear}.gram`).
+    (`{input}.gram` packed float32 triangle, `{input}.abs_mean`); once computed `spectra-{metric}.safetensors`, and
+    `losses-{format}.safetensors`. With gradients also `gradients.json` (their settings) and
+    `gradients-00000.safetensors` per block (`{linear}.gram`).
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class StatisticsStore:
         self._gradient_settings: dict[str, Any] | None = None
         self._gradients: dict[str, dict[str, GradientStatistics]] = {}
         self._last: tuple[str, BlockStatistics] | None = None
-        self._spectra: dict[str, dict[str, Tensor]] = {}
+        self._computed: dict[str, dict[str, Tensor]] = {}
         if self._folder is None:
             return
         path = self._folder / INDEX_NAME
@@ -126,7 +127,8 @@ class StatisticsStore:
             self._require_none(changes(_read_gradient_settings(path), settings), "gradients")
             return
         # Left by a run whose settings are unknown.
-        for stale in [*self._folder.glob("gradients-*.safetensors"), self._folder / "spectra-kfac.safetensors"]:
+        computed = [*self._folder.glob("losses-*.safetensors"), self._folder / "spectra-kfac.safetensors"]
+        for stale in [*self._folder.glob("gradients-*.safetensors"), *computed]:
             stale.unlink(missing_ok=True)
         write_text_atomically(path, json.dumps({"format_version": FORMAT_VERSION, **settings}, indent=2) + "\n")
 
@@ -186,19 +188,36 @@ class StatisticsStore:
 
         ValueError names a damaged file.
         """
-        if metric not in self._spectra and self._folder is not None:
-            path = self._folder / f"spectra-{metric}.safetensors"
-            if path.exists():
-                with _readable(path, "delete it to compute it again"):
-                    self._spectra[metric] = load_file(path)
-        return self._spectra.get(metric)
+        return self._read(f"spectra-{metric}")
 
     def put_spectra(self, metric: str, spectra: dict[str, Tensor]) -> None:
         """Add the singular values in a metric by linear, so that another ratio need not compute them again."""
-        self._spectra[metric] = spectra
+        self._keep(f"spectra-{metric}", spectra)
+
+    def losses(self, format: str) -> Mapping[str, Tensor] | None:
+        """Return what rounding costs in a format by linear; None if it is not in the store.
+
+        ValueError names a damaged file.
+        """
+        return self._read(f"losses-{format}")
+
+    def put_losses(self, format: str, losses: dict[str, Tensor]) -> None:
+        """Add what rounding costs in a format by linear."""
+        self._keep(f"losses-{format}", losses)
+
+    def _read(self, what: str) -> Mapping[str, Tensor] | None:
+        if what not in self._computed and self._folder is not None:
+            path = self._folder / f"{what}.safetensors"
+            if path.exists():
+                with _readable(path, "delete it to compute it again"):
+                    self._computed[what] = load_file(path)
+        return self._computed.get(what)
+
+    def _keep(self, what: str, tensors: dict[str, Tensor]) -> None:
+        self._computed[what] = tensors
         if self._folder is not None:
-            path = self._folder / f"spectra-{metric}.safetensors"
-            write_atomically(path, lambda beside: save_file({k: v.contiguous() for k, v in spectra.items()}, beside))
+            path = self._folder / f"{what}.safetensors"
+            write_atomically(path, lambda beside: save_file({k: v.contiguous() for k, v in tensors.items()}, beside))
 
     def _path(self, block: str, what: str = "block") -> Path:
         if self._folder is None:

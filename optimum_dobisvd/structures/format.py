@@ -38,6 +38,11 @@ class Format:
         return self.structure.structure, self.encoding.name
 
     @property
+    def loss_name(self) -> str:
+        """A name for what rounding costs in this format, by all that decides it."""
+        return f"{self.key[0]}-{self.encoding.loss_name}"
+
+    @property
     def conflict(self) -> str | None:
         """Why the two do not go together, None if they do."""
         if self.structure.gauge_is_free or not self.encoding.needs_gauge:
@@ -103,7 +108,12 @@ class Format:
         weights = self.structure.written(source, self.encoding.gauge, torch.float32)
         metrics = self.structure.error_metrics(weights, gram, root)
         full = min(len(root), len(gram.matrix))
-        return sum(self.encoding.quantization_loss(weights[name], full, metric) for name, metric in metrics.items())
+        found = {
+            name: self.encoding.quantization_loss(weights[name], full, metrics[name])
+            for name in metrics
+            if weights[name].numel()
+        }
+        return sum(found.values())
 
     def tensors(
         self, out_features: int, in_features: int, rank: int | None, bias: bool
