@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from integration_tests.tiny_models import tokens
+from optimum_dobisvd import METHODS, DobiSVDQuantizer, Plan
 from optimum_dobisvd.model.linears import weight_matrix
 from optimum_dobisvd.report.report import CompressionReport
 from optimum_dobisvd.structures.base import compressed_linears
