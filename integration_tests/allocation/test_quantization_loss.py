@@ -88,13 +88,16 @@ def test_without_ranks_no_decomposition_is_needed() -> None:
     assert losses.keys() == {("dense", encoding) for encoding in ENCODINGS}
 
 
-@given(seed=st.integers(0, 99), rank=st.integers(1, 24))
-def test_the_loss_of_8_bits_is_near_what_their_rounding_adds_to_the_error(seed: int, rank: int) -> None:
+@pytest.mark.parametrize("structure", ["low_rank", "pivoted"])
+@given(seed=st.integers(0, 99), rank=st.integers(1, 23))
+def test_the_loss_of_8_bits_is_near_what_their_rounding_adds_to_the_error(
+    structure: str, seed: int, rank: int
+) -> None:
     """The loss of factors is estimated from that of either; the error of both together is that and little else."""
     _, found, gram, root = matrix(24, 40, seed)
-    format, factors = format_named("low_rank", "int8"), found.truncate(rank)
+    format, factors = format_named(structure, "int8"), found.truncate(rank)
     weights = format.structure.written(factors, format.encoding.gauge, torch.float32)
-    _, matrices = format.quantize(weights, None, torch.float32, 24)
+    _, matrices = format.quantize(weights, None, torch.float32, 24, gram)
     error = format.structure.product({name: each.double() for name, each in matrices.items()}) - factors.product()
     exact = float(torch.einsum("ij,jk,ik->", root.T @ error, gram, root.T @ error))
     estimated = format.quantization_loss(factors, InputGram(gram), root)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, GPTQConfig
 
 from optimum_dobisvd import DobiSVDConfig
-from optimum_dobisvd.encodings.base import ErrorMetric, InputGram, LinearShape
+from optimum_dobisvd.encodings.base import InputGram, LinearShape, OutputErrors
 from optimum_dobisvd.encodings.bitsandbytes import CODES, fake_quantize_to_code
 from optimum_dobisvd.encodings.gptq import fake_quantize_groups
 from optimum_dobisvd.encodings.int8 import fake_quantize_rows
@@ -189,26 +189,55 @@ def test_the_loss_is_that_of_the_error_that_feedback_leaves(name: str, damping: 
     felt = torch.rand(24, dtype=torch.float64, generator=generator)
     lost = (felt[:, None] * (fake_quantize(weight, name) - weight).square()).sum(0)
     expected = (lost * (variances + (damping or 0) * variances.mean())).sum()
-    metric = ErrorMetric(InputGram(torch.diag(variances)), felt)
-    assert encoding_named(name).quantization_loss(weight, 24, metric) == pytest.approx(float(expected))
+    gram = InputGram(torch.diag(variances))
+
+    def lost_by(name: str, settings: object = None) -> float:
+        return float(felt @ encoding_named(name, settings).rounding_errors(weight, 24, gram).total)
+
+    assert lost_by(name) == pytest.approx(float(expected))
     if name == "gptq4_g32":
         settings = GPTQConfig(bits=4, group_size=32, damp_percent=0.3)
         more = (lost * (variances + 0.3 * variances.mean())).sum()
-        assert encoding_named(name, settings).quantization_loss(weight, 24, metric) == pytest.approx(float(more))
-    assert encoding_named("float").quantization_loss(weight, 24, metric) == 0
+        assert lost_by(name, settings) == pytest.approx(float(more))
+    assert lost_by("float") == 0
 
 
 def test_llm_int8_and_double_quantization_lose_what_their_single_ones_do() -> None:
     weight = torch.randn(24, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    metric = ErrorMetric(InputGram(torch.eye(64, dtype=torch.float64)), torch.ones(24, dtype=torch.float64))
-    losses = {name: encoding_named(name).quantization_loss(weight, 64, metric) for name in NAMES}
+
+    def lost_by(name: str, weight: Tensor, full_rank: int) -> float:
+        gram = InputGram(torch.eye(weight.shape[1], dtype=torch.float64))
+        return float(encoding_named(name).rounding_errors(weight, full_rank, gram).total.sum())
+
+    losses = {name: lost_by(name, weight, 64) for name in NAMES}
     assert losses["llm_int8"] == losses["int8"] == losses["remap"]
     assert losses["nf4_dq"] == losses["nf4"]
     assert losses["fp4_dq"] == losses["fp4"]
     # Of the remapped encoding only the part in 8 bits.
-    part = ErrorMetric(InputGram(torch.eye(24, dtype=torch.float64)), metric.felt)
-    expected = encoding_named("int8").quantization_loss(weight[:, :24], 24, part)
-    assert encoding_named("remap").quantization_loss(weight, 24, metric) == pytest.approx(expected)
+    assert lost_by("remap", weight, 24) == pytest.approx(lost_by("int8", weight[:, :24], 24))
+
+
+@pytest.mark.parametrize("damping", [None, 1e-9])
+def test_of_an_error_that_given_rows_can_express_all_is_within_and_of_one_they_cannot_nothing(
+    damping: float | None,
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(60, 12, dtype=torch.float64, generator=generator)
+    rows = torch.randn(4, 12, dtype=torch.float64, generator=generator)
+    gram = InputGram(torch.diag(x.square().sum(0)))  # of independent inputs feedback undoes nothing
+
+    def errors(error: Tensor) -> OutputErrors:
+        return gram.errors(error, rows) if damping is None else gram.errors_with_feedback(error, damping, rows)
+
+    whole = errors(torch.eye(12, dtype=torch.float64))
+    assert bool((whole.within <= whole.total * (1 + 1e-6)).all())
+    scale = gram.matrix.diagonal()
+    assert float((whole.within / scale).sum()) == pytest.approx(4), "as many directions as rows"
+    if damping is None:
+        combined = torch.randn(3, 4, dtype=torch.float64, generator=generator) @ rows
+        torch.testing.assert_close(errors(combined).within, errors(combined).total)
+        outside = torch.linalg.svd(rows @ gram.matrix)[2][4:]  # H-orthogonal to the rows
+        torch.testing.assert_close(errors(outside).within, torch.zeros(8, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
 @given(seed=st.integers(0, 99), size=st.integers(1, 12))

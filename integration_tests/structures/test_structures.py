@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from optimum_dobisvd.encodings.base import InputGram
+from optimum_dobisvd.encodings.base import InputGram, OutputErrors
 from optimum_dobisvd.factorization.factors import Factors, Gauge
+from optimum_dobisvd.structures.base import RoundingErrors
 from optimum_dobisvd.structures.dense import DenseLinear
 from optimum_dobisvd.structures.low_rank import LowRankLinear
 from optimum_dobisvd.structures.registry import STRUCTURES
@@ -49,19 +50,33 @@ def test_the_gram_of_a_linears_inputs_is_that_of_what_the_linears_before_it_give
 
 
 @structures
-def test_an_error_in_one_output_of_a_linear_costs_what_the_loss_feels_of_the_matrix(structure: type) -> None:
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_error_in_one_output_of_a_linear_costs_what_the_loss_feels_of_the_matrix(
+    structure: type, place: int
+) -> None:
+    """After what the structure refits to it."""
     matrix, weights = written(structure)
     x, root = normal(30, N, seed=3), normal(M, M, seed=4)
-    metrics = structure.error_metrics(weights, InputGram(x.T @ x), root)
-    assert list(metrics) == list(structure.linears(M, N, RANK))
-    for name in metrics:
-        weight = weights[name]
-        for output in range(len(weight)):
-            error = torch.zeros_like(weight)
-            error[output] = normal(weight.shape[1], seed=5)
-            changed = structure.product({**weights, name: weight + error}) - matrix
-            expected = float((root.T @ changed @ x.T).square().sum())
-            assert metrics[name].each_value_alone(error) == pytest.approx(expected)
+    gram, names = x.T @ x, list(structure.linears(M, N, RANK))
+    changed = names[min(place, len(names) - 1)]
+    for output in range(len(weights[changed])):
+        error = torch.zeros_like(weights[changed])
+        error[output] = 1e-3 * normal(weights[changed].shape[1], seed=5)
+        found = structure.quantization_loss(weights, InputGram(gram), root, errors_of(error))
+        rounded = dict(weights)
+        for name in names:
+            rounded[name] = structure.refitted(name, weights, rounded, gram) + (error if name == changed else 0)
+        total = structure.product(rounded) - matrix
+        assert found == pytest.approx(float((root.T @ total @ x.T).square().sum()), rel=0.02)
+
+
+def errors_of(error: Tensor) -> RoundingErrors:
+    """Make that error in the linear of its shape, and none in others."""
+
+    def rounding_errors(weight: Tensor, inputs: InputGram, rows: Tensor | None) -> OutputErrors:
+        return inputs.errors(error if weight.shape == error.shape else torch.zeros_like(weight), rows)
+
+    return rounding_errors
 
 
 def test_a_low_rank_needs_a_rank_and_factors() -> None:

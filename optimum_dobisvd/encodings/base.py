@@ -41,12 +41,45 @@ class LinearShape:
         return self.out_features * self.in_features
 
 
+@dataclass(frozen=True)
+class OutputErrors:
+    """What an error `E` (`m x n`) of a linear's weight does to each output: `E_i H E_i^T`.
+
+    Attributes:
+        total: of every output, `m`.
+        within: of it what lies in the span of given rows, as their inputs see it, `m`.
+    """
+
+    total: Tensor
+    within: Tensor
+
+
 class InputGram:
-    """`H = X X^T` (`n x n`) of a linear's inputs, and what error feedback leaves of an error under it."""
+    """`H = X X^T` (`n x n`) of a linear's inputs, and what an error of its weight comes to under it."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
-        self._conditional: dict[float, Tensor] = {}
+        self._roots: dict[float, Tensor] = {}
+
+    def errors(self, error: Tensor, rows: Tensor | None = None) -> OutputErrors:
+        """Return what an uncorrected error (`m x n`) comes to; `rows` (`k x n`) are those of `within`."""
+        seen = error @ self.matrix
+        total = (seen * error).sum(1)
+        if rows is None:
+            return OutputErrors(total, torch.zeros_like(total))
+        moments = rows @ self.matrix @ rows.T
+        moments.diagonal().add_(1e-9 * moments.diagonal().mean().clamp_min(1e-300))
+        crossed = seen @ rows.T
+        return OutputErrors(total, (torch.linalg.solve(moments, crossed.T).T * crossed).sum(1))
+
+    def errors_with_feedback(self, error: Tensor, damping: float, rows: Tensor | None = None) -> OutputErrors:
+        """Return what is left of an error when the inputs after each one make up for it; see `errors`."""
+        variances = self.conditional_variances(damping)
+        total = error.square() @ variances
+        if rows is None:
+            return OutputErrors(total, torch.zeros_like(total))
+        basis = torch.linalg.qr((rows.double().flip(1) @ self._root(damping)).T)[0]
+        return OutputErrors(total, error.square() @ (variances * basis.square().sum(1).flip(0)))
 
     def conditional_variances(self, damping: float) -> Tensor:
         """Return the variance of each input given the inputs after it, `damping` (a share of the mean) added to all.
@@ -54,35 +87,15 @@ class InputGram:
         Error feedback rounds inputs in order and makes up for each error with the inputs that are left, so that of an
         error only this part remains.
         """
-        if damping not in self._conditional:
+        return self._root(damping).diagonal().square().flip(0)
+
+    def _root(self, damping: float) -> Tensor:
+        """Lower root of the damped Gram with the inputs in reverse order."""
+        if damping not in self._roots:
             damped = self.matrix.double().clone()
             damped.diagonal().add_(damping * damped.diagonal().mean().clamp_min(1e-300))
-            factor = torch.linalg.cholesky(damped.flip(0, 1))
-            self._conditional[damping] = factor.diagonal().square().flip(0)
-        return self._conditional[damping]
-
-
-@dataclass(frozen=True)
-class ErrorMetric:
-    """What an error `E` (`m x n`) of a linear's weight costs: `sum_i felt_i E_i H E_i^T`.
-
-    Errors of different outputs are taken as independent, so only the diagonal of what is felt of them counts.
-
-    Attributes:
-        gram: `H` of the linear's inputs.
-        felt: how much the loss feels each output, `m`.
-    """
-
-    gram: InputGram
-    felt: Tensor
-
-    def each_value_alone(self, error: Tensor) -> float:
-        """Return what an error costs that nothing makes up for."""
-        return float((self.felt * ((error @ self.gram.matrix) * error).sum(1)).sum())
-
-    def with_feedback(self, error: Tensor, damping: float) -> float:
-        """Return what is left of it when the inputs after each one make up for it."""
-        return float((self.felt * (error.square() @ self.gram.conditional_variances(damping))).sum())
+            self._roots[damping] = torch.linalg.cholesky(damped.flip(0, 1))
+        return self._roots[damping]
 
 
 class Encoding(ABC):
@@ -199,12 +212,18 @@ class Encoding(ABC):
 
     @property
     def loss_name(self) -> str:
-        """Its name, and whatever else of its settings decides `quantization_loss`."""
+        """Its name, and whatever else of its settings decides `rounding_errors`."""
         return self.name
 
-    def quantization_loss(self, weight: Tensor, full_rank: int, metric: ErrorMetric) -> float:
-        """Return what rounding a weight (`m x n`) costs, as near as can be told without doing it."""
-        return 0.0
+    def rounding_errors(
+        self, weight: Tensor, full_rank: int, gram: InputGram, rows: Tensor | None = None
+    ) -> OutputErrors:
+        """Return what rounding a weight (`m x n`) does to each output, as near as can be told without doing it.
+
+        `gram` is of its inputs; `rows` are those of `OutputErrors.within`.
+        """
+        none = weight.new_zeros(len(weight), dtype=torch.float64)
+        return OutputErrors(none, none)
 
     @abstractmethod
     def quantize(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from ..factorization.factors import Gauge
-from .base import Encoding, ErrorMetric, LinearShape
+from .base import Encoding, InputGram, LinearShape, OutputErrors
 from .bitsandbytes_rounding import (
     dequantized_weight,
     hf_quantizer_of,
@@ -158,8 +158,11 @@ class FourBit(BitsAndBytes):
             scales = blocks + 4 * -(-blocks // _BNB_NESTED_BLOCK) + 4 * 256 + 24 - len("0.0")
         return -(-shape.numel // 2) + scales + 4 * 16 + len(json.dumps(state))
 
-    def quantization_loss(self, weight: Tensor, full_rank: int, metric: ErrorMetric) -> float:
-        return metric.with_feedback(fake_quantize_to_code(weight, CODES[self.kind]) - weight, _FEEDBACK_DAMPING)
+    def rounding_errors(
+        self, weight: Tensor, full_rank: int, gram: InputGram, rows: Tensor | None = None
+    ) -> OutputErrors:
+        error = fake_quantize_to_code(weight, CODES[self.kind]) - weight
+        return gram.errors_with_feedback(error, _FEEDBACK_DAMPING, rows)
 
     def quantize(
         self, linear: nn.Linear, full_rank: int, dtype: torch.dtype, gram: Tensor | None = None
@@ -188,8 +191,10 @@ class LLMInt8(BitsAndBytes):
     def bytes(self, shape: LinearShape, element_size: int) -> int:
         return shape.numel + 4 * shape.out_features + 1
 
-    def quantization_loss(self, weight: Tensor, full_rank: int, metric: ErrorMetric) -> float:
-        return metric.each_value_alone(fake_quantize_rows(weight) - weight)
+    def rounding_errors(
+        self, weight: Tensor, full_rank: int, gram: InputGram, rows: Tensor | None = None
+    ) -> OutputErrors:
+        return gram.errors(fake_quantize_rows(weight) - weight, rows)
 
     def tensors(self, shape: LinearShape) -> dict[str, tuple[list[int], str | None]]:
         return {"weight": ([shape.out_features, shape.in_features], "I8"), "SCB": ([shape.out_features], "F32")}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GPTQConfig
 
 from ..factorization.factors import Gauge
-from .base import Encoding, ErrorMetric, LinearShape
+from .base import Encoding, InputGram, LinearShape, OutputErrors
 from .gptq_linear import (
     GPTQ_IN_MEMORY,
     GPTQTensors,
@@ -136,8 +136,11 @@ class GPTQ(Encoding):
     def _damping(self) -> float:
         return 0.1 if self.settings is None else float(self.settings.damp_percent)
 
-    def quantization_loss(self, weight: Tensor, full_rank: int, metric: ErrorMetric) -> float:
-        return metric.with_feedback(fake_quantize_groups(weight, self.bits, self.group_size) - weight, self._damping)
+    def rounding_errors(
+        self, weight: Tensor, full_rank: int, gram: InputGram, rows: Tensor | None = None
+    ) -> OutputErrors:
+        error = fake_quantize_groups(weight, self.bits, self.group_size) - weight
+        return gram.errors_with_feedback(error, self._damping, rows)
 
     def quantize(
         self, linear: nn.Linear, full_rank: int, dtype: torch.dtype, gram: Tensor | None = None

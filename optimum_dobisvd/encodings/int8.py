@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..factorization.factors import LARGEST_FRACTION, Gauge, rounded_up
-from .base import Encoding, ErrorMetric, LinearShape
+from .base import Encoding, InputGram, LinearShape, OutputErrors
 from .int8_matmul import UNIT, int8_matmul, is_aligned
 
 _LARGEST = 127
@@ -48,11 +48,13 @@ class Int8(Encoding):
         rows, columns = self.part(shape.out_features, shape.in_features, shape.full_rank)
         return rows * columns + (shape.numel - rows * columns + rows) * element_size
 
-    def quantization_loss(self, weight: Tensor, full_rank: int, metric: ErrorMetric) -> float:
-        rows, columns = self.part(len(weight), weight.shape[1], full_rank)
+    def rounding_errors(
+        self, weight: Tensor, full_rank: int, gram: InputGram, rows: Tensor | None = None
+    ) -> OutputErrors:
+        m, n = self.part(len(weight), weight.shape[1], full_rank)
         rounded = weight.clone()
-        rounded[:rows, :columns] = fake_quantize_rows(weight[:rows, :columns])
-        return metric.each_value_alone(rounded - weight)
+        rounded[:m, :n] = fake_quantize_rows(weight[:m, :n])
+        return gram.errors(rounded - weight, rows)
 
     def quantize(
         self, linear: nn.Linear, full_rank: int, dtype: torch.dtype, gram: Tensor | None = None

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..encodings.base import Encoding, ErrorMetric, InputGram, matrix_of
+from ..encodings.base import Encoding, InputGram, OutputErrors, matrix_of
 from ..factorization.factors import Factors, Gauge
 from ..model.linears import dense_linear, weight_matrix
+
+RoundingErrors = Callable[[Tensor, InputGram, Tensor | None], OutputErrors]
+"""`Encoding.rounding_errors` of weight, Gram of its inputs, and rows or None."""
 
 
 class CompressedLinear(nn.Module, ABC):
@@ -122,10 +125,18 @@ class CompressedLinear(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def error_metrics(cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor) -> dict[str, ErrorMetric]:
-        """Return what errors of its linears' weights cost, by name; `weights` are what `written` gave.
+    def quantization_loss(
+        cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor, rounding_errors: RoundingErrors
+    ) -> float:
+        """Return what rounding its linears costs the loss, as near as can be told without doing it.
 
-        `gram` is `H` of the whole matrix's inputs; `root` is `R` (`m x m`), and the loss feels `R R^T` of its outputs.
+        Errors of different outputs of a linear are taken as independent.
+
+        Args:
+            weights: what `written` gave.
+            gram: `H` of the whole matrix's inputs.
+            root: `R` (`m x m`): of the matrix's outputs the loss feels `R R^T`.
+            rounding_errors: what rounding a weight does to each output, given the Gram of its inputs.
         """
 
     @classmethod

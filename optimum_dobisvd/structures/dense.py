@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..encodings.base import ErrorMetric, InputGram
+from ..encodings.base import InputGram
 from ..factorization.factors import Factors, Gauge
-from .base import CompressedLinear
+from .base import CompressedLinear, RoundingErrors
 
 
 class DenseLinear(CompressedLinear):
@@ -38,8 +38,10 @@ class DenseLinear(CompressedLinear):
         return gram
 
     @classmethod
-    def error_metrics(cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor) -> dict[str, ErrorMetric]:
-        return {"linear": ErrorMetric(gram, root.square().sum(1))}
+    def quantization_loss(
+        cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor, rounding_errors: RoundingErrors
+    ) -> float:
+        return float(root.square().sum(1) @ rounding_errors(weights["linear"], gram, None).total)
 
     @classmethod
     def product(cls, matrices: Mapping[str, Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..encodings.base import Encoding, InputGram, LinearShape
+from ..encodings.base import Encoding, InputGram, LinearShape, OutputErrors
 from ..encodings.registry import encoding_named
 from ..factorization.factors import Factors
 from ..model.linears import is_conv1d
@@ -104,16 +104,16 @@ class Format:
         return len(self.structure.linears(1, 1, 1)) * self.encoding.relative_error
 
     def quantization_loss(self, source: Factors | Tensor, gram: InputGram, root: Tensor) -> float:
-        """Return what rounding its linears costs in the metric of `structure.error_metrics`."""
+        """Return what rounding its linears costs the loss; see `structure.quantization_loss`."""
         weights = self.structure.written(source, self.encoding.gauge, torch.float32)
-        metrics = self.structure.error_metrics(weights, gram, root)
-        full = min(len(root), len(gram.matrix))
-        found = {
-            name: self.encoding.quantization_loss(weights[name], full, metrics[name])
-            for name in metrics
-            if weights[name].numel()
-        }
-        return sum(found.values())
+        full_rank = min(len(root), len(gram.matrix))
+
+        def rounding_errors(weight: Tensor, inputs: InputGram, rows: Tensor | None) -> OutputErrors:
+            if not weight.numel():
+                return OutputErrors(weight.new_zeros(len(weight)), weight.new_zeros(len(weight)))
+            return self.encoding.rounding_errors(weight, full_rank, inputs, rows)
+
+        return self.structure.quantization_loss(weights, gram, root, rounding_errors)
 
     def tensors(
         self, out_features: int, in_features: int, rank: int | None, bias: bool

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..encodings.base import ErrorMetric, InputGram
+from ..encodings.base import InputGram
 from ..factorization.factors import Factors, Gauge
-from .base import CompressedLinear
+from .base import CompressedLinear, RoundingErrors
 
 
 class LowRankLinear(CompressedLinear):
@@ -42,12 +42,13 @@ class LowRankLinear(CompressedLinear):
         return first @ gram @ first.T
 
     @classmethod
-    def error_metrics(cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor) -> dict[str, ErrorMetric]:
+    def quantization_loss(
+        cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor, rounding_errors: RoundingErrors
+    ) -> float:
+        first, second = weights["first"], weights["second"]
         inner = InputGram(cls.input_gram("second", gram.matrix, weights))
-        return {
-            "first": ErrorMetric(gram, (root.T @ weights["second"]).square().sum(0)),
-            "second": ErrorMetric(inner, root.square().sum(1)),
-        }
+        by_rank = (root.T @ second).square().sum(0) @ rounding_errors(first, gram, None).total
+        return float(by_rank + root.square().sum(1) @ rounding_errors(second, inner, None).total)
 
     @classmethod
     def product(cls, matrices: Mapping[str, Tensor]) -> Tensor:

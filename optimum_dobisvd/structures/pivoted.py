@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..encodings.base import ErrorMetric, InputGram
+from ..encodings.base import InputGram
 from ..factorization.factors import Factors, Gauge
 from ..factorization.pivots import interpolate
-from .base import CompressedLinear
+from .base import CompressedLinear, RoundingErrors
 
 PERMUTATION = "permutation"
 _IN_A_BYTE = 256
@@ -89,14 +89,26 @@ class PivotedLinear(CompressedLinear):
         return first @ gram @ first.T
 
     @classmethod
-    def error_metrics(cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor) -> dict[str, ErrorMetric]:
-        inner = InputGram(cls.input_gram("second", gram.matrix, weights))
-        outer = cls._outer(weights)
-        rest = weights[PERMUTATION].long()[outer.shape[1] :]
-        return {
-            "first": ErrorMetric(gram, (root.T @ outer).square().sum(0)),
-            "second": ErrorMetric(inner, root[rest].square().sum(1)),
-        }
+    def quantization_loss(
+        cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor, rounding_errors: RoundingErrors
+    ) -> float:
+        """Return the loss after the refit, in which errors `N` of the pivot rows attenuate `C` to `C S (S + N)^-1`.
+
+        That is least squares on regressors with noise: an error that the pivot rows can express themselves is undone
+        in the other rows, and one larger than what a pivot row says makes them rely on it less.
+        """
+        pivots, other = weights["first"], weights["second"]
+        at_pivots, at_rest = (root[rows] for rows in weights[PERMUTATION].long().tensor_split([len(pivots)]))
+        found = rounding_errors(pivots, gram, pivots)
+        noise = (found.total - found.within).clamp_min(0)
+        moments = cls.input_gram("second", gram.matrix, weights)
+        noisy = moments + torch.diag(noise + _REFIT_DAMPING * moments.diagonal().mean().clamp_min(1e-300))
+        kept = torch.linalg.solve(noisy, moments).T
+        felt = at_rest.T @ other
+        in_rest = ((2 * at_pivots @ felt + felt.T @ felt) @ kept).diagonal() @ noise
+        fitted, inner = other @ kept, InputGram(moments + torch.diag(found.total))
+        in_second = at_rest.square().sum(1) @ rounding_errors(fitted, inner, None).total
+        return float(at_pivots.square().sum(1) @ found.total + in_rest + in_second)
 
     @classmethod
     def product(cls, matrices: Mapping[str, Tensor]) -> Tensor:
