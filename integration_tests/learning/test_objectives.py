@@ -30,10 +30,7 @@ def fixed_basis(model: torch.nn.Module, row: str = "kfac", exclude: tuple[str, .
     for block in layout.blocks:
         store.put_gradients(block, gradients.gradients(block))
     with torch.no_grad():
-        found = [
-            (name, each)
-            for name, each, _ in decompositions(layout, FACTORIZATIONS.get(row), store, None, layout.linears)
-        ]
+        found = list(decompositions(layout, FACTORIZATIONS.get(row), store, None, layout.linears))
     return FixedBasis(model, layout.linears, found)
 
 

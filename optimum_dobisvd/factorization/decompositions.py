@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+import threading
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..model.layout import Layout
+from ..model.linears import weight_matrix
 from ..model.offloaded import dense_weight
 from ..statistics.collect import BlockStatistics
 from ..statistics.store import StatisticsStore, full_gram
 from .factors import Decomposition
+from .parallel import in_threads, workers_for
 from .registry import Factorization
+
+R = TypeVar("R")
 
 
 class PreparedInputs:
@@ -33,16 +38,18 @@ class PreparedInputs:
         self._gradient_tokens = store.gradient_tokens if store is not None and row.needs_gradients else 0
         self._prepared: dict[str, Any] = {}
         self._grams: dict[str, Tensor] = {}
+        self._lock = threading.RLock()  # linears that share an input are decomposed at once
 
     def of(self, linear: str) -> Any:
         """What the factorizer's functions take beside the weight; None for one that reads no data."""
         if self._row.needs is None:
             return None
         statistics, input_key = self._found(linear)
-        if input_key not in self._prepared:
-            by_gram = self._row.needs == "gram"
-            statistic = self._gram(statistics, input_key) if by_gram else statistics.inputs[input_key].abs_mean
-            self._prepared[input_key] = self._row.prepare(statistic.to(self._device))
+        with self._lock:
+            if input_key not in self._prepared:
+                by_gram = self._row.needs == "gram"
+                statistic = self._gram(statistics, input_key) if by_gram else statistics.inputs[input_key].abs_mean
+                self._prepared[input_key] = self._row.prepare(statistic.to(self._device))
         if self._row.prepare_output is None:
             return self._prepared[input_key]
         return self._prepared[input_key], self._row.prepare_output(self._price_gram(linear, statistics, input_key))
@@ -52,9 +59,10 @@ class PreparedInputs:
         return None if self._statistics is None else self._gram(*self._found(linear))
 
     def _gram(self, statistics: BlockStatistics, input_key: str) -> Tensor:
-        if input_key not in self._grams:
-            self._grams[input_key] = full_gram(statistics.inputs[input_key]).to(self._device)
-        return self._grams[input_key]
+        with self._lock:
+            if input_key not in self._grams:
+                self._grams[input_key] = full_gram(statistics.inputs[input_key]).to(self._device)
+            return self._grams[input_key]
 
     def _price_gram(self, linear: str, statistics: BlockStatistics, input_key: str) -> Tensor:
         """`G / (2 T_H T_G)`: with it, squared singular values add up to nats per token of text.
@@ -104,32 +112,44 @@ def _naming(linear: str) -> Iterator[None]:
         raise ValueError(f"{linear}: {error}") from error
 
 
+def map_linears(
+    layout: Layout,
+    row: Factorization,
+    store: StatisticsStore | None,
+    device: torch.device | None,
+    wanted: Container[str],
+    function: Callable[[str, PreparedInputs], R],
+) -> Iterator[R]:
+    """Yield what a function makes of every wanted linear, by its name and inputs, block by block.
+
+    On CPUs several at once (see `parallel`). ValueError names the linear that the function failed on.
+    """
+    shorter = (min(weight_matrix(module).shape) for name, module in layout.linears.items() if name in wanted)
+    workers = workers_for(max(shorter, default=0), device)
+
+    def named(found: tuple[str, PreparedInputs]) -> R:
+        with _naming(found[0]):
+            return function(*found)
+
+    yield from in_threads(named, _prepared(layout, row, store, device, wanted), workers)
+
+
 def decompositions(
     layout: Layout,
     row: Factorization,
     store: StatisticsStore | None,
     device: torch.device | None,
     wanted: Container[str],
-) -> Iterator[tuple[str, Decomposition, Tensor | None]]:
-    """Every wanted linear's name, decomposition and input Gram (None without statistics), block by block.
+) -> Iterator[tuple[str, Decomposition]]:
+    """Every wanted linear's name and decomposition, block by block.
 
     ValueError names the linear that cannot be decomposed.
     """
-    for name, inputs in _prepared(layout, row, store, device, wanted):
-        with _naming(name):
-            found = row.decompose(dense_weight(layout.linears[name]).to(device), inputs.of(name))
-        yield name, found, inputs.gram(name)
 
+    def decompose(name: str, inputs: PreparedInputs) -> tuple[str, Decomposition]:
+        return name, row.decompose(dense_weight(layout.linears[name]).to(device), inputs.of(name))
 
-def input_grams(
-    layout: Layout,
-    row: Factorization,
-    store: StatisticsStore | None,
-    device: torch.device | None,
-    wanted: Container[str],
-) -> Iterator[tuple[str, Tensor | None]]:
-    """Every wanted linear's name and input Gram (None without statistics), block by block."""
-    yield from ((name, inputs.gram(name)) for name, inputs in _prepared(layout, row, store, device, wanted))
+    yield from map_linears(layout, row, store, device, wanted, decompose)
 
 
 def compute_spectra(
@@ -143,14 +163,15 @@ def compute_spectra(
     known = store.spectra(row.name) if store is not None else None
     if known is not None and all(name in known for name in layout.linears):
         return known
-    spectra: dict[str, Tensor] = {}
-    prepared = _prepared(layout, row, store, device, layout.linears)
-    for name, inputs in tqdm(prepared, total=len(layout.linears), desc="pricing ranks", unit="matrix"):
+
+    def spectrum(name: str, inputs: PreparedInputs) -> tuple[str, Tensor]:
         weight = dense_weight(layout.linears[name]).to(device)
-        with _naming(name):
-            values = row.spectrum(weight, inputs.of(name)).cpu()
-        # A singular Gram leaves fewer directions than the matrix has: the others cost nothing, which is a price, too.
-        spectra[name] = nn.functional.pad(values, (0, min(weight.shape) - len(values)))
+        values = row.spectrum(weight, inputs.of(name)).cpu()
+        # A singular Gram leaves fewer directions than the matrix has: the others cost nothing, which is a score, too.
+        return name, nn.functional.pad(values, (0, min(weight.shape) - len(values)))
+
+    found = map_linears(layout, row, store, device, layout.linears, spectrum)
+    spectra = dict(tqdm(found, total=len(layout.linears), desc="scoring directions", unit="matrix"))
     if store is not None:
         store.put_spectra(row.name, spectra)
     return spectra

@@ -49,7 +49,7 @@ def learn_ranks(
         raise ValueError("ranks are learned on calibration text, and there is none")
     row, mode = method.factorizer, method.learning_mode
     with torch.no_grad():
-        found = ((name, each) for name, each, _ in decompositions(layout, row, store, job.device, layout.linears))
+        found = decompositions(layout, row, store, job.device, layout.linears)
         basis = FixedBasis(model, layout.linears, found)
     with basis:
         optimizer: RankOptimizer

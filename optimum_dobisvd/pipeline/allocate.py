@@ -11,7 +11,7 @@ from ..allocation.budget import Budget
 from ..allocation.global_allocation import QuantizationLosses
 from ..allocation.plan import Plan, PlannedModule
 from ..allocation.quantization_loss import quantization_losses
-from ..factorization.decompositions import PreparedInputs, compute_spectra
+from ..factorization.decompositions import PreparedInputs, compute_spectra, map_linears
 from ..factorization.registry import FACTORIZATIONS
 from ..model.offloaded import dense_weight
 from ..statistics.store import StatisticsStore
@@ -81,19 +81,21 @@ def _has_losses(store: StatisticsStore, format: Format, job: Job) -> bool:
 
 def _measure(job: Job, store: StatisticsStore, formats: list[Format]) -> None:
     """Measure what rounding costs in these formats, for all targets, into the store."""
-    row, layout = FACTORIZATIONS.get(_LOSS_METRIC), job.layout
+    row, layout, device = FACTORIZATIONS.get(_LOSS_METRIC), job.layout, job.device
     ranked = any(format.structure.has_rank for format in formats)
+
+    def measure(name: str, inputs: PreparedInputs) -> tuple[str, dict[tuple[str, str], Tensor]]:
+        weight = dense_weight(layout.linears[name]).to(device).double()
+        gram, root = inputs.of(name)
+        decomposition = row.decompose(weight, (gram, root)) if ranked else None
+        return name, quantization_losses(formats, weight, decomposition, gram, root.root)
+
     found: dict[tuple[str, str], dict[str, Tensor]] = {format.key: {} for format in formats}
-    with tqdm(total=len(layout.linears), desc="measuring quantization losses", unit="matrix") as progress:
-        for block in layout.blocks:
-            prepared = PreparedInputs(row, store, block, job.device)
-            for name, module in layout.linears_of(block).items():
-                weight = dense_weight(module).to(job.device).double()
-                gram, root = prepared.of(name)
-                decomposition = row.decompose(weight, (gram, root)) if ranked else None
-                for key, loss in quantization_losses(formats, weight, decomposition, gram, root.root).items():
-                    found[key][name] = loss
-                progress.update()
+    measured = map_linears(layout, row, store, device, layout.linears, measure)
+    progress = tqdm(measured, total=len(layout.linears), desc="measuring quantization losses", unit="matrix")
+    for name, losses in progress:
+        for key, loss in losses.items():
+            found[key][name] = loss
     for format in formats:
         store.put_losses(format.loss_name, found[format.key])
 

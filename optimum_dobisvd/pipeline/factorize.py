@@ -10,7 +10,7 @@ from torch.nn import Module
 from tqdm.auto import tqdm
 
 from ..allocation.plan import Plan
-from ..factorization.decompositions import PreparedInputs, decompositions, input_grams
+from ..factorization.decompositions import PreparedInputs, map_linears
 from ..factorization.errors import output_error
 from ..factorization.factors import Factors
 from ..factorization.sample_bases import SampleBasisVisitor
@@ -58,10 +58,12 @@ class Replacement:
             stored = format.structure.product({key: each.double() for key, each in matrices.items()})
             lost, total = output_error(dense_weight(linear).to(self._device), stored.to(self._device), gram)
             self.errors[name] = lost / total if total else 0.0
-        if self._undo_on_error:
-            self._replaced[name] = linear
-        else:
-            del self._linears[name]
+        self._replaced[name] = linear
+
+    def finish(self, name: str) -> None:
+        """Let go of the dense linear `name`, unless it may have to be put back."""
+        if not self._undo_on_error:
+            del self._linears[name], self._replaced[name]
         self._progress.update()
 
     def __enter__(self) -> Replacement:
@@ -86,11 +88,21 @@ def factorize(model: Any, job: Job, plan: Plan, store: StatisticsStore | None, r
         def finished(block: str, factors: dict[str, Factors]) -> None:
             for name, found in factors.items():
                 replacement.put(name, found, PreparedInputs(row, store, block, device).gram(name))
+                replacement.finish(name)
 
         visitor = SampleBasisVisitor(layout.linears_of, ranks, finished)
         block_runner(model, job, job.windows).run(visitor, "second pass")
+        written = rounded
     else:
-        for name, found, gram in decompositions(layout, row, store, device, ranks):
-            replacement.put(name, found.keep(plan.modules[name].kept), gram)
-    for name, gram in input_grams(layout, row, store, device, rounded):
-        replacement.put(name, dense_weight(layout.linears[name]).to(device), gram)
+        written = {*ranks, *rounded}
+
+    def write(name: str, inputs: PreparedInputs) -> str:
+        weight = dense_weight(layout.linears[name]).to(device)
+        source: Factors | Tensor = weight
+        if name in ranks:
+            source = row.decompose(weight, inputs.of(name)).keep(plan.modules[name].kept)
+        replacement.put(name, source, inputs.gram(name))
+        return name
+
+    for name in map_linears(layout, row, store, device, written, write):
+        replacement.finish(name)

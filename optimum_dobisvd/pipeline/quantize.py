@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..calibration.runner import BlockRunner
 from ..encodings.base import Encoding
 from ..encodings.registry import encoding_named
+from ..factorization.parallel import one_thread_if_small
 from ..statistics.collect import InputCollector
 from ..statistics.store import full_gram
 from ..structures.base import CompressedLinear, compressed_linears, restore_tensors
@@ -127,7 +128,8 @@ def _quantize_one(name: str, module: CompressedLinear, encoding: Encoding, gram:
     try:
         # Sums are kept on the CPU.
         felt = None if gram is None else gram.to(device)
-        done, _ = format.quantize(weights, module.bias, module.weight.dtype, full_rank, felt)
+        with one_thread_if_small(full_rank, device):
+            done, _ = format.quantize(weights, module.bias, module.weight.dtype, full_rank, felt)
     except (ValueError, RuntimeError, torch.linalg.LinAlgError) as error:
         raise ValueError(f"{name}: rounding it to {module.encoding} failed: {error}") from error
     for child, linear in done.items():

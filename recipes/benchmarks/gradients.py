@@ -131,7 +131,7 @@ def main() -> None:
     )
     layout, svd = find_layout(model), FACTORIZATIONS.get("svd")
     with torch.no_grad():
-        found = [(name, each) for name, each, _ in decompositions(layout, svd, None, model.device, layout.linears)]
+        found = list(decompositions(layout, svd, None, model.device, layout.linears))
     rounds: dict[str, list[float]] = {}
     stages = Stages()
     for _ in range(args.rounds):

@@ -33,9 +33,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
 from optimum_dobisvd.calibration.dataset import CalibrationWindows, load_windows, read_text
 from optimum_dobisvd.evaluation.perplexity import perplexity
-from optimum_dobisvd.factorization.decompositions import decompositions
+from optimum_dobisvd.factorization.decompositions import PreparedInputs, map_linears
 from optimum_dobisvd.factorization.errors import output_error
-from optimum_dobisvd.factorization.factors import Factors
+from optimum_dobisvd.factorization.factors import Decomposition, Factors
 from optimum_dobisvd.pipeline.allocate import allocate
 from optimum_dobisvd.pipeline.collect import collect
 from optimum_dobisvd.pipeline.job import Job
@@ -160,8 +160,13 @@ def round_all(model: Any, job: Job, quantizers: list[str]) -> dict[str, Rounded]
     plan = allocate(job, store)
     ranked = [name for name, module in plan.modules.items() if module.rank is not None]
     found = {quantizer: Rounded() for quantizer in quantizers}
-    for name, decomposition, gram in decompositions(job.layout, job.method.factorizer, store, job.device, ranked):
-        weight = job.layout.linears[name].weight.detach().double()
+    row, linears = job.method.factorizer, job.layout.linears
+
+    def decompose(name: str, inputs: PreparedInputs) -> tuple[str, Decomposition, Tensor | None]:
+        return name, row.decompose(linears[name].weight.detach(), inputs.of(name)), inputs.gram(name)
+
+    for name, decomposition, gram in map_linears(job.layout, row, store, job.device, ranked, decompose):
+        weight = linears[name].weight.detach().double()
         factors = decomposition.keep(plan.modules[name].kept).balanced()
         for quantizer, rounded in found.items():
             started = time.perf_counter()
