@@ -62,7 +62,7 @@ def test_an_error_in_one_output_of_a_linear_costs_what_the_loss_feels_of_the_mat
     for output in range(len(weights[changed])):
         error = torch.zeros_like(weights[changed])
         error[output] = 1e-3 * normal(weights[changed].shape[1], seed=5)
-        found = structure.quantization_loss(weights, InputGram(gram), root, errors_of(error))
+        found = structure.quantization_loss(weights, InputGram(gram), root)(errors_of(error))
         rounded = dict(weights)
         for name in names:
             rounded[name] = structure.refitted(name, weights, rounded, gram) + (error if name == changed else 0)

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..encodings.base import InputGram
-from ..factorization.factors import Decomposition
+from ..factorization.factors import Decomposition, Factors
 from ..structures.format import Format
 
-_RANK_STEP = 2
+_RANK_STEP = 3
 """From one rank at which the rounding of factors is measured to the next; in between it is interpolated."""
 _LOWEST_RANK = 32
 
@@ -47,9 +48,26 @@ def quantization_losses(
     at_points = {format.key: [0.0] for format in ranked}
     for rank in points[1:]:
         factors = found.truncate(rank)
-        for format in ranked:
-            at_points[format.key].append(format.quantization_loss(factors, inputs, root))
+        for key, loss in _at_rank(ranked, factors, inputs, root).items():
+            at_points[key].append(loss)
     return losses | {key: _interpolated(points, values) for key, values in at_points.items()}
+
+
+def _at_rank(
+    formats: Sequence[Format], factors: Factors, inputs: InputGram, root: Tensor
+) -> dict[tuple[str, str], float]:
+    """The losses of factors by `Format.key`; formats that are written alike share all but the rounding."""
+    alike: dict[Any, list[Format]] = {}
+    for format in formats:
+        gauge = format.encoding.gauge if format.structure.gauge_is_free else None
+        alike.setdefault((format.structure, gauge), []).append(format)
+    losses = {}
+    for (structure, _), group in alike.items():
+        weights = structure.written(factors, group[0].encoding.gauge, torch.float32)
+        loss = structure.quantization_loss(weights, inputs, root)
+        for format in group:
+            losses[format.key] = loss(format.rounding_errors(min(len(root), len(inputs.matrix))))
+    return losses
 
 
 def _interpolated(points: Sequence[int], values: Sequence[float]) -> Tensor:

@@ -60,6 +60,7 @@ class InputGram:
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
         self._roots: dict[float, Tensor] = {}
+        self._seen: tuple[Tensor, float, Tensor] | None = None  # encodings are asked about the same rows in turn
 
     def errors(self, error: Tensor, rows: Tensor | None = None) -> OutputErrors:
         """Return what an uncorrected error (`m x n`) comes to; `rows` (`k x n`) are those of `within`."""
@@ -78,8 +79,7 @@ class InputGram:
         total = error.square() @ variances
         if rows is None:
             return OutputErrors(total, torch.zeros_like(total))
-        basis = torch.linalg.qr((rows.double().flip(1) @ self._root(damping)).T)[0]
-        return OutputErrors(total, error.square() @ (variances * basis.square().sum(1).flip(0)))
+        return OutputErrors(total, error.square() @ (variances * self._shares(rows, damping)))
 
     def conditional_variances(self, damping: float) -> Tensor:
         """Return the variance of each input given the inputs after it, `damping` (a share of the mean) added to all.
@@ -88,6 +88,13 @@ class InputGram:
         error only this part remains.
         """
         return self._root(damping).diagonal().square().flip(0)
+
+    def _shares(self, rows: Tensor, damping: float) -> Tensor:
+        """Which share of these conditional parts of the inputs the rows see, `n` numbers."""
+        if self._seen is None or self._seen[0] is not rows or self._seen[1] != damping:
+            basis = torch.linalg.qr((rows.double().flip(1) @ self._root(damping)).T)[0]
+            self._seen = rows, damping, basis.square().sum(1).flip(0)
+        return self._seen[2]
 
     def _root(self, damping: float) -> Tensor:
         """Lower root of the damped Gram with the inputs in reverse order."""

@@ -20,6 +20,8 @@ from ..model.linears import dense_linear, weight_matrix
 
 RoundingErrors = Callable[[Tensor, InputGram, Tensor | None], OutputErrors]
 """`Encoding.rounding_errors` of weight, Gram of its inputs, and rows or None."""
+QuantizationLoss = Callable[[RoundingErrors], float]
+"""The loss in nats per token by what an encoding's rounding errors are."""
 
 
 class CompressedLinear(nn.Module, ABC):
@@ -125,10 +127,8 @@ class CompressedLinear(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def quantization_loss(
-        cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor, rounding_errors: RoundingErrors
-    ) -> float:
-        """Return what rounding its linears costs the loss, as near as can be told without doing it.
+    def quantization_loss(cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor) -> QuantizationLoss:
+        """Return what tells from an encoding's rounding errors what these cost the loss, without rounding anything.
 
         Errors of different outputs of a linear are taken as independent.
 
@@ -136,7 +136,6 @@ class CompressedLinear(nn.Module, ABC):
             weights: what `written` gave.
             gram: `H` of the whole matrix's inputs.
             root: `R` (`m x m`): of the matrix's outputs the loss feels `R R^T`.
-            rounding_errors: what rounding a weight does to each output, given the Gram of its inputs.
         """
 
     @classmethod

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..encodings.base import InputGram
 from ..factorization.factors import Factors, Gauge
-from .base import CompressedLinear, RoundingErrors
+from .base import CompressedLinear, QuantizationLoss
 
 
 class DenseLinear(CompressedLinear):
@@ -38,10 +38,9 @@ class DenseLinear(CompressedLinear):
         return gram
 
     @classmethod
-    def quantization_loss(
-        cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor, rounding_errors: RoundingErrors
-    ) -> float:
-        return float(root.square().sum(1) @ rounding_errors(weights["linear"], gram, None).total)
+    def quantization_loss(cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor) -> QuantizationLoss:
+        felt = root.square().sum(1)
+        return lambda rounding_errors: float(felt @ rounding_errors(weights["linear"], gram, None).total)
 
     @classmethod
     def product(cls, matrices: Mapping[str, Tensor]) -> Tensor:

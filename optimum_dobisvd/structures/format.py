@@ -15,7 +15,7 @@ from ..encodings.base import Encoding, InputGram, LinearShape, OutputErrors
 from ..encodings.registry import encoding_named
 from ..factorization.factors import Factors
 from ..model.linears import is_conv1d
-from .base import CompressedLinear, bare_linear, matrix_shape
+from .base import CompressedLinear, RoundingErrors, bare_linear, matrix_shape
 from .registry import STRUCTURES
 
 _HEADER_NAMES = {torch.uint8: "U8", torch.int32: "I32"}
@@ -107,13 +107,17 @@ class Format:
         """Return what rounding its linears costs the loss; see `structure.quantization_loss`."""
         weights = self.structure.written(source, self.encoding.gauge, torch.float32)
         full_rank = min(len(root), len(gram.matrix))
+        return self.structure.quantization_loss(weights, gram, root)(self.rounding_errors(full_rank))
 
-        def rounding_errors(weight: Tensor, inputs: InputGram, rows: Tensor | None) -> OutputErrors:
+    def rounding_errors(self, full_rank: int) -> RoundingErrors:
+        """Return what its encoding does to linears of a matrix with that full rank."""
+
+        def errors(weight: Tensor, gram: InputGram, rows: Tensor | None) -> OutputErrors:
             if not weight.numel():
                 return OutputErrors(weight.new_zeros(len(weight)), weight.new_zeros(len(weight)))
-            return self.encoding.rounding_errors(weight, full_rank, inputs, rows)
+            return self.encoding.rounding_errors(weight, full_rank, gram, rows)
 
-        return self.structure.quantization_loss(weights, gram, root, rounding_errors)
+        return errors
 
     def tensors(
         self, out_features: int, in_features: int, rank: int | None, bias: bool

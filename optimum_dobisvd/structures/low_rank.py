@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..encodings.base import InputGram
 from ..factorization.factors import Factors, Gauge
-from .base import CompressedLinear, RoundingErrors
+from .base import CompressedLinear, QuantizationLoss, RoundingErrors
 
 
 class LowRankLinear(CompressedLinear):
@@ -42,13 +42,16 @@ class LowRankLinear(CompressedLinear):
         return first @ gram @ first.T
 
     @classmethod
-    def quantization_loss(
-        cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor, rounding_errors: RoundingErrors
-    ) -> float:
+    def quantization_loss(cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor) -> QuantizationLoss:
         first, second = weights["first"], weights["second"]
         inner = InputGram(cls.input_gram("second", gram.matrix, weights))
-        by_rank = (root.T @ second).square().sum(0) @ rounding_errors(first, gram, None).total
-        return float(by_rank + root.square().sum(1) @ rounding_errors(second, inner, None).total)
+        felt_of_ranks, felt = (root.T @ second).square().sum(0), root.square().sum(1)
+
+        def loss(rounding_errors: RoundingErrors) -> float:
+            in_first, in_second = rounding_errors(first, gram, None).total, rounding_errors(second, inner, None).total
+            return float(felt_of_ranks @ in_first + felt @ in_second)
+
+        return loss
 
     @classmethod
     def product(cls, matrices: Mapping[str, Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..encodings.base import InputGram
 from ..factorization.factors import Factors, Gauge
 from ..factorization.pivots import interpolate
-from .base import CompressedLinear, RoundingErrors
+from .base import CompressedLinear, QuantizationLoss, RoundingErrors
 
 PERMUTATION = "permutation"
 _IN_A_BYTE = 256
@@ -89,26 +89,30 @@ class PivotedLinear(CompressedLinear):
         return first @ gram @ first.T
 
     @classmethod
-    def quantization_loss(
-        cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor, rounding_errors: RoundingErrors
-    ) -> float:
-        """Return the loss after the refit, in which errors `N` of the pivot rows attenuate `C` to `C S (S + N)^-1`.
+    def quantization_loss(cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor) -> QuantizationLoss:
+        """See `CompressedLinear`: the loss after the refit, which attenuates `C` to `C S (S + N)^-1`.
 
-        That is least squares on regressors with noise: an error that the pivot rows can express themselves is undone
-        in the other rows, and one larger than what a pivot row says makes them rely on it less.
+        `N` are the errors of the pivot rows. That is least squares on regressors with noise: an error that the pivot
+        rows can express themselves is undone in the other rows, and one that is larger than what a pivot row says
+        makes them rely on it less.
         """
         pivots, other = weights["first"], weights["second"]
         at_pivots, at_rest = (root[rows] for rows in weights[PERMUTATION].long().tensor_split([len(pivots)]))
-        found = rounding_errors(pivots, gram, pivots)
-        noise = (found.total - found.within).clamp_min(0)
-        moments = cls.input_gram("second", gram.matrix, weights)
-        noisy = moments + torch.diag(noise + _REFIT_DAMPING * moments.diagonal().mean().clamp_min(1e-300))
-        kept = torch.linalg.solve(noisy, moments).T
-        felt = at_rest.T @ other
-        in_rest = ((2 * at_pivots @ felt + felt.T @ felt) @ kept).diagonal() @ noise
-        fitted, inner = other @ kept, InputGram(moments + torch.diag(found.total))
-        in_second = at_rest.square().sum(1) @ rounding_errors(fitted, inner, None).total
-        return float(at_pivots.square().sum(1) @ found.total + in_rest + in_second)
+        moments, felt = cls.input_gram("second", gram.matrix, weights), at_rest.T @ other
+        felt_in_rest = 2 * at_pivots @ felt + felt.T @ felt
+        felt_of_pivots, felt_of_rest = at_pivots.square().sum(1), at_rest.square().sum(1)
+        damping = _REFIT_DAMPING * moments.diagonal().mean().clamp_min(1e-300)
+
+        def loss(rounding_errors: RoundingErrors) -> float:
+            found = rounding_errors(pivots, gram, pivots)
+            noise = (found.total - found.within).clamp_min(0)
+            kept = torch.linalg.solve(moments + torch.diag(noise + damping), moments).T
+            in_rest = (felt_in_rest * kept.T).sum(1) @ noise
+            inner = InputGram(moments + torch.diag(found.total))
+            in_second = felt_of_rest @ rounding_errors(other @ kept, inner, None).total
+            return float(felt_of_pivots @ found.total + in_rest + in_second)
+
+        return loss
 
     @classmethod
     def product(cls, matrices: Mapping[str, Tensor]) -> Tensor:
