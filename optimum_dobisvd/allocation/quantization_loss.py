@@ -16,7 +16,7 @@ from ..encodings.base import InputGram
 from ..factorization.factors import Decomposition, Factors
 from ..structures.format import Format
 
-_RANK_STEP = 3
+_RANK_STEP = 2
 """From one rank at which the rounding of factors is measured to the next; in between it is interpolated."""
 _LOWEST_RANK = 32
 
