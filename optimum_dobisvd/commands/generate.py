@@ -79,17 +79,22 @@ def _text_from_new_process(folder: Path, options: dict[str, Any]) -> str:
 
 
 def _dense_text(made_with: dict[str, Any], options: dict[str, Any]) -> str:
-    import torch
-
     from .load_dense import load_dense, load_tokenizer
     from .sources import model_source
 
     source = model_source(made_with["model"], made_with.get("gguf_file"))
     tokenizer = load_tokenizer(source)
     model = load_dense(source, dtype=made_with["dtype"], device_map=options["device"])
-    inputs = tokenizer(options["prompt"], return_tensors="pt").to(model.device)
+    return continuation(model, tokenizer, options["prompt"], options["max_new_tokens"])
+
+
+def continuation(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
+    """Return what a model writes after a prompt, greedily."""
+    import torch
+
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     with torch.inference_mode():
         tokens = model.generate(
-            **inputs, max_new_tokens=options["max_new_tokens"], do_sample=False, pad_token_id=tokenizer.eos_token_id
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
         )
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

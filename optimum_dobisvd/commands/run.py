@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import compress, eval, generate, inspect, plan, quantize
+from . import compare, compress, eval, generate, inspect, plan, quantize
 from .options import CommandSpec, Option, UsageError, from_recipe, near_or_all, unknown_option
 from .running import RUNNING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-STEPS = {module.SPEC.name: module.SPEC for module in (compress, plan, quantize, eval, inspect, generate)}
+STEPS = {module.SPEC.name: module.SPEC for module in (compress, plan, quantize, eval, compare, inspect, generate)}
 _NOTES = ("versions", "files")  # what a saved recipe records beside its step; read by people
 
 _GROUPS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -29,6 +30,7 @@ def run_command(spec: CommandSpec, options: dict[str, Any]) -> int:
     0: done. 1: an error, told in one line on standard error. 2: a request that makes no sense. 130: Ctrl-C.
     SIGTERM leaves through SystemExit with 143, temporary folders removed as well.
     """
+    _wait_without_spinning()
     try:
         with _terminated_like_an_error():
             execute(spec, options)
@@ -41,6 +43,16 @@ def run_command(spec: CommandSpec, options: dict[str, Any]) -> int:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     return 0
+
+
+def _wait_without_spinning() -> None:
+    """Have PyTorch's threads sleep soon where they wait for each other; it reads this when it is first imported.
+
+    They would spin for milliseconds. Where another process takes a core, that is what most of their time goes into,
+    and a minute's work takes ten.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def execute(spec: CommandSpec, options: dict[str, Any], console: Console | None = None) -> dict[str, Any]:

@@ -18,13 +18,18 @@ def matplotlib_is_installed() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def require_matplotlib() -> None:
+    """Raise ImportError, naming the extra, if pictures cannot be drawn."""
+    if not matplotlib_is_installed():
+        raise ImportError("pictures need matplotlib: pip install 'optimum-dobisvd[plots]'")
+
+
 def new_figure(width: float, height: float) -> Figure:
     """A figure in inches. No pyplot: it keeps figures alive and may look for a display."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'optimum-dobisvd[plots]'") from error
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
