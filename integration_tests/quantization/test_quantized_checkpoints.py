@@ -62,6 +62,7 @@ def test_every_encoding_reloads_bit_for_bit_in_a_new_process_and_weighs_what_the
             assert 0 <= model.dobisvd_report.target_bytes - matrix_bytes(path) <= 2 * spare * len(nested)
             entries = model.config.quantization_config.modules.values()
             assert {entry["encoding"] for entry in entries} == encodings_of(key)
+            assert {"low_rank", "pivoted"} <= {entry["structure"] for entry in entries}
     assert_reloaded_alike(tmp_path, expected)
 
 
@@ -234,7 +235,8 @@ def test_errors_are_those_of_what_is_stored_and_none_where_text_is_rounded_on(tm
     dense.save_pretrained(tmp_path / "dense")
     report = quantized(tmp_path / "dense", "nf4", torch.float32).dobisvd_report
     formats = {(module.structure, module.encoding) for module in report.modules}
-    assert formats == {("low_rank", "nf4"), ("dense", "nf4"), ("low_rank", "float"), ("dense", "int8")}
+    factorized = {(structure, encoding) for structure in ("low_rank", "pivoted") for encoding in ("nf4", "float")}
+    assert formats == factorized | {("dense", "nf4"), ("dense", "int8")}
     for module in report.modules:
         assert (module.error is None) == (module.encoding == "nf4"), module
     model = quantized(tmp_path / "dense", "llm_int8", torch.float32)
