@@ -143,8 +143,8 @@ def _headers_by_model_name(
 ) -> dict[str, tuple[list[int], str]]:
     """Shape and dtype of all tensors in the files, under the names transformers will load them to.
 
-    Those in `read` are read, too, if they are as `expected`: their function says what is wrong with the values.
-    ValueError if anything is.
+    Those in `read` are read, too: their function says what is wrong with the values. ValueError if anything is, or one
+    of them is not as `expected`.
     """
     # Private, all of it, but only transformers knows how this architecture's keys are renamed on load.
     conversions = get_model_conversion_mapping(model)
