@@ -13,9 +13,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from optimum_dobisvd import DobiSVDConfig, LowRankLinear, adapter_targets
+from optimum_dobisvd import DobiSVDConfig, adapter_targets
 from optimum_dobisvd.calibration.dataset import read_text
 from optimum_dobisvd.evaluation.perplexity import perplexity, window_ids
+from optimum_dobisvd.structures.base import compressed_linears
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="smollm2-0.6", help="a compressed checkpoint, or a dense model")
@@ -51,8 +52,8 @@ if args.bare and quantized_as:
 
 if args.bare:
     model.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, LowRankLinear):
+    for module in compressed_linears(model).values():
+        if module.rank is not None:
             module.requires_grad_(True)
 else:
     lora = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=adapter_targets(model), task_type="CAUSAL_LM")

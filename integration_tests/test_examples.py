@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPTQConfig
 
 from integration_tests.tiny_models import tiny
-from optimum_dobisvd import DobiSVDQuantizer, LowRankLinear, convert
+from optimum_dobisvd import DobiSVDQuantizer, convert
 from optimum_dobisvd.calibration.dataset import load_windows
+from optimum_dobisvd.structures.base import compressed_linears
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = ["--nsamples", "4", "--seqlen", "32"]
@@ -57,13 +58,13 @@ def run(name: str, *arguments: str, cwd: Path) -> str:
     return done.stdout
 
 
-def low_rank_linears(folder: Path) -> int:
+def factorized_linears(folder: Path) -> int:
     model = AutoModelForCausalLM.from_pretrained(folder)
-    return sum(isinstance(module, LowRankLinear) for module in model.modules())
+    return sum(module.rank is not None for module in compressed_linears(model).values())
 
 
 def is_compressed(folder: Path) -> bool:
-    return low_rank_linears(folder) == 21
+    return factorized_linears(folder) == 21
 
 
 def test_quickstart(tmp_path: Path, inputs: list[str]) -> None:
@@ -100,7 +101,7 @@ def test_heal_with_lora(tmp_path: Path, inputs: list[str], monkeypatch: pytest.M
     from_dense = ["--model", "dense", *texts, "--ratio", "0.7", "--lr", "1e-2", "--out", "out", "--merge"]
     before, after = perplexities(run("heal_with_lora.py", *from_dense, cwd=tmp_path))
     assert after < 0.7 * before
-    assert low_rank_linears(tmp_path / "out-merged") == low_rank_linears(tmp_path / "out-base") > 0
+    assert factorized_linears(tmp_path / "out-merged") == factorized_linears(tmp_path / "out-base") > 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out-merged", dtype=torch.float32)
     healed = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     ids = torch.arange(2, 14)[None]
@@ -113,7 +114,7 @@ def test_heal_with_lora(tmp_path: Path, inputs: list[str], monkeypatch: pytest.M
     first, after = perplexities(run("heal_with_lora.py", *bare, cwd=tmp_path))
     assert first == before
     assert after < 0.7 * before
-    assert low_rank_linears(tmp_path / "bare") == low_rank_linears(tmp_path / "out-base")
+    assert factorized_linears(tmp_path / "bare") == factorized_linears(tmp_path / "out-base")
 
 
 def test_heal_with_lora_on_quantized_linears(tmp_path: Path, inputs: list[str]) -> None:
@@ -135,7 +136,7 @@ def test_heal_with_lora_on_quantized_linears(tmp_path: Path, inputs: list[str]) 
         asked = ["--model", name, *texts, "--out", f"{name}-lora", *(["--merge"] if name == "nf4" else [])]
         before, after = perplexities(run("heal_with_lora.py", *asked, cwd=tmp_path))
         assert after < 0.7 * before
-    assert low_rank_linears(tmp_path / "nf4-lora-merged") == low_rank_linears(tmp_path / "nf4") > 0
+    assert factorized_linears(tmp_path / "nf4-lora-merged") == factorized_linears(tmp_path / "nf4") > 0
     with pytest.raises(AssertionError, match="PEFT merges nothing into GPTQ's linears"):
         run("heal_with_lora.py", "--model", "gptq", *texts, "--merge", cwd=tmp_path)
     with pytest.raises(AssertionError, match="--bare trains factors in 16 bits, and these are stored as nf4"):

@@ -17,12 +17,19 @@ Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
 TARGETS = [Target(Q, 64, 64, 2), Target(K, 16, 64, 2)]
 PLAN = Plan({Q: low_rank(12), K: LEFT_AS_IS}, method="dobi", ratio=0.8, allocation="uniform")
 
+
+def pivoted(rank: int, encoding: str = "float", **kwargs: Any) -> PlannedModule:
+    return PlannedModule("pivoted", encoding, rank, **kwargs)
+
+
 modules = st.dictionaries(
     st.text(min_size=1),
     st.one_of(
         st.sampled_from(["float", "int8", "gptq4_g32", "nf4"]).map(lambda encoding: PlannedModule("dense", encoding)),
         st.builds(low_rank, st.integers(1, 10**6), st.sampled_from(["float", "remap", "int8", "gptq4_g32", "nf4_dq"])),
+        st.builds(pivoted, st.integers(1, 10**6), st.sampled_from(["float", "int8", "gptq4_g32", "nf4_dq"])),
         st.sets(st.integers(0, 60), min_size=1).map(lambda some: low_rank(len(some), directions=tuple(sorted(some)))),
+        st.sets(st.integers(0, 60), min_size=1).map(lambda some: pivoted(len(some), directions=tuple(sorted(some)))),
     ),
 )
 plans = st.builds(
@@ -137,6 +144,8 @@ def test_from_dict_needs_every_key(key: str) -> None:
         (entry(rank=12, encoding=["float"]), r"unknown encoding \['float'\]"),
         (entry(rank=12, encoding="plain"), "unknown encoding 'plain'; known: float"),
         (entry(rank=12, structure="low-rank"), "unknown structure 'low-rank'; known: low_rank, dense"),
+        (entry(rank=12, structure="pivotd"), "unknown structure 'pivotd'; known: pivoted"),
+        (entry(structure="pivoted"), "rank is None; structure 'pivoted' needs a whole number of at least 1"),
         (entry(rank=12, structure=["low_rank"]), r"unknown structure \['low_rank'\]; known: "),
         (entry(rank=0), "rank is 0; structure 'low_rank' needs a whole number"),
         (entry(rank=True), "rank is True"),
@@ -205,6 +214,29 @@ def test_load_of_no_file_and_of_no_text(tmp_path: Path) -> None:
         (
             {K: PlannedModule("dense", "gptq4_g32")},
             f"{K}: gptq4_g32 takes outputs in multiples of 32, and it has 16; take another encoding, or leave the",
+        ),
+        (
+            {Q: pivoted(64)},
+            f"{Q}: structure 'pivoted' at rank 64 has all rows of the matrix in its first linear; change the rank, or",
+        ),
+        ({Q: pivoted(65)}, f"{Q}: rank 65 is above 64, the most a 64x64 matrix has; lower it"),
+        (
+            {K: pivoted(16)},
+            f"{K}: structure 'pivoted' at rank 16 has all rows of the matrix in its first linear; change the rank, or",
+        ),
+        # With the 64 bytes of the permutation: without, every rank below 64 would be smaller.
+        ({Q: pivoted(63)}, f"{Q}: at rank 63 .*not smaller than the dense matrix; use at most 58, or leave it as it"),
+        (
+            {Q: pivoted(8, "remap")},
+            f"{Q}: remap is for factors that can be scaled, and structure 'pivoted' fixes them; take another",
+        ),
+        (
+            {Q: pivoted(20, "gptq4_g32")},
+            f"{Q}: gptq4_g32 takes ranks in multiples of 32, and it is to have 20; change the rank, or leave the matr",
+        ),
+        (
+            {Q: pivoted(64, "gptq4_g32")},
+            f"{Q}: structure 'pivoted' at rank 64 has all rows of the matrix in its first linear; change the rank",
         ),
     ],
 )

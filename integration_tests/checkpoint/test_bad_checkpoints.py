@@ -21,6 +21,12 @@ def folder(tmp_path):
 
 
 @pytest.fixture
+def pivoted(tmp_path):
+    compressed(tiny("qwen2"), structure="pivoted").save_pretrained(tmp_path / "pivoted")
+    return tmp_path / "pivoted"
+
+
+@pytest.fixture
 def no_reading_later(monkeypatch):
     """Once called, any attempt to read weights fails the test: the refusal has to come first."""
 
@@ -59,6 +65,52 @@ def test_damaged_tensors(folder, damage, no_reading):
     edit_tensors(folder, edit)
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+PERMUTATION = f"{Q}.permutation"
+NO_PERMUTATION = "is no permutation of the numbers from 0 to 31: the checkpoint is damaged; copy it again"
+PERMUTATION_DAMAGE = {
+    "duplicate": (lambda t: t[PERMUTATION].fill_(t[PERMUTATION][0].item()), f"{PERMUTATION} in .* {NO_PERMUTATION}"),
+    "out of range": (lambda t: t[PERMUTATION][3:4].fill_(32), f"{PERMUTATION} in .* {NO_PERMUTATION}"),
+    "too short": (
+        lambda t: t.update({PERMUTATION: t[PERMUTATION][:-1]}),
+        rf"{PERMUTATION} has shape \[31\] in the checkpoint and \[32\] by config.json: .*copy both",
+    ),
+    "no vector": (
+        lambda t: t.update({PERMUTATION: t[PERMUTATION][0]}),
+        rf"{PERMUTATION} has shape \[\] in the checkpoint and \[32\] by config.json",
+    ),
+    "of two dimensions": (
+        lambda t: t.update({PERMUTATION: t[PERMUTATION][:, None]}),
+        rf"{PERMUTATION} has shape \[32, 1\] in the checkpoint",
+    ),
+    "wide integers": (
+        lambda t: t.update({PERMUTATION: t[PERMUTATION].long()}),
+        f"{PERMUTATION} is stored as I64 and must be U8: another program has rewritten .* copy the original again",
+    ),
+    "no integers": (
+        lambda t: t.update({PERMUTATION: t[PERMUTATION].float()}),
+        f"{PERMUTATION} is stored as F32 and must be U8",
+    ),
+    "missing": (lambda t: t.pop(PERMUTATION), f"lacks {PERMUTATION}, which config.json promises: .* copy it again"),
+    "missing bias": (lambda t: t.pop(f"{Q}.bias"), f"lacks {Q}.bias"),
+    "bias of a low-rank linear": (
+        lambda t: t.update({f"{Q}.second.bias": t.pop(f"{Q}.bias")}),
+        f"lacks {Q}.bias, which config.json promises",
+    ),
+    "wrong rank": (
+        lambda t: t.update({f"{Q}.second.weight": t[f"{Q}.second.weight"][:-1]}),
+        rf"{Q}.second.weight has shape \[20, 11\] in the checkpoint and \[21, 11\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", PERMUTATION_DAMAGE)
+def test_damaged_permutations(pivoted, damage, no_reading):
+    edit, message = PERMUTATION_DAMAGE[damage]
+    edit_tensors(pivoted, edit)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(pivoted)
 
 
 RANK_4 = {"structure": "low_rank", "rank": 4, "encoding": "float"}
@@ -129,6 +181,51 @@ def test_damaged_config(folder, damage, no_reading):
     edit, message = CONFIG_DAMAGE[damage]
     edit_config(folder, edit)
     with pytest.raises((ValueError, TypeError), match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+K = "model.layers.1.self_attn.k_proj"  # 16 outputs
+PIVOTED_CONFIG_DAMAGE = {
+    "all rows": (
+        lambda c: c["modules"][K].update(rank=16),
+        f"{K}: config.json cannot be right, structure 'pivoted' at rank 16 has all rows .* linear; copy it again",
+    ),
+    "rank too large": (
+        lambda c: c["modules"][Q].update(rank=33),
+        f"{Q}: rank 33 in config.json is above its largest possible rank 32",
+    ),
+    "another rank": (
+        lambda c: c["modules"][Q].update(rank=12),
+        rf"{Q}.first.weight has shape \[11, 32\] in the checkpoint and \[12, 32\] by config.json",
+    ),
+    "no rank": (lambda c: c["modules"][Q].pop("rank"), f"{Q}: rank must be an integer, got None"),
+    "an encoding it does not go with": (
+        lambda c: c["modules"][Q].update(encoding="remap"),
+        f"{Q}: config.json cannot be right, remap is for factors that can be scaled, and structure 'pivoted' fixes",
+    ),
+    "misspelt": (
+        lambda c: c["modules"][Q].update(structure="pivotd"),
+        f"{Q}: unknown structure 'pivotd'; known: pivoted, .*cannot read it: upgrade .*, or mend config.json",
+    ),
+    "another structure": (
+        lambda c: c["modules"][Q].update(structure="low_rank"),
+        rf"{Q}.second.weight has shape \[21, 11\] in the checkpoint and \[32, 11\] by config.json",
+    ),
+    "unlisted": (lambda c: c["modules"].pop(Q), f"holds {Q}.* does not list {Q}"),
+}
+
+
+@pytest.mark.parametrize("damage", PIVOTED_CONFIG_DAMAGE)
+def test_config_that_does_not_fit_the_pivots(pivoted, damage, no_reading):
+    edit, message = PIVOTED_CONFIG_DAMAGE[damage]
+    edit_config(pivoted, edit)
+    with pytest.raises((ValueError, TypeError), match=message):
+        AutoModelForCausalLM.from_pretrained(pivoted)
+
+
+def test_a_permutation_of_another_structure_is_refused(folder, no_reading):
+    edit_tensors(folder, lambda t: t.update({PERMUTATION: torch.arange(32, dtype=torch.uint8)}))
+    with pytest.raises(ValueError, match=f"holds {PERMUTATION}, but config.json does not list {Q} as compressed that"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

@@ -26,8 +26,8 @@ from optimum_dobisvd.structures.format import format_named
 
 ARCHITECTURES = ("llama", "llama_tied", "qwen2", "mistral", "opt", "gemma2", "gpt2")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-EIGHT_BIT = (("low_rank", "remap"), ("low_rank", "int8"), ("dense", "int8"))
-FORMATS = (*EIGHT_BIT, ("low_rank", "float"))
+EIGHT_BIT = (("low_rank", "remap"), ("low_rank", "int8"), ("dense", "int8"), ("pivoted", "int8"))
+FORMATS = (*EIGHT_BIT, ("pivoted", "float"), ("low_rank", "float"))
 
 
 def mixed_plan(model: torch.nn.Module) -> Plan:
@@ -183,12 +183,12 @@ def test_it_computes_from_8_bits(checkpoint):
     formats = Counter((each.structure, each.encoding) for each in compressed_linears(model).values())
     assert all(formats[key] > 0 for key in EIGHT_BIT)
     # Two products for two factors, one for a matrix that is not factorized.
-    factorized = formats["low_rank", "remap"] + formats["low_rank", "int8"]
+    factorized = formats["low_rank", "remap"] + formats["low_rank", "int8"] + formats["pivoted", "int8"]
     assert KERNEL_CALLS.total() - before == 2 * factorized + formats["dense", "int8"]
 
 
 Q, K, V = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
-GATE = "model.layers.0.mlp.gate_proj"  # 48 x 32 in remap: 16 rows of `second` are not in 8 bits
+GATE = "model.layers.2.mlp.gate_proj"  # 48 x 32 in remap: 16 rows of `second` are not in 8 bits
 BAD_SCALE = "zero, negative or not finite"
 NOT_LISTED = "but config.json does not list {} as compressed that way"
 DAMAGE = {
@@ -198,7 +198,7 @@ DAMAGE = {
     ),
     "wrong length in 16 bits": (
         lambda t: t.update({f"{GATE}.second.rest": t[f"{GATE}.second.rest"][:-1]}),
-        rf"{GATE}.second.rest has shape \[15, 6\] in the checkpoint and \[16, 6\]",
+        rf"{GATE}.second.rest has shape \[15, 5\] in the checkpoint and \[16, 5\]",
     ),
     "not integers": (
         lambda t: t.update({f"{Q}.second.weight": t[f"{Q}.second.weight"].float()}),
@@ -241,6 +241,8 @@ CONFIG_DAMAGE = {
     "impossible rank": (("low_rank", 999, "remap"), f"{Q}: rank 999 in config.json is above"),
     "another encoding": (("low_rank", 5, "float"), f"holds {Q}.first.scale, {NOT_LISTED.format(Q)}"),
     "another structure": (("dense", None, "int8"), f"lacks {Q}.linear.weight, which config.json promises"),
+    "pivots": (("pivoted", 5, "int8"), rf"{Q}.second.scale has shape \[32\] .* and \[27\] by config.json"),
+    "pivots in an encoding for others": (("pivoted", 5, "remap"), f"{Q}: config.json cannot be right, remap is for"),
 }
 
 
@@ -285,6 +287,8 @@ def large_checkpoint(folder, structure, encoding):
         new = empty_compressed(name, linear, format_named(structure, encoding), rank).to_empty(device="cpu")
         for tensor in new.parameters():
             tensor.fill_(1)
+        for tensor in new.own().values():
+            tensor.copy_(torch.arange(len(tensor)))
         model.set_submodule(name, new)
         modules[name] = PlannedModule(structure, encoding, rank).to_dict()
     for name, parameter in list(model.named_parameters()):

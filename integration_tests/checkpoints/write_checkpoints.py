@@ -7,7 +7,8 @@ users have on their disks: a new structure or encoding gets new ones beside them
 write differently has to read the old ones all the same. Folders that are there already are left alone.
 
 `expected.json` has the sha256 of the matrix that each linear of each compressed matrix stands for, and some logits.
-The loader that every checkpoint carries is here once, in the file beside the folders.
+The loader that every checkpoint carries is there once, in the file beside the folders of its time. What came later is
+in a folder of its own, with the loader of then: `pivoted/`.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ MODELS = {
     "bias": ("qwen2", {**_LLAMA, "tie_word_embeddings": False}),
     "tied": ("llama", {**_LLAMA, "tie_word_embeddings": True}),
     "conv1d": ("gpt2", {"vocab_size": 32, "n_embd": 64, "n_inner": 64, "n_layer": 2, "n_head": 2, "n_positions": 32}),
+    # Biases, and more rows than 4 bits take for pivots.
+    "wide": ("qwen2", {**_LLAMA, "head_dim": 64, "num_key_value_heads": 1, "intermediate_size": 32}),
 }
 
 _GPTQ = {"group_size": 32, "sym": False, "desc_act": True, "act_group_aware": False}
@@ -89,7 +92,24 @@ KINDS: dict[str, tuple[Any, list[tuple[str, str, int | None]]]] = {
         BitsAndBytesConfig(load_in_8bit=True),
         [("dense", "llm_int8", None), ("low_rank", "llm_int8", 19)],
     ),
+    "pivoted/ours": (None, [("pivoted", "float", 13), ("pivoted", "int8", 9)]),
+    "pivoted/gptq": (
+        GPTQConfig(bits=4, **_GPTQ),
+        [("pivoted", f"gptq{bits}_g32", 32) for bits in (4, 3, 2, 8)],
+    ),
+    "pivoted/nf4": (BitsAndBytesConfig(**_FOUR_BITS, bnb_4bit_quant_type="nf4"), [("pivoted", "nf4", 64)]),
+    "pivoted/nf4_dq": (
+        BitsAndBytesConfig(**_FOUR_BITS, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+        [("pivoted", "nf4_dq", 64)],
+    ),
+    "pivoted/fp4": (BitsAndBytesConfig(**_FOUR_BITS, bnb_4bit_quant_type="fp4"), [("pivoted", "fp4", 64)]),
+    "pivoted/llm_int8": (BitsAndBytesConfig(load_in_8bit=True), [("pivoted", "llm_int8", 7)]),
 }
+
+
+def models_of(kind: str) -> tuple[str, ...]:
+    """The models that are written of a kind: where only the children's encoding is new, one."""
+    return ("wide",) if kind.startswith("pivoted/") and kind != "pivoted/ours" else ("bias", "tied", "conv1d")
 
 
 def write(kind: str, model_name: str, folder: Path) -> None:
@@ -103,7 +123,7 @@ def write(kind: str, model_name: str, folder: Path) -> None:
         dense = AutoModelForCausalLM.from_pretrained(scratch)
         targets = find_layout(dense).targets
         modules = {
-            target.name: PlannedModule(*formats[number % len(formats)]) for number, target in enumerate(targets)
+            target.name: _planned(target, formats[number % len(formats)]) for number, target in enumerate(targets)
         }
         plan = Plan(modules, method="output_pca", ratio=None, allocation="by hand")
         config = DobiSVDConfig(method="output_pca", dataset=tokens(6, 24, vocab_size=32), plan=plan)
@@ -111,12 +131,21 @@ def write(kind: str, model_name: str, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(scratch, quantization_config=config)
         model.save_pretrained(folder)
     described = ("config.json", "model.safetensors")
-    (folder / MODELING_FILE).replace(HERE / MODELING_FILE)
+    if not (folder.parent / MODELING_FILE).exists():
+        (folder / MODELING_FILE).replace(folder.parent / MODELING_FILE)
     for path in folder.iterdir():
         if path.name not in described:
             path.unlink()
     again = AutoModelForCausalLM.from_pretrained(folder)
     (folder / "expected.json").write_text(json.dumps(expected_of(again), indent=1) + "\n", encoding="utf-8")
+
+
+def _planned(target: Any, entry: tuple[str, str, int | None]) -> PlannedModule:
+    """What a matrix becomes: whole where it has no more rows than there would be pivots."""
+    for module in (PlannedModule(*entry), PlannedModule("dense", entry[1])):
+        if module.format.unsupported_reason(target.out_features, target.in_features, module.rank) is None:
+            return module
+    return PlannedModule("dense", "float")
 
 
 def expected_of(model: Any) -> dict[str, Any]:
@@ -134,7 +163,7 @@ def expected_of(model: Any) -> dict[str, Any]:
 
 def main() -> None:
     for kind in KINDS:
-        for model_name in MODELS:
+        for model_name in models_of(kind):
             folder = HERE / f"{kind}-{model_name}"
             if not folder.exists():
                 write(kind, model_name, folder)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from integration_tests.checkpoint.reloading import compressed, logits
 from integration_tests.fresh_processes import run_python
 from integration_tests.tiny_models import tiny, tokens
-from optimum_dobisvd import LowRankLinear, Plan, adapter_targets
+from optimum_dobisvd import Plan, adapter_targets
 from optimum_dobisvd.allocation.plan import PlannedModule
 from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.structures.base import compressed_linears
@@ -19,7 +19,14 @@ from optimum_dobisvd.structures.format import AS_IS
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
 FACTORS = ["first", "second"]
-ARCHITECTURES = ("llama", "llama_tied", "qwen2", "gpt2")
+MODELS = (
+    ("llama", "low_rank"),
+    ("llama_tied", "low_rank"),
+    ("qwen2", "low_rank"),
+    ("gpt2", "low_rank"),
+    ("qwen2", "pivoted"),
+    ("gpt2", "pivoted"),
+)
 EIGHT_BIT = ("remap", "int8")
 
 LOAD_ALL = """
@@ -71,9 +78,11 @@ def assert_fresh_process_gives(expected, tmp_path):
 
 def test_lora_on_the_factors_trains_reloads_merges_and_reloads_merged(saved, tmp_path):
     expected = []
-    for name in ARCHITECTURES:
+    for name, structure in MODELS:
+        base = saved(name, structure=structure)
         for targets in (FACTORS, "all-linear"):
-            model = peft.get_peft_model(load(saved(name)), lora(targets))
+            # Pivoted linears have the bias themselves, beside the linears that PEFT wraps.
+            model = peft.get_peft_model(load(base), lora(targets, bias="all" if structure == "pivoted" else "none"))
             adapted = {key.rpartition(".")[2] for key, module in model.named_modules() if hasattr(module, "lora_A")}
             assert adapted == {"first", "second"}, "nothing else is in the blocks, and the head is left alone"
             before = logits(model)
@@ -81,27 +90,30 @@ def test_lora_on_the_factors_trains_reloads_merges_and_reloads_merged(saved, tmp
             assert losses[-1] < losses[0] - 0.3, (name, targets, losses)
             healed = logits(model)
             assert not torch.allclose(healed, before, atol=0.1)
-            adapter = tmp_path / f"{name}-{targets[0]}"
+            adapter = tmp_path / f"{name}-{structure}-{targets[0]}"
             model.save_pretrained(adapter)
             expected.append((adapter, "adapter", healed))
 
             merged = model.merge_and_unload()
-            assert sum(isinstance(module, LowRankLinear) for module in merged.modules()) > 10
-            assert merged.num_parameters() == load(saved(name)).num_parameters()
+            assert {module.structure for module in compressed_linears(merged).values()} == {structure}
+            assert len(compressed_linears(merged)) > 10
+            assert merged.num_parameters() == load(base).num_parameters()
             assert torch.allclose(logits(merged), healed, atol=1e-4)
             merged.save_pretrained(tmp_path / f"{adapter.name}-merged")
             expected.append((tmp_path / f"{adapter.name}-merged", "model", logits(merged)))
     assert_fresh_process_gives(expected, tmp_path)
 
 
+@pytest.mark.parametrize(("structure", "called"), [("low_rank", "LowRankLinear"), ("pivoted", "PivotedLinear")])
 @pytest.mark.parametrize("targets", [["q_proj"], None])
-def test_names_of_the_dense_model_are_refused_with_the_names_that_work(saved, targets):
+def test_names_of_the_dense_model_are_refused_with_the_names_that_work(saved, targets, structure, called):
     """None is PEFT's own list for this architecture, `q_proj` and `v_proj`."""
+    base = saved("llama", structure=structure)
     with pytest.raises(
-        ValueError, match=r"LowRankLinear[\s\S]*name what is in it, .*'q_proj.first', 'q_proj.second'.*all-l"
+        ValueError, match=rf"{called}[\s\S]*name what is in it, .*'q_proj.first', 'q_proj.second'.*all-l"
     ):
-        peft.get_peft_model(load(saved("llama")), lora(targets))
-    model = peft.get_peft_model(load(saved("llama")), lora(["q_proj.first", "q_proj.second"]))
+        peft.get_peft_model(load(base), lora(targets))
+    model = peft.get_peft_model(load(base), lora(["q_proj.first", "q_proj.second"]))
     assert sum(hasattr(module, "lora_A") for module in model.modules()) == 6
 
 
@@ -118,10 +130,10 @@ def test_8_bit_linears_refuse_adapters_and_say_what_to_do(saved, encoding):
             peft.get_peft_model(load(saved("llama", encoding)), lora(names))
 
 
-def in_part(folder, encoding, dtype=torch.float32):
+def in_part(folder, encoding, dtype=torch.float32, structure="low_rank"):
     """Layer 1 dense, the others compressed; saved, and loaded again."""
     model = in_formats(
-        tiny("llama", dtype=dtype), lambda name: AS_IS.key if "layers.1." in name else ("low_rank", encoding)
+        tiny("llama", dtype=dtype), lambda name: AS_IS.key if "layers.1." in name else (structure, encoding)
     )
     model.save_pretrained(folder)
     return load(folder)
@@ -137,9 +149,12 @@ def in_formats(model, format_of):
     return compressed(model, ratio=0.8, plan=plan)
 
 
-@pytest.mark.parametrize("encoding", ["float", *EIGHT_BIT])
-def test_adapter_targets_names_what_can_be_adapted(encoding, tmp_path, caplog):
-    model = in_part(tmp_path / "mixed", encoding)
+@pytest.mark.parametrize(
+    ("structure", "encoding"),
+    [*(("low_rank", encoding) for encoding in ("float", *EIGHT_BIT)), ("pivoted", "float"), ("pivoted", "int8")],
+)
+def test_adapter_targets_names_what_can_be_adapted(structure, encoding, tmp_path, caplog):
+    model = in_part(tmp_path / "mixed", encoding, structure=structure)
     found = adapter_targets(model, ["q_proj", "mlp.up_proj"])
     dense = ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
     assert set(dense) <= set(found)
@@ -198,16 +213,19 @@ def test_trainable_parameters_are_counted_as_they_are(saved, capsys):
 
 
 def test_modules_to_save_beside_the_factors(saved, tmp_path):
-    """A norm, the head, and an entire low-rank linear."""
-    settings = lora(["q_proj.first"], modules_to_save=["lm_head", "norm", "o_proj"])
-    model = peft.get_peft_model(load(saved("llama")), settings)
-    descend(model)
-    healed = logits(model)
-    model.save_pretrained(tmp_path / "adapter")
-    merged = model.merge_and_unload()
-    merged.save_pretrained(tmp_path / "merged")
-    assert torch.allclose(logits(merged), healed, atol=1e-4)
-    expected = [(tmp_path / "adapter", "adapter", healed), (tmp_path / "merged", "model", logits(merged))]
+    """A norm, the head, and entire compressed linears, with a bias of their own and without."""
+    expected = []
+    for name, structure in (("llama", "low_rank"), ("qwen2", "pivoted")):
+        settings = lora(["q_proj.first"], modules_to_save=["lm_head", "norm", "o_proj", "v_proj"])
+        model = peft.get_peft_model(load(saved(name, structure=structure)), settings)
+        descend(model)
+        healed = logits(model)
+        model.save_pretrained(tmp_path / f"{name}-adapter")
+        merged = model.merge_and_unload()
+        merged.save_pretrained(tmp_path / f"{name}-merged")
+        assert torch.allclose(logits(merged), healed, atol=1e-4)
+        expected.append((tmp_path / f"{name}-adapter", "adapter", healed))
+        expected.append((tmp_path / f"{name}-merged", "model", logits(merged)))
     assert_fresh_process_gives(expected, tmp_path)
 
 
@@ -261,9 +279,10 @@ def test_layers_of_peft_are_not_saved_as_a_checkpoint(saved, tmp_path):
     assert torch.equal(logits(load(tmp_path / "out")), logits(load(saved("llama"))))
 
 
-def test_dequantize_does_not_lose_adapters(saved, tmp_path):
+@pytest.mark.parametrize("structure", ["low_rank", "pivoted"])
+def test_dequantize_does_not_lose_adapters(saved, tmp_path, structure):
     """It formed the dense matrix from the factors under the adapters, and dropped these without a word."""
-    model = peft.get_peft_model(load(saved("llama")), lora(FACTORS))
+    model = peft.get_peft_model(load(saved("llama", structure=structure)), lora(FACTORS))
     descend(model)
     healed = logits(model)
     with pytest.raises(ValueError, match=r"q_proj has adapters \(PEFT\), which would be lost: merge them"):
@@ -273,7 +292,7 @@ def test_dequantize_does_not_lose_adapters(saved, tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     assert (tmp_path / "merged" / "modeling_dobisvd.py").exists(), "a refused dequantize leaves our own save in place"
     dense = merged.dequantize()
-    assert not any(isinstance(module, LowRankLinear) for module in dense.modules())
+    assert not compressed_linears(dense)
     assert torch.allclose(logits(dense), healed, atol=1e-3)
 
 

@@ -1,5 +1,7 @@
 """transformers' Trainer on compressed models: bare factors, and adapters."""
 
+import math
+
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -29,19 +31,34 @@ def trainer(model, folder, **settings):
 
 def test_trainer_on_bare_factors(saved, tmp_path):
     expected = []
-    for name in ("llama", "llama_tied", "gpt2"):
-        run = trainer(load(saved(name)), tmp_path / name)
+    for name, structure in (
+        ("llama", "low_rank"),
+        ("llama_tied", "low_rank"),
+        ("gpt2", "low_rank"),
+        ("qwen2", "pivoted"),
+    ):
+        base = saved(name, structure=structure)
+        run = trainer(load(base), tmp_path / name)
         run.train()
         run.save_model(str(tmp_path / f"{name}-trained"))
         trained = logits(run.model.eval())
-        assert not torch.equal(trained, logits(load(saved(name))))
+        assert not torch.equal(trained, logits(load(base)))
         expected.append((tmp_path / f"{name}-trained", "model", trained))
         expected.append((tmp_path / name / "checkpoint-4", "model", trained))
 
-        resumed = trainer(load(saved(name)), tmp_path / name)
+        resumed = trainer(load(base), tmp_path / name)
         resumed.train(resume_from_checkpoint=str(tmp_path / name / "checkpoint-2"))
         assert torch.equal(logits(resumed.model.eval()), trained), name
     assert_fresh_process_gives(expected, tmp_path)
+
+
+@pytest.mark.parametrize("structure", ["low_rank", "pivoted"])
+def test_trainer_in_mixed_precision(saved, structure, tmp_path):
+    model = load(saved("qwen2", structure=structure))
+    before = logits(model)
+    run = trainer(model, tmp_path, bf16=True, gradient_checkpointing=True, max_steps=2)
+    assert math.isfinite(run.train().training_loss)
+    assert not torch.equal(logits(run.model.eval()), before)
 
 
 def test_trainer_goes_back_to_the_best_checkpoint(saved, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from integration_tests.checkpoint.damage import edit_config, edit_tensors
+from integration_tests.checkpoint.reloading import compressed
 from integration_tests.fresh_processes import run_python
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
@@ -79,12 +80,26 @@ def copied(folder, target):
     return target
 
 
-def test_not_installed_a_damaged_checkpoint_is_refused_all_the_same(checkpoint, bare, tmp_path):
-    folder = copied(checkpoint[0], tmp_path / "damaged")
-    edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.first.weight"))
-    done = run_python(LOAD, str(folder), "trust", without_package_in=bare)
+@pytest.mark.parametrize(
+    ("structure", "tensor", "edit", "message"),
+    [
+        ("low_rank", "first.weight", lambda _: None, "lacks {}, which config.json promises"),
+        ("pivoted", "permutation", torch.zeros_like, "{} in {}/model.safetensors is no permutation of the numbers"),
+    ],
+    ids=["low_rank", "pivoted"],
+)
+def test_not_installed_a_damaged_checkpoint_is_refused_all_the_same(structure, tensor, edit, message, bare, tmp_path):
+    name = f"model.layers.1.mlp.up_proj.{tensor}"
+    compressed(tiny("llama"), structure=structure).save_pretrained(tmp_path / "damaged")
+
+    def damage(tensors):
+        changed = edit(tensors.pop(name))
+        tensors.update({} if changed is None else {name: changed})
+
+    edit_tensors(tmp_path / "damaged", damage)
+    done = run_python(LOAD, str(tmp_path / "damaged"), "trust", without_package_in=bare)
     assert done.returncode != 0
-    assert "lacks model.layers.1.mlp.up_proj.first.weight" in done.stderr
+    assert message.format(name, tmp_path / "damaged") in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,11 @@ from optimum_dobisvd.structures.base import is_compressed
 
 WINDOWS = tokens(14, 32)
 TRAINING = {"steps": 4, "evaluate_every": 2, "held_out": 2}
+BY_STRUCTURE_AND_OPTIMIZER = [
+    {"structure": structure, "training": {**TRAINING, "optimizer": optimizer}}
+    for structure in ("auto", "pivoted")
+    for optimizer in ("importance", "adam")
+]
 
 
 def learned(model: nn.Module, **settings: Any) -> DobiSVDQuantizer:
@@ -30,9 +35,7 @@ def learned(model: nn.Module, **settings: Any) -> DobiSVDQuantizer:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral", "opt", "gpt2", "gemma2", "phi"])
-@pytest.mark.parametrize(
-    "settings", [{}, {"method": "dobi", "allocation": None}, {"training": {**TRAINING, "optimizer": "adam"}}]
-)
+@pytest.mark.parametrize("settings", [*BY_STRUCTURE_AND_OPTIMIZER, {"method": "dobi", "allocation": None}])
 def test_every_architecture_learns_ranks_within_the_budget(model_type: str, settings: dict[str, Any]) -> None:
     model, dense = tiny(model_type), tiny(model_type)
     quantizer = learned(model, **settings)
@@ -47,6 +50,8 @@ def test_every_architecture_learns_ranks_within_the_budget(model_type: str, sett
         found.loss for found in curve.evaluations if found.step == curve.best
     )
     assert is_compressed(model)
+    if settings.get("structure") == "pivoted":
+        assert {module.structure for module in plan.modules.values() if module.rank is not None} == {"pivoted"}
     with torch.no_grad():
         assert bool(torch.isfinite(model(WINDOWS[:1]).logits).all())
 
@@ -73,10 +78,12 @@ def test_the_loss_of_the_kept_ranks_is_that_of_the_compressed_model() -> None:
     assert found == pytest.approx(min(each.loss for each in curve.evaluations), rel=1e-4)
 
 
+@pytest.mark.parametrize("settings", BY_STRUCTURE_AND_OPTIMIZER)
 def test_a_stopped_training_resumes_from_the_statistics_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uninterrupted = learned(tiny("llama"))
+    model = tiny("llama")
+    uninterrupted, expected = learned(model, **settings), model.state_dict()
     step = RankLearner._step
 
     def stops(self: RankLearner, number: int, batch: Any) -> None:
@@ -88,7 +95,7 @@ def test_a_stopped_training_resumes_from_the_statistics_folder(
     model = tiny("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(KeyboardInterrupt):
-        learned(model, statistics=str(tmp_path / "s"))
+        learned(model, statistics=str(tmp_path / "s"), **settings)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert len(list((tmp_path / "s").glob("training-*.safetensors"))) == 1
     taken: list[int] = []
@@ -98,10 +105,13 @@ def test_a_stopped_training_resumes_from_the_statistics_folder(
         step(self, number, batch)
 
     monkeypatch.setattr(RankLearner, "_step", counts)
-    resumed = learned(model, statistics=str(tmp_path / "s"))
+    resumed = learned(model, statistics=str(tmp_path / "s"), **settings)
     assert taken == [3]
     assert resumed.plan == uninterrupted.plan
     assert resumed.training_curve == uninterrupted.training_curve
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 def test_another_ratio_does_not_take_the_journal_of_the_first(tmp_path: Path) -> None:

@@ -50,13 +50,20 @@ def wide(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def planned(model: Any, encodings: list[tuple[str, int | None]]) -> Plan:
-    """A plan that gives the matrices of a model these encodings and ranks by turns."""
-    modules = {
-        target.name: PlannedModule("dense", encoding)
-        if rank is None
-        else PlannedModule("low_rank", encoding, min(rank, target.out_features))
-        for target, (encoding, rank) in zip(find_layout(model).targets, encodings * 99, strict=False)
-    }
+    """A plan that gives the matrices of a model these encodings and ranks by turns.
+
+    A rank is of `low_rank` the first time, of `pivoted` the second, and so on, where the matrix has rows enough.
+    """
+    modules = {}
+    for number, target in enumerate(find_layout(model).targets):
+        turn, place = divmod(number, len(encodings))
+        encoding, rank = encodings[place]
+        modules[target.name] = PlannedModule("dense", encoding)
+        if rank is not None:
+            rank = min(rank, target.out_features)
+            pivoted = PlannedModule("pivoted", encoding, rank)
+            fits = pivoted.format.unsupported_reason(target.out_features, target.in_features, rank) is None
+            modules[target.name] = pivoted if turn % 2 and fits else PlannedModule("low_rank", encoding, rank)
     return Plan(modules, method="output_pca", ratio=None, allocation="by hand")
 
 

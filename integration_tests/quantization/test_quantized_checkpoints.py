@@ -32,7 +32,7 @@ from optimum_dobisvd.encodings.registry import encoding_named
 from optimum_dobisvd.model.footprint import checkpoint_bytes, resident_bytes
 from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.pipeline.allocate import allocate
-from optimum_dobisvd.structures.base import CompressedLinear
+from optimum_dobisvd.structures.base import CompressedLinear, compressed_linears
 
 
 def matrix_bytes(folder):
@@ -62,6 +62,7 @@ def test_every_encoding_reloads_bit_for_bit_in_a_new_process_and_weighs_what_the
             assert 0 <= model.dobisvd_report.target_bytes - matrix_bytes(path) <= 2 * spare * len(nested)
             entries = model.config.quantization_config.modules.values()
             assert {entry["encoding"] for entry in entries} == encodings_of(key)
+            assert {"low_rank", "pivoted"} <= {entry["structure"] for entry in entries}
     assert_reloaded_alike(tmp_path, expected)
 
 
@@ -134,30 +135,35 @@ def test_checkpoints_in_the_format_of_auto_gptq_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("key", marked("gptq", "nf4"))
-def test_a_saved_low_rank_model_is_quantized_at_load(key, tmp_path):
+def test_a_saved_compressed_model_is_quantized_at_load(key, tmp_path):
     wide("llama", torch.bfloat16).save_pretrained(tmp_path / "dense")
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    config = DobiSVDConfig(method="output_pca", ratio=0.8, dataset=tokens(6, 24), nsamples=6, seqlen=24)
-    low_rank = DobiSVDQuantizer(config).quantize_model(dense)
-    low_rank.save_pretrained(tmp_path / "low-rank")
-    again = AutoConfig.from_pretrained(tmp_path / "low-rank")
-    again.quantization_config["quantization"] = SETTINGS[key]().to_dict()
-    if key == "gptq":
-        again.quantization_config["dataset"] = tokens(6, 24)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "low-rank", config=again)
-    multiple = 32 if key == "gptq" else 64
-    for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
-            plain = low_rank.get_submodule(name)
+    multiple, expected = 32 if key == "gptq" else 64, {}
+    for structure in ("low_rank", "pivoted"):
+        dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+        config = DobiSVDConfig(
+            method="output_pca", ratio=0.4, dataset=tokens(6, 24), nsamples=6, seqlen=24, structure=structure
+        )
+        before = DobiSVDQuantizer(config).quantize_model(dense)
+        before.save_pretrained(tmp_path / structure)
+        again = AutoConfig.from_pretrained(tmp_path / structure)
+        again.quantization_config["quantization"] = SETTINGS[key]().to_dict()
+        if key == "gptq":
+            again.quantization_config["dataset"] = tokens(6, 24)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / structure, config=again)
+        factorized = {name: each for name, each in compressed_linears(model).items() if each.rank is not None}
+        assert {module.structure for module in factorized.values()} == {structure}
+        for name, module in factorized.items():
+            plain = before.get_submodule(name)
             assert module.rank == math.ceil(plain.rank / multiple) * multiple
             lost = (module.dense_matrix() - plain.dense_matrix()).norm() / plain.dense_matrix().norm()
             assert lost < 0.25, "the same matrix, rounded to 4 bits"
-    assert all(m.encoding != "float" for m in model.modules() if isinstance(m, CompressedLinear))
-    model.save_pretrained(tmp_path / "quantized")
-    assert_reloaded_alike(tmp_path, {"quantized": logits(model)})
-    stored = json.loads((tmp_path / "quantized" / "config.json").read_text())["quantization_config"]
-    assert "dataset" not in stored["quantization"]
-    assert "tokenizer" not in stored["quantization"]
+        assert all(module.encoding != "float" for module in compressed_linears(model).values())
+        model.save_pretrained(tmp_path / f"{structure}-quantized")
+        expected[f"{structure}-quantized"] = logits(model)
+        stored = json.loads((tmp_path / f"{structure}-quantized" / "config.json").read_text())["quantization_config"]
+        assert "dataset" not in stored["quantization"]
+        assert "tokenizer" not in stored["quantization"]
+    assert_reloaded_alike(tmp_path, expected)
 
 
 @pytest.mark.parametrize("key", marked("gptq", "nf4"))
@@ -234,7 +240,8 @@ def test_errors_are_those_of_what_is_stored_and_none_where_text_is_rounded_on(tm
     dense.save_pretrained(tmp_path / "dense")
     report = quantized(tmp_path / "dense", "nf4", torch.float32).dobisvd_report
     formats = {(module.structure, module.encoding) for module in report.modules}
-    assert formats == {("low_rank", "nf4"), ("dense", "nf4"), ("low_rank", "float"), ("dense", "int8")}
+    factorized = {(structure, encoding) for structure in ("low_rank", "pivoted") for encoding in ("nf4", "float")}
+    assert formats == factorized | {("dense", "nf4"), ("dense", "int8")}
     for module in report.modules:
         assert (module.error is None) == (module.encoding == "nf4"), module
     model = quantized(tmp_path / "dense", "llm_int8", torch.float32)

@@ -44,6 +44,20 @@ def test_without_text_the_matrix_that_is_returned_is_the_rounded_one(key, bias):
     assert torch.allclose(matrix_of(new), matrix.float(), atol=1e-4)
 
 
+@pytest.mark.parametrize("key", marked("nf4", "nf4_dq", "fp4", "llm_int8", "gptq"))
+def test_a_weight_may_be_in_a_wider_dtype_than_the_model(key):
+    """A refitted one is in float64."""
+    torch.manual_seed(0)
+    narrow, wider = torch.nn.Linear(128, 64), torch.nn.Linear(128, 64).double()
+    wider.load_state_dict(narrow.state_dict())
+    inputs = torch.randn(1000, 128) @ torch.randn(128, 128)
+    gram = (inputs.T @ inputs).double()
+    expected, found = (quantize(linear, SETTINGS[key](), gram)[0] for linear in (narrow, wider))
+    torch.testing.assert_close(matrix_of(found), matrix_of(expected))
+    if hasattr(expected.weight, "quant_state"):
+        assert found.weight.quant_state.dtype == expected.weight.quant_state.dtype == torch.float32
+
+
 @needs_gptq
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_gptq_rounds_to_what_its_kernel_computes_and_beats_the_nearest_values(bits):

@@ -33,6 +33,7 @@ class GramKeeper(FourBit):
     ) -> tuple[nn.Module, Tensor]:
         assert gram is not None
         self.grams.append(gram)
+        linear.weight = nn.Parameter(linear.weight.detach().to(dtype))
         return linear, linear.weight.detach()
 
 
@@ -84,13 +85,14 @@ def test_the_first_token_of_every_window_counts_as_a_part_of_the_window(side: st
         assert_gram_close(gram, expected[name], 1e-4)
 
 
-def test_the_outer_factor_is_told_what_the_inner_one_gives() -> None:
+@pytest.mark.parametrize("structure", ["low_rank", "pivoted"])
+def test_the_outer_factor_is_told_what_the_inner_one_gives(structure: str) -> None:
     model = tiny("llama")
     names = list(find_layout(model).linears)
     for name in names:
         left, values, right = torch.linalg.svd(dense_weight(model.get_submodule(name)), full_matrices=False)
-        factors = Factors(left[:, :16] * values[:16], right[:16])
-        replace_linear(model, name, format_named("low_rank", "nf4"), 16, factors)
+        factors = Factors(left[:, :12] * values[:12], right[:12])
+        replace_linear(model, name, format_named(structure, "nf4"), 12, factors)
     children = [f"{name}.{child}" for name in names for child in ("first", "second")]
     expected = grams_with_weighted_first_tokens(model, children, "right")
     grams = quantize_keeping_grams(model, "right", one_input_at_a_time=True)

@@ -1,5 +1,6 @@
 """Rows of the matrix itself, and the other rows in terms of them."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -79,6 +80,28 @@ def test_the_permutation_has_the_smallest_dtype_that_can_be_broadcast(outputs: i
     assert module.permutation.dtype == dtype
     own = module.permutation.nbytes
     assert format_named("pivoted", "float").bytes(outputs, 4, 3, 2) == 2 * 3 * (outputs + 4 - 3) + own
+
+
+def test_under_autocast_the_output_has_the_dtype_of_an_ordinary_linears() -> None:
+    module = pivoted(nn.Linear(9, 12), factors_of(12, 9, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = torch.randn(3, 9)
+        assert module(x).dtype == nn.Linear(9, 12)(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("outputs", "dtype"), [(12, torch.uint8), (257, torch.int32)])
+def test_copies_and_casts_leave_the_permutation_alone(outputs: int, dtype: torch.dtype) -> None:
+    module = pivoted(nn.Linear(9, outputs), factors_of(outputs, 9, 4))
+    places, x = module.permutation.clone(), torch.randn(3, 9)
+    for cast in (nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda each: each.to(torch.float16)):
+        changed = cast(copy.deepcopy(module))
+        assert changed.first.weight.dtype == changed.bias.dtype == changed.weight.dtype != torch.float32
+        assert changed.permutation.dtype == dtype
+        assert torch.equal(changed.permutation, places)
+        assert changed(x.to(changed.weight.dtype)).dtype == changed.weight.dtype
+    again = copy.deepcopy(module)
+    assert torch.equal(again(x), module(x))
+    assert again.permutation.data_ptr() != module.permutation.data_ptr()
 
 
 @given(m=st.integers(2, 300), n=st.integers(1, 300), size=st.sampled_from([2, 4]))

@@ -246,7 +246,8 @@ def check_possible(target: Target, module: PlannedModule) -> None:
         raise ValueError(f"{target.name}: rank {rank} is above {min(m, n)}, the most a {m}x{n} matrix has; lower it")
     reason = format.unsupported_reason(m, n, rank)
     if reason is not None:
-        remedy = "take another encoding" if rank is None else "change the rank"
+        at_no_rank = format.unsupported_reason(m, n) is not None
+        remedy = "take another encoding" if at_no_rank else "change the rank"
         raise ValueError(f"{target.name}: {reason}; {remedy}, or leave the matrix as it is")
     if rank is None:
         return

@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 import transformers
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .loading import CompressedLoader
@@ -47,9 +47,11 @@ class _Entry:
     @classmethod
     def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
         """`from_pretrained` of that auto class, this time with transformers' own model class."""
-        if "dobi_svd" not in AUTO_QUANTIZER_MAPPING:
-            register_quantization_config("dobi_svd")(CheckpointConfig)
-            register_quantizer("dobi_svd")(CompressedLoader)
+        known = AUTO_QUANTIZER_MAPPING.get("dobi_svd")
+        # The package's own reads all checkpoints. One of another checkpoint may be older than what this one holds.
+        if known is None or known.__name__ == CompressedLoader.__name__:
+            AUTO_QUANTIZATION_CONFIG_MAPPING["dobi_svd"] = CheckpointConfig
+            AUTO_QUANTIZER_MAPPING["dobi_svd"] = CompressedLoader
         kwargs["trust_remote_code"] = False
         return cls.auto_class.from_pretrained(name, *args, **kwargs)
 

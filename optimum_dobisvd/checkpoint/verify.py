@@ -66,7 +66,7 @@ def check_tensors(model: Any, files: list[str], encodings: Mapping[str, Encoding
         }
         own = module.own_tensors(*matrix_shape(module), module.rank)
         read |= {f"{name}.{key}": functools.partial(module.problem_with, key) for key in own}
-    found = _headers_by_model_name(model, files, read)
+    found = _headers_by_model_name(model, files, expected, read)
     for tensor, (shape, dtype) in expected.items():
         _check_tensor(tensor, shape, dtype, found.get(tensor))
     for tensor, (shape, _) in found.items():
@@ -136,26 +136,34 @@ def _problem_with_scale(scale: Tensor) -> str | None:
 
 
 def _headers_by_model_name(
-    model: Any, files: list[str], read: Mapping[str, Callable[[Tensor], str | None]]
+    model: Any,
+    files: list[str],
+    expected: Mapping[str, tuple[list[int], str | None]],
+    read: Mapping[str, Callable[[Tensor], str | None]],
 ) -> dict[str, tuple[list[int], str]]:
     """Shape and dtype of all tensors in the files, under the names transformers will load them to.
 
-    Those in `read` are read, too: their function says what is wrong with the values. ValueError if anything is.
+    Those in `read` are read, too: their function says what is wrong with the values. ValueError if anything is, or one
+    of them is not as `expected`.
     """
     # Private, all of it, but only transformers knows how this architecture's keys are renamed on load.
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    expected = model.state_dict()
-    found = {}
+    present = model.state_dict()
+    found: dict[str, tuple[list[int], str]] = {}
     for file in files:
         # Older releases of transformers call this under torch.device("meta"); these are read for their values.
         with torch.device("cpu"), safe_open(file, framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict
-                name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
+                name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, present)
                 header = handle.get_slice(key)
                 found[name] = (header.get_shape(), header.get_dtype())
-                problem = read[name](handle.get_tensor(key)) if name in read else None
+                if name not in read:
+                    continue
+                # First: what is wrong with the values of a tensor of another size says nothing of the size.
+                _check_tensor(name, *expected[name], found[name])
+                problem = read[name](handle.get_tensor(key))
                 if problem is not None:
                     raise ValueError(
                         f"{name} in {file} {problem}: the checkpoint is damaged; copy it again, or compress again"

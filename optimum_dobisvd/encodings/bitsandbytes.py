@@ -86,8 +86,7 @@ class BitsAndBytes(Encoding):
         self, linear: nn.Linear, full_rank: int, dtype: torch.dtype, gram: Tensor | None = None
     ) -> tuple[nn.Module, Tensor]:
         """Round every value on its own."""
-        linear.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
-        new = quantized_linear(linear, self.settings)
+        new = quantized_linear(linear, self.settings, dtype)
         return new, dequantized_weight(new)
 
     def require(self) -> None:
@@ -170,7 +169,7 @@ class FourBit(BitsAndBytes):
         """Round with error feedback where there is a Gram, every value on its own where there is none."""
         if gram is None:
             return super().quantize(linear, full_rank, dtype)
-        return round_with_feedback(linear, self.settings, gram)
+        return round_with_feedback(linear, self.settings, gram, dtype)
 
     def tensors(self, shape: LinearShape) -> dict[str, tuple[list[int], str | None]]:
         packed, blocks = -(-shape.numel // 2), -(-shape.numel // _BNB_BLOCK)

@@ -30,13 +30,18 @@ def hf_quantizer_of(settings: Any, pre_quantized: bool) -> Any:
     )
 
 
-def quantized_linear(linear: nn.Linear, settings: Any) -> Any:
-    """Return bitsandbytes' linear of the same function, but for the rounding of each value."""
+def quantized_linear(linear: nn.Linear, settings: Any, dtype: torch.dtype) -> Any:
+    """Return bitsandbytes' linear of the same function, but for the rounding of each value.
+
+    It remembers `dtype`, the model's, as that of the weight, which may be a wider one here.
+    """
     holder: Any = _Holder(linear)
     put_empty_linears(holder, settings, pre_quantized=False)
     new = holder.linear
     operation = hf_quantizer_of(settings, pre_quantized=False).get_quantize_ops()
-    found = operation.convert({"linear.weight": [linear.weight.data]}, model=holder, full_layer_name="linear.weight")
+    found = operation.convert(
+        {"linear.weight": [linear.weight.data.to(dtype)]}, model=holder, full_layer_name="linear.weight"
+    )
     new.weight = found["linear.weight"]
     if linear.bias is not None:
         new.bias = nn.Parameter(linear.bias.data, requires_grad=False)
@@ -52,14 +57,14 @@ def dequantized_weight(linear: Any) -> Tensor:
     return cast(Tensor, functional.int8_vectorwise_dequant(weight.data, weight.SCB))
 
 
-def round_with_feedback(linear: nn.Linear, settings: Any, gram: Tensor) -> tuple[Any, Tensor]:
+def round_with_feedback(linear: nn.Linear, settings: Any, gram: Tensor, dtype: torch.dtype) -> tuple[Any, Tensor]:
     """Return bitsandbytes' 4-bit linear with values rounded by error feedback, and the matrix it stands for.
 
     bitsandbytes takes the largest value of a block for its scale and rounds every value on its own. Here scales are
     fitted, and `ErrorFeedback` chooses which value of its code a weight becomes. The tensors are bitsandbytes' own in
     every respect.
     """
-    new = quantized_linear(linear, settings)
+    new = quantized_linear(linear, settings, dtype)
     state = new.weight.quant_state
     matrix = linear.weight.detach()
     code, ascending = state.code.double().sort()

@@ -134,7 +134,8 @@ class PivotedLinear(CompressedLinear):
         y = pivots.new_empty(*pivots.shape[:-1], self.out_features)
         y.index_copy_(-1, places[: self.rank], pivots)
         y.index_copy_(-1, places[self.rank :], rest.to(y.dtype))
-        return y if self.bias is None else y + self.bias
+        # As nn.Linear does under autocast: a bias in float32 would make the output float32.
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         matrices = self.matrices()
