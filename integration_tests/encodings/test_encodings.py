@@ -1,6 +1,7 @@
 """Encodings by name and by setting: sizes, what they can take, and how values are rounded in them."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, GPTQConfig
 
 from optimum_dobisvd import DobiSVDConfig
-from optimum_dobisvd.encodings.base import InputGram, LinearShape, OutputErrors
+from optimum_dobisvd.encodings.base import Feedback, InputGram, LinearShape, OutputErrors
 from optimum_dobisvd.encodings.bitsandbytes import CODES, fake_quantize_to_code
 from optimum_dobisvd.encodings.gptq import fake_quantize_groups
 from optimum_dobisvd.encodings.int8 import fake_quantize_rows
@@ -148,10 +149,10 @@ def test_what_would_make_linears_fit_is_said() -> None:
     assert "take another encoding" in encoding_named("nf4").remedy_for({"a": (30, 30)})
 
 
-def fake_quantize(weight: Tensor, name: str) -> Tensor:
+def fake_quantize(weight: Tensor, name: str, felt: Tensor | None = None) -> Tensor:
     """Every value rounded on its own."""
     if name in CODES:
-        return fake_quantize_to_code(weight, CODES[name])
+        return fake_quantize_to_code(weight, CODES[name], torch.ones(weight.shape[1]) if felt is None else felt)
     if name == "int8":
         return fake_quantize_rows(weight)
     return fake_quantize_groups(weight, int(name[4]), int(name.removeprefix(name[:7])))
@@ -164,7 +165,7 @@ def test_rounding_is_idempotent_and_of_few_values(name: str) -> None:
     bits = {"nf4": 4, "fp4": 4, "int8": 8}.get(name, int(name[4]) if name.startswith("gptq") else 0)
     for row in once.view(-1, 32):
         assert len(row.unique()) <= 2**bits
-    if not name.startswith("gptq"):  # GPTQ's grid has no value at plus its largest magnitude
+    if name == "int8":  # GPTQ's grid has no value at plus its largest magnitude, and scales of 4 bits are fitted
         assert torch.allclose(fake_quantize(once, name), once, atol=1e-6)
     error = (once - weight).norm() / weight.norm()
     assert error < {2: 0.6, 3: 0.25, 4: 0.2, 8: 0.02}[bits]
@@ -187,7 +188,8 @@ def test_the_loss_is_that_of_the_error_that_feedback_leaves(name: str, damping: 
     weight = torch.randn(24, 64, dtype=torch.float64, generator=generator)
     variances = torch.rand(64, dtype=torch.float64, generator=generator)
     felt = torch.rand(24, dtype=torch.float64, generator=generator)
-    lost = (felt[:, None] * (fake_quantize(weight, name) - weight).square()).sum(0)
+    damped = variances + (damping or 0) * variances.mean()
+    lost = (felt[:, None] * (fake_quantize(weight, name, damped) - weight).square()).sum(0)
     expected = (lost * (variances + (damping or 0) * variances.mean())).sum()
     gram = InputGram(torch.diag(variances))
 
@@ -227,7 +229,9 @@ def test_of_an_error_that_given_rows_can_express_all_is_within_and_of_one_they_c
     gram = InputGram(torch.diag(x.square().sum(0)))  # of independent inputs feedback undoes nothing
 
     def errors(error: Tensor) -> OutputErrors:
-        return gram.errors(error, rows) if damping is None else gram.errors_with_feedback(error, damping, rows)
+        return (
+            gram.errors(error, rows) if damping is None else gram.errors_with_feedback(error, Feedback(damping), rows)
+        )
 
     whole = errors(torch.eye(12, dtype=torch.float64))
     assert bool((whole.within <= whole.total * (1 + 1e-6)).all())
@@ -246,13 +250,36 @@ def test_conditional_variances_are_what_the_inputs_after_one_do_not_tell_of_it(s
     inputs = torch.randn(3 * size, size, dtype=torch.float64, generator=generator)
     gram = inputs.T @ inputs
     damped = gram + 0.1 * gram.diagonal().mean() * torch.eye(size, dtype=torch.float64)
-    found = InputGram(gram).conditional_variances(0.1)
+    found = InputGram(gram).conditional_variances(Feedback(0.1, largest_first=False))
     for i in range(size):
         later = damped[i + 1 :, i + 1 :]
         told = damped[i, i + 1 :] @ torch.linalg.solve(later, damped[i + 1 :, i]) if len(later) else 0.0
         assert float(found[i]) == pytest.approx(float(damped[i, i] - told), rel=1e-8)
 
 
+def test_inputs_with_the_largest_second_moment_are_rounded_first() -> None:
+    generator = torch.Generator().manual_seed(6)
+    inputs = torch.randn(30, 8, dtype=torch.float64, generator=generator) * torch.arange(1, 9)
+    gram = inputs.T @ inputs
+    order = gram.diagonal().argsort(descending=True)
+    as_they_come = InputGram(gram[order][:, order]).conditional_variances(Feedback(0.01, largest_first=False))
+    torch.testing.assert_close(InputGram(gram).conditional_variances(Feedback(0.01))[order], as_they_come)
+
+
+def test_gptqs_two_grids_and_two_orders_are_told_apart() -> None:
+    def loss_name(**options: Any) -> str:
+        return encoding_of(GPTQConfig(bits=4, group_size=32, **options)).loss_name
+
+    assert loss_name(sym=False, desc_act=True, act_group_aware=False, damp_percent=0.05) == (
+        "gptq4_g32-asymmetric-damping0.05-ordered"
+    )
+    names = {loss_name(), loss_name(sym=False), loss_name(act_group_aware=False)}
+    assert len(names) == 3
+    weight = torch.rand(8, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(7)) + 1
+    errors = [(fake_quantize_groups(weight, 3, 32, symmetric=each) - weight).norm() for each in (True, False)]
+    assert errors[1] < errors[0]
+
+
 def test_inputs_that_are_always_zero_make_no_error() -> None:
-    found = InputGram(torch.zeros(5, 5)).conditional_variances(0.01)
+    found = InputGram(torch.zeros(5, 5)).conditional_variances(Feedback(0.01))
     assert bool(torch.isfinite(found).all())

@@ -7,10 +7,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, G
 from integration_tests.quantization.quantized_models import SETTINGS, marked, needs_bnb, needs_gptq, planned, wide
 from integration_tests.tiny_models import tokens
 from optimum_dobisvd import DobiSVDConfig, LowRankLinear
-from optimum_dobisvd.encodings.base import matrix_of
+from optimum_dobisvd.encodings.base import InputGram, matrix_of
 from optimum_dobisvd.encodings.error_feedback import ErrorFeedback
 from optimum_dobisvd.encodings.gptq import fake_quantize_groups
 from optimum_dobisvd.encodings.registry import encoding_of
+from optimum_dobisvd.factorization.kfac import OutputRoot, kfac
+from optimum_dobisvd.structures.format import Format
+from optimum_dobisvd.structures.registry import STRUCTURES
+
+GPTQS = ("2 asymmetric", "3 asymmetric", "4 asymmetric", "4", "8")
 
 
 def quantize(linear, settings, gram=None):
@@ -126,3 +131,47 @@ def test_scales_that_bitsandbytes_is_given_are_the_fitted_ones(key):
     assert lost(matrix) < 0.95 * lost(own)
     with torch.no_grad():
         assert torch.allclose(new(torch.eye(128)).T.double(), matrix, atol=1e-5)
+
+
+def settings_of(key):
+    if key.startswith("gptq"):
+        options = {"sym": False, "desc_act": True, "act_group_aware": False} if key.endswith("asymmetric") else {}
+        return GPTQConfig(bits=int(key[4]), group_size=32, damp_percent=0.01, **options)
+    return SETTINGS[key]()
+
+
+@pytest.mark.parametrize(
+    "key", [*marked("nf4", "llm_int8"), *(pytest.param(f"gptq{name}", marks=needs_gptq) for name in GPTQS)]
+)
+@pytest.mark.parametrize("structure", ["dense", "low_rank", "pivoted"])
+def test_what_rounding_costs_is_near_what_was_predicted_without_rounding(structure, key):
+    """Of weights, inputs and gradients that are correlated; what truncation costs is not counted."""
+    m, n, rank = 192, 256, 64
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def gram_of(size):
+        samples = normal(4 * size, size) @ (normal(size, size) / size**0.5 + torch.eye(size))
+        return samples.T @ samples / len(samples)
+
+    gram, root, weight = (
+        gram_of(n),
+        torch.linalg.cholesky(gram_of(m)),
+        normal(m, n) + 2 * normal(m, 20) @ normal(20, n),
+    )
+    encoding = encoding_of(settings_of(key))
+    format = Format(STRUCTURES.get(structure), encoding)
+    source = kfac(weight, (gram, OutputRoot(root))).truncate(rank) if format.structure.has_rank else weight
+    predicted = format.quantization_loss(source, InputGram(gram), root)
+    weights = format.structure.written(source, encoding.gauge, torch.float32)
+    _, matrices = format.quantize(weights, None, torch.float32, min(m, n), gram)
+
+    def lost(matrix):
+        error = root.T @ (matrix.double() - weight)
+        return float(((error @ gram) * error).sum())
+
+    exact = source.product() if format.structure.has_rank else source
+    measured = lost(format.structure.product(matrices)) - lost(exact)
+    assert 0.7 * measured < predicted < 1.3 * measured

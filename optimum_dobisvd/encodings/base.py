@@ -54,13 +54,26 @@ class OutputErrors:
     within: Tensor
 
 
+@dataclass(frozen=True)
+class Feedback:
+    """How error feedback goes through a linear's inputs.
+
+    Attributes:
+        damping: added to the diagonal of their Gram, as a share of its mean.
+        largest_first: whether inputs with the largest second moment are rounded first, or all as they come.
+    """
+
+    damping: float
+    largest_first: bool = True
+
+
 class InputGram:
     """`H = X X^T` (`n x n`) of a linear's inputs, and what an error of its weight comes to under it."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
-        self._roots: dict[float, Tensor] = {}
-        self._seen: tuple[Tensor, float, Tensor] | None = None  # encodings are asked about the same rows in turn
+        self._roots: dict[Feedback, tuple[Tensor, Tensor]] = {}
+        self._seen: tuple[Tensor, Feedback, Tensor] | None = None  # encodings are asked about the same rows in turn
 
     def errors(self, error: Tensor, rows: Tensor | None = None) -> OutputErrors:
         """Return what an uncorrected error (`m x n`) comes to; `rows` (`k x n`) are those of `within`."""
@@ -73,36 +86,41 @@ class InputGram:
         crossed = seen @ rows.T
         return OutputErrors(total, (torch.linalg.solve(moments, crossed.T).T * crossed).sum(1))
 
-    def errors_with_feedback(self, error: Tensor, damping: float, rows: Tensor | None = None) -> OutputErrors:
+    def errors_with_feedback(self, error: Tensor, feedback: Feedback, rows: Tensor | None = None) -> OutputErrors:
         """Return what is left of an error when the inputs after each one make up for it; see `errors`."""
-        variances = self.conditional_variances(damping)
+        variances = self.conditional_variances(feedback)
         total = error.square() @ variances
         if rows is None:
             return OutputErrors(total, torch.zeros_like(total))
-        return OutputErrors(total, error.square() @ (variances * self._shares(rows, damping)))
+        return OutputErrors(total, error.square() @ (variances * self._shares(rows, feedback)))
 
-    def conditional_variances(self, damping: float) -> Tensor:
-        """Return the variance of each input given the inputs after it, `damping` (a share of the mean) added to all.
+    def conditional_variances(self, feedback: Feedback) -> Tensor:
+        """Return the variance of each input given the inputs that are rounded after it, damping added to all.
 
         Error feedback rounds inputs in order and makes up for each error with the inputs that are left, so that of an
         error only this part remains.
         """
-        return self._root(damping).diagonal().square().flip(0)
+        order, root = self._root(feedback)
+        return root.diagonal().square()[order.argsort()]
 
-    def _shares(self, rows: Tensor, damping: float) -> Tensor:
+    def _shares(self, rows: Tensor, feedback: Feedback) -> Tensor:
         """Which share of these conditional parts of the inputs the rows see, `n` numbers."""
-        if self._seen is None or self._seen[0] is not rows or self._seen[1] != damping:
-            basis = torch.linalg.qr((rows.double().flip(1) @ self._root(damping)).T)[0]
-            self._seen = rows, damping, basis.square().sum(1).flip(0)
+        if self._seen is None or self._seen[0] is not rows or self._seen[1] != feedback:
+            order, root = self._root(feedback)
+            basis = torch.linalg.qr((rows.double()[:, order] @ root).T)[0]
+            self._seen = rows, feedback, basis.square().sum(1)[order.argsort()]
         return self._seen[2]
 
-    def _root(self, damping: float) -> Tensor:
-        """Lower root of the damped Gram with the inputs in reverse order."""
-        if damping not in self._roots:
+    def _root(self, feedback: Feedback) -> tuple[Tensor, Tensor]:
+        """The inputs, last rounded first, and the lower root of their damped Gram in that order."""
+        if feedback not in self._roots:
             damped = self.matrix.double().clone()
-            damped.diagonal().add_(damping * damped.diagonal().mean().clamp_min(1e-300))
-            self._roots[damping] = torch.linalg.cholesky(damped.flip(0, 1))
-        return self._roots[damping]
+            diagonal = damped.diagonal()
+            order = diagonal.argsort(stable=True) if feedback.largest_first else torch.arange(len(damped)).flip(0)
+            order = order.to(damped.device)
+            diagonal.add_(feedback.damping * diagonal.mean().clamp_min(1e-300))
+            self._roots[feedback] = order, torch.linalg.cholesky(damped[order][:, order])
+        return self._roots[feedback]
 
 
 class Encoding(ABC):

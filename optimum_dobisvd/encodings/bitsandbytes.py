@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from ..factorization.factors import Gauge
-from .base import Encoding, InputGram, LinearShape, OutputErrors
+from .base import Encoding, Feedback, InputGram, LinearShape, OutputErrors
 from .bitsandbytes_rounding import (
     dequantized_weight,
     hf_quantizer_of,
@@ -30,6 +30,7 @@ _LLM_INT8 = "llm_int8"
 _BNB_BLOCK = 64
 _BNB_NESTED_BLOCK = 256
 _FEEDBACK_DAMPING = 0.01
+_SCALE_FRACTIONS = (0.7, 0.775, 0.85, 0.925, 1.0)
 # QLoRA, appendix E: quantiles of a normal distribution, zero among them. And the values of a 4-bit float.
 CODES = {
     "nf4": (
@@ -160,8 +161,9 @@ class FourBit(BitsAndBytes):
     def rounding_errors(
         self, weight: Tensor, full_rank: int, gram: InputGram, rows: Tensor | None = None
     ) -> OutputErrors:
-        error = fake_quantize_to_code(weight, CODES[self.kind]) - weight
-        return gram.errors_with_feedback(error, _FEEDBACK_DAMPING, rows)
+        feedback = Feedback(_FEEDBACK_DAMPING)
+        rounded = fake_quantize_to_code(weight, CODES[self.kind], gram.conditional_variances(feedback))
+        return gram.errors_with_feedback(rounded - weight, feedback, rows)
 
     def quantize(
         self, linear: nn.Linear, full_rank: int, dtype: torch.dtype, gram: Tensor | None = None
@@ -199,15 +201,28 @@ class LLMInt8(BitsAndBytes):
         return {"weight": ([shape.out_features, shape.in_features], "I8"), "SCB": ([shape.out_features], "F32")}
 
 
-def fake_quantize_to_code(weight: Tensor, code: tuple[float, ...]) -> Tensor:
-    """Return the nearest value of a code to every weight, in units of the largest magnitude of 64 neighbors."""
+def fake_quantize_to_code(weight: Tensor, code: tuple[float, ...], felt: Tensor) -> Tensor:
+    """Return the nearest value of a code to every weight (`m x n`), in units of a scale of 64 neighbors.
+
+    The scale is the fraction of their largest magnitude that loses least, by how much each input is `felt` (`n`); see
+    `ErrorFeedback.fitted_scales`.
+    """
     values = torch.tensor(sorted(code), dtype=weight.dtype, device=weight.device)
-    flat = nn.functional.pad(weight.reshape(-1), (0, -weight.numel() % _BNB_BLOCK)).view(-1, _BNB_BLOCK)
-    scale = flat.abs().amax(-1, keepdim=True)
-    scale = torch.where(scale > 0, scale, 1)
     middles = (values[1:] + values[:-1]) / 2
-    nearest = values[torch.bucketize(flat / scale, middles)] * scale
-    return nearest.reshape(-1)[: weight.numel()].view(weight.shape)
+
+    def blocks(values: Tensor) -> Tensor:
+        return nn.functional.pad(values.reshape(-1), (0, -values.numel() % _BNB_BLOCK)).view(-1, _BNB_BLOCK)
+
+    flat, costs = blocks(weight), blocks(felt.to(weight).expand(weight.shape))
+    largest = flat.abs().amax(-1, keepdim=True)
+    found, least = torch.zeros_like(flat), torch.full_like(largest, torch.inf)
+    for fraction in _SCALE_FRACTIONS:
+        scale = torch.where(largest > 0, fraction * largest, 1)
+        nearest = values[torch.bucketize((flat / scale).contiguous(), middles)] * scale
+        lost = ((nearest - flat).square() * costs).sum(-1, keepdim=True)
+        found = torch.where(lost < least, nearest, found)
+        least = torch.minimum(lost, least)
+    return found.reshape(-1)[: weight.numel()].view(weight.shape)
 
 
 def _bnb_settings_named(name: str) -> BitsAndBytesConfig | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GPTQConfig
 
 from ..factorization.factors import Gauge
-from .base import Encoding, InputGram, LinearShape, OutputErrors
+from .base import Encoding, Feedback, InputGram, LinearShape, OutputErrors
 from .gptq_linear import (
     GPTQ_IN_MEMORY,
     GPTQTensors,
@@ -130,17 +130,24 @@ class GPTQ(Encoding):
 
     @property
     def loss_name(self) -> str:
-        return f"{self.name}-damping{self._damping:g}"
+        grid, order = "symmetric" if self._settings.sym else "asymmetric", self._feedback.largest_first
+        return f"{self.name}-{grid}-damping{self._feedback.damping:g}{'-ordered' if order else ''}"
 
     @property
-    def _damping(self) -> float:
-        return 0.1 if self.settings is None else float(self.settings.damp_percent)
+    def _settings(self) -> GPTQConfig:
+        return GPTQConfig(bits=self.bits) if self.settings is None else self.settings
+
+    @property
+    def _feedback(self) -> Feedback:
+        # gptqmodel's other order keeps groups together and puts important inputs first as far as that goes.
+        ordered = bool(self._settings.desc_act or self._settings.act_group_aware)
+        return Feedback(float(self._settings.damp_percent), ordered)
 
     def rounding_errors(
         self, weight: Tensor, full_rank: int, gram: InputGram, rows: Tensor | None = None
     ) -> OutputErrors:
-        error = fake_quantize_groups(weight, self.bits, self.group_size) - weight
-        return gram.errors_with_feedback(error, self._damping, rows)
+        rounded = fake_quantize_groups(weight, self.bits, self.group_size, symmetric=bool(self._settings.sym))
+        return gram.errors_with_feedback(rounded - weight, self._feedback, rows)
 
     def quantize(
         self, linear: nn.Linear, full_rank: int, dtype: torch.dtype, gram: Tensor | None = None
@@ -179,15 +186,24 @@ class GPTQ(Encoding):
         return quiet_gptqmodel()
 
 
-def fake_quantize_groups(weight: Tensor, bits: int, group_size: int) -> Tensor:
-    """Return the weight rounded to GPTQ's symmetric grid: `2^bits` steps between minus and plus a group's maximum."""
+def fake_quantize_groups(weight: Tensor, bits: int, group_size: int, *, symmetric: bool = True) -> Tensor:
+    """Return the weight rounded to GPTQ's grid: `2^bits` values, zero among them.
+
+    Symmetric: between minus and plus a group's largest magnitude. Otherwise between its smallest and largest value.
+    """
     rows, columns = weight.shape
     size = columns if group_size == -1 else group_size
     groups = nn.functional.pad(weight, (0, -columns % size)).view(rows, -1, size)
-    step = groups.abs().amax(-1, keepdim=True) * 2 / (2**bits - 1)
+    if symmetric:
+        highest = groups.abs().amax(-1, keepdim=True)
+        lowest = -highest
+    else:
+        lowest, highest = groups.amin(-1, keepdim=True).clamp_max(0), groups.amax(-1, keepdim=True).clamp_min(0)
+    step = (highest - lowest) / (2**bits - 1)
     step = torch.where(step > 0, step, 1)
-    half = 2 ** (bits - 1)
-    return ((groups / step).round().clamp(-half, half - 1) * step).view(rows, -1)[:, :columns]
+    zero = torch.full_like(step, 2 ** (bits - 1)) if symmetric else (-lowest / step).round()
+    integers = ((groups / step).round() + zero).clamp(0, 2**bits - 1)
+    return ((integers - zero) * step).view(rows, -1)[:, :columns]
 
 
 def _check_gptq(settings: GPTQConfig) -> None:
