@@ -17,7 +17,8 @@ from optimum_dobisvd.commands.sources import model_source
 from optimum_dobisvd.report.report import CompressionReport
 from optimum_dobisvd.structures.base import compressed_linears
 
-BESIDE = {"dobisvd_plan.json", "dobisvd_recipe.yaml", "dobisvd_report.json", "dobisvd_ranks.png", "dobisvd_errors.png"}
+PICTURES = {"dobisvd_formats.png", "dobisvd_ranks.png", "dobisvd_errors.png"}
+BESIDE = {"dobisvd_plan.json", "dobisvd_recipe.yaml", "dobisvd_report.json", *PICTURES}
 
 
 def ranks(folder: Path) -> dict[str, int]:

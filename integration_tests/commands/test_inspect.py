@@ -79,8 +79,8 @@ def test_more_arithmetic_than_dense_is_said(work: Path, capfd: Any) -> None:
 
 def test_pictures_are_drawn_where_asked(work: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     result = inspected(capfd, "small", "--pictures", "drawn")
-    assert names_in(work / "drawn") == ["dobisvd_errors.png", "dobisvd_ranks.png"]
-    assert result["pictures"] == ["drawn/dobisvd_ranks.png", "drawn/dobisvd_errors.png"]
+    assert names_in(work / "drawn") == ["dobisvd_errors.png", "dobisvd_formats.png", "dobisvd_ranks.png"]
+    assert result["pictures"] == ["drawn/dobisvd_formats.png", "drawn/dobisvd_ranks.png", "drawn/dobisvd_errors.png"]
     monkeypatch.setattr("optimum_dobisvd.report.figure.matplotlib_is_installed", lambda: False)
     assert dobisvd("inspect", "small", "--pictures", "drawn") == 1
     assert "optimum-dobisvd[plots]" in capfd.readouterr().err

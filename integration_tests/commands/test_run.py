@@ -40,7 +40,7 @@ def test_steps_run_in_order_and_json_has_them_all(work: Path, capfd: Any) -> Non
     assert [next(iter(step)) for step in result["steps"]] == ["plan", "compress", "eval", "inspect"]
     assert result["steps"][1]["compress"]["ratios"] == result["steps"][0]["plan"]["ratios"]
     assert json.loads((work / "eval.json").read_text()) == result["steps"][2]["eval"]
-    assert names_in(work / "drawn") == ["dobisvd_errors.png", "dobisvd_ranks.png"]
+    assert names_in(work / "drawn") == ["dobisvd_errors.png", "dobisvd_formats.png", "dobisvd_ranks.png"]
 
 
 def test_generate_speaks_from_a_new_process(work: Path, capfd: Any) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from integration_tests.report.made_up_reports import EXPERTS, GPT2, LLAMA, NEOX, OPT, Kind, made_up
-from optimum_dobisvd.report.pictures import errors_picture, ranks_picture
+from optimum_dobisvd.report.pictures import errors_picture, formats_picture, ranks_picture
 from optimum_dobisvd.report.report import CompressionReport
 from optimum_dobisvd.report.write import write_beside, write_pictures
 
@@ -24,7 +24,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("kinds", "layers"), CASES)
-@pytest.mark.parametrize("draw", [ranks_picture, errors_picture])
+@pytest.mark.parametrize("draw", [ranks_picture, errors_picture, formats_picture])
 def test_a_picture_is_drawn(tmp_path: Path, draw: Any, kinds: list[Kind], layers: int) -> None:
     report = made_up(kinds, layers, dense=[kinds[0][0].format(l=0)])
     path = draw(report, tmp_path / "new" / "picture.png")
@@ -65,7 +65,7 @@ def test_no_errors_no_picture_of_them(tmp_path: Path) -> None:
     report = made_up(errors=False)
     with pytest.raises(ValueError, match="holds no errors"):
         errors_picture(report, tmp_path / "errors.png")
-    assert [path.name for path in write_pictures(tmp_path, report)] == ["dobisvd_ranks.png"]
+    assert [path.name for path in write_pictures(tmp_path, report)] == ["dobisvd_formats.png", "dobisvd_ranks.png"]
 
 
 def test_a_missing_matplotlib_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def test_write_beside_writes_everything_or_all_but_the_pictures(
     modules = {module.name: PlannedModule(module.structure, module.encoding, module.rank) for module in report.modules}
     plan = Plan(modules, "m", 0.8, "a")
     texts = ["dobisvd_plan.json", "dobisvd_report.json"]
-    drawings = ["dobisvd_ranks.png", "dobisvd_errors.png"]
+    drawings = ["dobisvd_formats.png", "dobisvd_ranks.png", "dobisvd_errors.png"]
     assert [path.name for path in write_beside(tmp_path / "all", plan, report)] == texts + drawings
     assert [path.name for path in write_beside(tmp_path / "some", plan, report, pictures=False)] == texts
     monkeypatch.setattr("optimum_dobisvd.report.write.matplotlib_is_installed", lambda: False)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_MISSING = "pictures need matplotlib: pip install 'optimum-dobisvd[plots]'"
+
+
 def matplotlib_is_installed() -> bool:
     """Whether pictures can be drawn."""
     return importlib.util.find_spec("matplotlib") is not None
@@ -21,15 +24,16 @@ def matplotlib_is_installed() -> bool:
 def require_matplotlib() -> None:
     """Raise ImportError, naming the extra, if pictures cannot be drawn."""
     if not matplotlib_is_installed():
-        raise ImportError("pictures need matplotlib: pip install 'optimum-dobisvd[plots]'")
+        raise ImportError(_MISSING)
 
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure in inches. No pyplot: it keeps figures alive and may look for a display."""
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(_MISSING) from error
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..structures.format import AS_IS
 from .figure import new_figure, save_figure
 from .grid import Grid, grid_of
 from .report import CompressionReport, ModuleReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
+FORMATS_PICTURE = "dobisvd_formats.png"
 RANKS_PICTURE = "dobisvd_ranks.png"
 ERRORS_PICTURE = "dobisvd_errors.png"
 
 _ANNOTATED_LAYERS = 40  # with more, the numbers in the cells are too small to read
 _DENSE_COLOR = "#d9d9d9"
+_SHADES = {"dense": "Greys", "low_rank": "Blues", "pivoted": "Oranges"}
+"""A color map for every structure; those it does not name share one."""
 
 
 def ranks_picture(report: CompressionReport, path: str | os.PathLike[str]) -> Path:
@@ -67,6 +74,61 @@ def errors_picture(report: CompressionReport, path: str | os.PathLike[str]) -> P
     return _draw(heat_map, report, path)
 
 
+def formats_picture(report: CompressionReport, path: str | os.PathLike[str]) -> Path:
+    """A map, layers along x and types along y, of structure (the hue) and encoding (the shade), with the ranks.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    grid = grid_of(report.modules)
+    found = sorted({_format(module) for module in report.modules if not _is_left(module)})
+    colors = {format: _color(format, found) for format in found}
+    figure, axes = _new_map(grid)
+    for (kind, layer), modules in grid.cells.items():
+        x, y = grid.layers.index(layer), grid.types.index(kind)
+        most = Counter(_format(module) for module in modules).most_common(1)[0][0]
+        if all(_is_left(module) for module in modules):
+            _mark_dense(axes, x, y)
+            continue
+        axes.add_patch(_cell(x, y, facecolor=colors.get(most, _DENSE_COLOR)))
+        if len(grid.layers) <= _ANNOTATED_LAYERS and any(module.rank is not None for module in modules):
+            red, green, blue, _ = colors.get(most, (1, 1, 1, 1))
+            _write(axes, x, y, _rank_label(modules), light=0.299 * red + 0.587 * green + 0.114 * blue > 0.55)
+    axes.set_xlim(-0.5, len(grid.layers) - 0.5)
+    axes.set_ylim(len(grid.types) - 0.5, -0.5)
+    _name_axes(axes, grid)
+    _separate_cells(axes, grid)
+    axes.set_title(_title(report, "structure, encoding and rank"), loc="left", fontsize=10)
+    counts = Counter(_format(module) for module in report.modules if not _is_left(module))
+    named = {
+        f"{structure} {encoding}: {counts[structure, encoding]}": key for key in found for structure, encoding in [key]
+    }
+    handles = [_cell(0, 0, facecolor=colors[key], label=label) for label, key in named.items()]
+    left = sum(_is_left(module) for module in report.modules)
+    if left:
+        handles.append(_cell(0, 0, facecolor=_DENSE_COLOR, hatch="////", label=f"as it is: {left}"))
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
+    return save_figure(figure, path)
+
+
+def _format(module: ModuleReport) -> tuple[str, str]:
+    return module.structure, module.encoding
+
+
+def _is_left(module: ModuleReport) -> bool:
+    return _format(module) == AS_IS.key
+
+
+def _color(format: tuple[str, str], formats: list[tuple[str, str]]) -> tuple[float, float, float, float]:
+    """A shade of the structure's color, by the encoding's place among those there are."""
+    from matplotlib import colormaps
+
+    encodings = [encoding for structure, encoding in formats if structure == format[0]]
+    place = (encodings.index(format[1]) + 1) / (len(encodings) + 1)
+    red, green, blue, alpha = colormaps[_SHADES.get(format[0], "Greens")](0.25 + 0.6 * place)
+    return red, green, blue, alpha
+
+
 @dataclass(frozen=True)
 class _HeatMap:
     """A number for every type and layer.
@@ -110,9 +172,7 @@ def _error_label(value: float) -> str:
 
 def _draw(heat_map: _HeatMap, report: CompressionReport, path: str | os.PathLike[str]) -> Path:
     grid, values, labels = heat_map.grid, heat_map.values, heat_map.labels
-    cell = 0.36 if len(grid.layers) <= _ANNOTATED_LAYERS else 0.17
-    figure = new_figure(max(6.5, 2.6 + cell * len(grid.layers)), max(2.6, 1.6 + 0.36 * len(grid.types)))
-    axes = figure.add_subplot()
+    figure, axes = _new_map(grid)
     rows = [[_or_nan(values.get((kind, layer))) for layer in grid.layers] for kind in grid.types]
     low, high = _limits(values)
     image = axes.imshow(rows, aspect="auto", cmap=heat_map.colors, interpolation="nearest", vmin=low, vmax=high)
@@ -133,6 +193,13 @@ def _draw(heat_map: _HeatMap, report: CompressionReport, path: str | os.PathLike
     return save_figure(figure, path)
 
 
+def _new_map(grid: Grid[Any]) -> tuple[Figure, Axes]:
+    """A figure with room for a cell for every type and layer."""
+    cell = 0.36 if len(grid.layers) <= _ANNOTATED_LAYERS else 0.17
+    figure = new_figure(max(6.5, 2.6 + cell * len(grid.layers)), max(2.6, 1.6 + 0.36 * len(grid.types)))
+    return figure, figure.add_subplot()
+
+
 def _limits(values: dict[tuple[str, int], float | None]) -> tuple[float, float]:
     known = [value for value in values.values() if value is not None]
     if not known:
@@ -144,14 +211,21 @@ def _limits(values: dict[tuple[str, int], float | None]) -> tuple[float, float]:
 
 
 def _mark_dense(axes: Axes, x: int, y: int) -> None:
+    axes.add_patch(_cell(x, y, facecolor=_DENSE_COLOR, edgecolor="white", hatch="////"))
+
+
+def _cell(x: int, y: int, **look: Any) -> Rectangle:
     from matplotlib.patches import Rectangle
 
-    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=_DENSE_COLOR, edgecolor="white", hatch="////", lw=0))
+    return Rectangle((x - 0.5, y - 0.5), 1, 1, lw=0, **look)
 
 
 def _annotate(axes: Axes, image: Any, x: int, y: int, value: float, label: str) -> None:
     red, green, blue, _ = image.cmap(image.norm(value))
-    light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.55
+    _write(axes, x, y, label, light=0.299 * red + 0.587 * green + 0.114 * blue > 0.55)
+
+
+def _write(axes: Axes, x: int, y: int, label: str, *, light: bool) -> None:
     axes.text(x, y, label, ha="center", va="center", fontsize=6.5, color="black" if light else "white")
 
 

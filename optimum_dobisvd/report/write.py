@@ -10,7 +10,14 @@ from ..allocation.plan import Plan
 from ..learning.curve import TrainingCurve
 from .directions_picture import DIRECTIONS_PICTURE, chooses_directions, directions_picture
 from .figure import matplotlib_is_installed
-from .pictures import ERRORS_PICTURE, RANKS_PICTURE, errors_picture, ranks_picture
+from .pictures import (
+    ERRORS_PICTURE,
+    FORMATS_PICTURE,
+    RANKS_PICTURE,
+    errors_picture,
+    formats_picture,
+    ranks_picture,
+)
 from .report import CompressionReport
 from .training_pictures import (
     BEFORE_AFTER_PICTURE,
@@ -53,7 +60,10 @@ def write_pictures(
         logger.info("no pictures: matplotlib is not installed (pip install 'optimum-dobisvd[plots]')")
         return []
     folder = Path(folder)
-    written = [ranks_picture(report, folder / RANKS_PICTURE)]
+    written = [
+        formats_picture(report, folder / FORMATS_PICTURE),
+        ranks_picture(report, folder / RANKS_PICTURE),
+    ]
     if any(module.error is not None for module in report.modules):
         written.append(errors_picture(report, folder / ERRORS_PICTURE))
     if plan is not None and chooses_directions(plan):
