@@ -70,18 +70,35 @@ def _gptq(bits: int, base: str = SHIPPED, mark: str = "") -> Row:
     return Row(f"GPTQ-{bits}{suffix}", "GPTQ", "quantize_dense", {"quantization": gptq(bits)}, base, mark)
 
 
+# "SVD" are two factors; "auto" and "mixture of structures" take whichever structure loses least.
+_TWO_FACTORS = {"structure": "low_rank"}
+
+
 def _mixture(bits: int, base: str = SHIPPED) -> Row:
     suffix = "" if base == SHIPPED else f", {base}"
-    options = {"mixed": True, "ratio": _BYTES_OF_GPTQ[bits], "quantization": gptq(bits)}
+    options = {"mixed": True, "ratio": _BYTES_OF_GPTQ[bits], "quantization": gptq(bits), **_TWO_FACTORS}
     return Row(f"mixture, bytes of GPTQ-{bits}{suffix}", "mixture", "compress", options, base)
 
 
+def _mixture_of_structures(bits: int) -> Row:
+    options = {"mixed": True, "ratio": _BYTES_OF_GPTQ[bits], "quantization": gptq(bits)}
+    return Row(f"mixture of structures, bytes of GPTQ-{bits}", "mixture", "compress", options)
+
+
+def _auto(ratio: float) -> Row:
+    return Row(f"auto {ratio:g}", "SVD", "compress", {"ratio": ratio})
+
+
+def _auto_in_8_bits(ratio: float) -> Row:
+    return Row(f"auto {ratio:g} int8", "SVD, 8 bits", "compress", {"quantization": "int8", "ratio": ratio})
+
+
 def _svd(ratio: float) -> Row:
-    return Row(f"SVD {ratio:g}", "SVD", "compress", {"ratio": ratio})
+    return Row(f"SVD {ratio:g}", "SVD", "compress", {"ratio": ratio, **_TWO_FACTORS})
 
 
 def _svd_in_8_bits(ratio: float, quantization: str, mark: str = "") -> Row:
-    options = {"quantization": quantization, "ratio": ratio}
+    options = {"quantization": quantization, "ratio": ratio, **_TWO_FACTORS}
     return Row(f"SVD {ratio:g} {quantization}", "SVD, 8 bits", "compress", options, mark=mark)
 
 
@@ -101,11 +118,15 @@ ROWS: tuple[Row, ...] = (
     _gptq(2),
     _svd(0.8),
     _svd(0.6),
+    _auto(0.8),
+    _auto(0.6),
     _svd_in_8_bits(0.6, "remap"),
     _svd_in_8_bits(0.4, "remap"),
     _svd_in_8_bits(0.505, "int8", mark="every matrix dense"),
     _svd_in_8_bits(0.4, "int8"),
     _svd_in_8_bits(0.3, "int8"),
+    _auto_in_8_bits(0.4),
+    _auto_in_8_bits(0.3),
     _svd_quantized(0.8, "GPTQ-4", gptq(4)),
     _svd_quantized(0.8, "GPTQ-3", gptq(3)),
     _svd_quantized(0.8, "GPTQ-2", gptq(2)),
@@ -113,6 +134,9 @@ ROWS: tuple[Row, ...] = (
     _mixture(4),
     _mixture(3),
     _mixture(2),
+    _mixture_of_structures(4),
+    _mixture_of_structures(3),
+    _mixture_of_structures(2),
     Row(f"dense bf16, {OFF_GRID}", "dense", "dense", base=OFF_GRID),
     Row(f"BnB nf4, {OFF_GRID}", "bitsandbytes", "bnb", _NF4, base=OFF_GRID),
     _gptq(4, OFF_GRID),

@@ -163,7 +163,11 @@ def _pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]
 
 
 def _short(row: Row) -> str:
-    return row.name.replace(f", {OFF_GRID}", " (off grid)").replace("mixture, bytes of ", "mix ~")
+    return (
+        row.name.replace(f", {OFF_GRID}", " (off grid)")
+        .replace("mixture, bytes of ", "mix ~")
+        .replace("mixture of structures, bytes of ", "mix+ ~")
+    )
 
 
 def _figure(results: Results, row: Row, healed: bool, key: Sequence[str]) -> float | None:
