@@ -37,7 +37,13 @@ ROWS = {
     "svd_llm_v2": {"method": "svd_llm_v2"},
     "kfac, uniform": {"method": "global", "allocation": "uniform"},
     "global": {"method": "global"},
+    "global, two factors": {"method": "global", "structure": "low_rank"},
     "dobi, fixed basis": {"method": "global", "allocation": "dobi_fixed_basis"},
+    "dobi, fixed basis, two factors": {
+        "method": "global",
+        "allocation": "dobi_fixed_basis",
+        "structure": "low_rank",
+    },
     "dobi without remapping, untrained": {
         "method": "dobi_no_remap",
         "allocation": "uniform",
