@@ -83,17 +83,17 @@ def stage_table(report: CompressionReport) -> Table:
 def kind_table(report: CompressionReport) -> Table:
     """One line per type of matrix."""
     grid = grid_of(report.modules)
-    headings = ("type", "matrices", "not factorized", "shape", "ranks", "bytes", "kept", "mean error", "worst error")
+    headings = ("type", "matrices", "become", "shape", "ranks", "bytes", "kept", "mean error", "worst error")
     table = plain_table("by type of matrix", headings)
     for kind in grid.types:
         found = grid.of_type(kind)
         ranks = [module.rank for module in found if module.rank is not None]
-        dense = Counter(module.encoding for module in found if module.rank is None)
+        formats = Counter(_format_text(module) for module in found)
         errors = [module.error for module in found if module.error is not None and not module.leaves_as_is]
         table.add_row(
             kind,
             str(len(found)),
-            ", ".join(f"{count}" if name == "float" else f"{count} {name}" for name, count in dense.items()),
+            ", ".join(f"{count} {name}" for name, count in formats.most_common()),
             _joined(f"{module.out_features}×{module.in_features}" for module in found),
             _range_text(ranks),
             bytes_text(sum(module.bytes for module in found)),
@@ -102,6 +102,13 @@ def kind_table(report: CompressionReport) -> Table:
             f"{max(errors):.2%}" if errors else "",
         )
     return table
+
+
+def _format_text(module: ModuleReport) -> str:
+    """Structure and encoding, where these are not the model's own."""
+    if module.leaves_as_is:
+        return "as is"
+    return module.structure if module.encoding == "float" else f"{module.structure} {module.encoding}"
 
 
 def module_table(report: CompressionReport) -> Table:
