@@ -19,13 +19,13 @@ from integration_tests.allocation.budget_cases import (
     request,
     smollm2_targets,
 )
-from optimum_dobisvd.allocation.budget import byte_budget, open_budget, proportional_shares, spend
+from optimum_dobisvd.allocation.budget import BudgetRequest, byte_budget, open_budget, proportional_shares, spend
 from optimum_dobisvd.allocation.plan import Plan, PlannedModule
 from optimum_dobisvd.allocation.registry import ALLOCATIONS
 from optimum_dobisvd.allocation.uniform import uniform
 from optimum_dobisvd.model.patterns import Override
 from optimum_dobisvd.model.target import Target
-from optimum_dobisvd.structures.format import Format
+from optimum_dobisvd.structures.format import Format, format_named
 
 both_allocators = pytest.mark.parametrize("allocation", ["uniform", "svd_llm_v2"])
 all_allocators = pytest.mark.parametrize("allocation", ["uniform", "svd_llm_v2", "global"])
@@ -237,3 +237,24 @@ def test_a_size_is_spent_as_a_ratio_of_the_same_bytes_is() -> None:
     targets = smollm2_targets()
     budget = open_budget(targets, request(0.6))
     assert open_budget(targets, request(None, size=byte_budget(targets, 0.6))) == budget
+
+
+@pytest.mark.parametrize(
+    ("override", "structure", "rank"),
+    [
+        (Override(rank=20), "pivoted", 20),  # the smaller of the two at that rank
+        (Override(rank=58), "pivoted", 58),  # two factors would be as large as the matrix
+        (Override(rank=2), "low_rank", 2),  # the permutation takes more bytes than the gauge
+        (Override(ratio=0.75), "pivoted", 31),  # the one with more ranks in those bytes
+        (Override(dense=True), "dense", None),
+    ],
+)
+def test_an_override_takes_the_structure_that_makes_most_of_it(
+    override: Override, structure: str, rank: int | None
+) -> None:
+    target = Target("a.q_proj", 64, 64, 2)
+    formats = [format_named(name, "float") for name in ("low_rank", "pivoted")]
+    asked = BudgetRequest(formats[0], 0.9, alternatives=(formats[1],), overrides={"a.q_proj": override})
+    budget = open_budget([target, Target("a.k_proj", 64, 64, 2)], asked)
+    fixed = budget.fixed["a.q_proj"]
+    assert (fixed.structure, fixed.rank) == (structure, rank)
