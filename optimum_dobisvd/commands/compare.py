@@ -56,7 +56,9 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     if options["picture"] is not None:
         require_matplotlib()
     text = text_of(options["dataset"], "test")
-    models = [_measure(_dense_source(options), "dense", text, options)]
+    dense, dtype = _dense_source(options)
+    as_compressed = dtype is not None and options["dtype"] == "auto"
+    models = [_measure(dense, "dense", text, {**options, "dtype": dtype} if as_compressed else options)]
     models += [_measure(model_source(out), out, text, options) for out in options["outs"]]
     _print(models, console)
     console.print(recommendation(models))
@@ -89,19 +91,20 @@ SPEC = CommandSpec(
 )
 
 
-def _dense_source(options: dict[str, Any]) -> ModelSource:
+def _dense_source(options: dict[str, Any]) -> tuple[ModelSource, str | None]:
+    """Return the dense model, and the dtype that it was compressed in, if that is known."""
     from pathlib import Path
 
     from .saved_recipe import RECIPE_NAME, compress_options
     from .sources import model_source
 
     if options["dense"] is not None:
-        return model_source(options["dense"])
+        return model_source(options["dense"]), None
     first = options["outs"][0]
     made_with = compress_options(Path(first))
     if made_with is None or "model" not in made_with:
         raise ValueError(f"{first} has no {RECIPE_NAME} that names the dense model: pass --dense")
-    return model_source(made_with["model"], made_with.get("gguf_file"))
+    return model_source(made_with["model"], made_with.get("gguf_file")), made_with.get("dtype")
 
 
 def _measure(source: ModelSource, name: str, text: str, options: dict[str, Any]) -> Compared:
@@ -126,7 +129,8 @@ def _measure(source: ModelSource, name: str, text: str, options: dict[str, Any])
         written = prompt + continuation(model, tokenizer, prompt, options["max_new_tokens"])
     seconds = None
     if name != "dense" and (Path(name) / REPORT_NAME).is_file():
-        seconds = sum(CompressionReport.load(name).seconds.values())
+        stages = CompressionReport.load(name).seconds
+        seconds = stages.get("total", sum(stages.values()))
     return Compared(name, checkpoint_bytes(model), found, seconds, written)
 
 

@@ -144,6 +144,7 @@ class Encoding(ABC):
         uses_text: whether it rounds better with the Gram of the linear's inputs; such linears are quantized
             sequentially, each on the inputs that the quantized ones before it give.
         needs_text: whether it cannot round without.
+        quantizes_in_threads: whether several linears can be quantized at once.
         trainable: whether its weights can be trained.
         adapter_refusal: why PEFT can put no adapter on its linears, in words; None if it can.
         merges_adapters: whether PEFT merges adapters into them.
@@ -165,6 +166,7 @@ class Encoding(ABC):
     own_tokenizer: Any = None
     one_input_at_a_time: bool = False
     uses_text: bool = False
+    quantizes_in_threads: ClassVar[bool] = False
     needs_text: ClassVar[bool] = False
     trainable: ClassVar[bool] = False
     adapter_refusal: ClassVar[str | None] = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..calibration.runner import BlockRunner
 from ..encodings.base import Encoding
 from ..encodings.registry import encoding_named
-from ..factorization.parallel import one_thread_if_small
+from ..factorization.parallel import in_threads, one_thread_if_small, workers_for
 from ..statistics.collect import InputCollector
 from ..statistics.store import full_gram
 from ..structures.base import CompressedLinear, compressed_linears, restore_tensors
@@ -87,6 +88,16 @@ def quantize_sequentially(
         ValueError: naming the linear that saw no token, or that could not be rounded.
     """
 
+    sizes = [min(module.out_features, module.in_features) for module in waiting.values()]
+    in_threads_too = all(encodings[module.encoding].quantizes_in_threads for module in waiting.values())
+    device = next(iter(waiting.values())).weight.device
+    workers = workers_for(max(sizes), device) if in_threads_too else 1
+
+    def quantize_linear(
+        here: Mapping[str, CompressedLinear], grams: Mapping[str, Tensor], input_of: Mapping[str, str], name: str
+    ) -> None:
+        _quantize_one(name, here[name], encodings[here[name].encoding], grams[input_of[name]])
+
     def change(block: str, _module: nn.Module, replay: Callable[[InputCollector], None]) -> None:
         here = {name: module for name, module in waiting.items() if f"{name}.".startswith(f"{block}.")}
         while here:
@@ -94,9 +105,10 @@ def quantize_sequentially(
             # In the order in which the block calls them: the first group's inputs are those of the quantized model.
             groups = list(dict.fromkeys(input_of.values()))
             ready = groups[:1] if one_input_at_a_time else groups
-            for name in [name for name in here if input_of[name] in ready]:
-                module = here.pop(name)
-                _quantize_one(name, module, encodings[module.encoding], grams[input_of[name]])
+            names = [name for name in here if input_of[name] in ready]
+            for _ in in_threads(partial(quantize_linear, here, grams, input_of), names, workers):
+                pass
+            here = {name: module for name, module in here.items() if name not in names}
 
     runner.run_sequentially(change, "quantizing")
 

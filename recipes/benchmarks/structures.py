@@ -31,9 +31,10 @@ from optimum_dobisvd.structures.format import Format, format_named
 STRUCTURES = ("low_rank", "pivoted")
 
 
-def rank_at(format: Format, m: int, n: int, keep: float) -> int:
+def rank_at(format: Format, m: int, n: int, keep: float, multiple: int = 1) -> int:
     """Return the largest rank with at most that share of the matrix's numbers."""
-    return max(rank for rank in range(1, min(m, n)) if format.macs(m, n, rank) <= keep * m * n or rank == 1)
+    ranks = range(multiple, min(m, n), multiple)
+    return max(rank for rank in ranks if format.macs(m, n, rank) <= keep * m * n or rank == multiple)
 
 
 def relative_error(format: Format, factors: Factors, dtype: torch.dtype, gram: Tensor, *, refit: bool) -> float:
@@ -82,12 +83,12 @@ def errors(args: argparse.Namespace) -> None:
 
 
 def layer(format: Format, m: int, n: int, keep: float, device: str, dtype: torch.dtype) -> nn.Module:
-    """Return a layer of random weights with that share of the numbers."""
+    """Return a layer of random weights with that share of the numbers, its rank a multiple of 16."""
     plain = nn.Linear(n, m, bias=False, device="meta", dtype=dtype)
     if format.leaves_as_is:
         new: Any = plain.to_empty(device=device)
     else:
-        new = format.empty(plain, rank_at(format, m, n, keep)).to_empty(device=device)
+        new = format.empty(plain, rank_at(format, m, n, keep, 16)).to_empty(device=device)
     for weight in new.parameters():
         nn.init.normal_(weight, std=n**-0.5)
     if format.structure.structure == "pivoted":
