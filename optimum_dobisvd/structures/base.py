@@ -6,6 +6,7 @@ A structure is the class of the module that takes a linear's place. Bundled with
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -118,12 +119,15 @@ class CompressedLinear(nn.Module, ABC):
         return weights[linear]
 
     @classmethod
-    @abstractmethod
     def input_gram(cls, linear: str, gram: Tensor, before: Mapping[str, Tensor]) -> Tensor:
-        """Return `H` of the inputs of the linear of that name.
+        """Return `H` of the inputs of the linear of that name, where each one reads what the one before it gives.
 
         `gram` is `H` (`n x n`) of the whole matrix's inputs; `before` has what the linears before it compute with.
         """
+        for name in itertools.takewhile(lambda name: name != linear, cls.linears(1, 1, 1)):
+            matrix = before[name].to(gram)
+            gram = matrix @ gram @ matrix.T
+        return gram
 
     @classmethod
     @abstractmethod

@@ -34,10 +34,6 @@ class DenseLinear(CompressedLinear):
         return {"linear": source.product() if isinstance(source, Factors) else source}
 
     @classmethod
-    def input_gram(cls, linear: str, gram: Tensor, before: Mapping[str, Tensor]) -> Tensor:
-        return gram
-
-    @classmethod
     def quantization_loss(cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor) -> QuantizationLoss:
         felt = root.square().sum(1)
         return lambda rounding_errors: float(felt @ rounding_errors(weights["linear"], gram, None).total)

@@ -35,13 +35,6 @@ class LowRankLinear(CompressedLinear):
         return {"first": factors.first, "second": factors.second}
 
     @classmethod
-    def input_gram(cls, linear: str, gram: Tensor, before: Mapping[str, Tensor]) -> Tensor:
-        if linear == "first":
-            return gram
-        first = before["first"].to(gram)
-        return first @ gram @ first.T
-
-    @classmethod
     def quantization_loss(cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor) -> QuantizationLoss:
         first, second = weights["first"], weights["second"]
         inner = InputGram(cls.input_gram("second", gram.matrix, weights))

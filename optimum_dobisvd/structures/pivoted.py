@@ -82,13 +82,6 @@ class PivotedLinear(CompressedLinear):
         return weight + weight.double() @ moved
 
     @classmethod
-    def input_gram(cls, linear: str, gram: Tensor, before: Mapping[str, Tensor]) -> Tensor:
-        if linear == "first":
-            return gram
-        first = before["first"].to(gram)
-        return first @ gram @ first.T
-
-    @classmethod
     def quantization_loss(cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor) -> QuantizationLoss:
         """See `CompressedLinear`: the loss after the refit, which attenuates `C` to `C S (S + N)^-1`.
 
