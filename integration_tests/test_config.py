@@ -178,7 +178,7 @@ def test_a_quantization_is_a_format_and_a_mixture_several(settings, structures, 
     [
         (
             {"structure": "pivotal"},
-            "unknown structure 'pivotal'; did you mean 'pivoted'. known: auto, dense, low_rank",
+            "unknown structure 'pivotal'; known: pivoted, dense, low_rank, auto",
         ),
         (
             {"structure": "auto", "method": "svd_llm_v2"},

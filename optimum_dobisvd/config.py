@@ -18,7 +18,7 @@ from .encodings.base import QUANT_METHOD, Encoding
 from .encodings.registry import encoding_named, encoding_of
 from .methods import Method, method_named
 from .structures.format import Format, format_named
-from .structures.registry import AUTO, structures_for
+from .structures.registry import AUTO, STRUCTURE_SETTINGS
 
 if TYPE_CHECKING:
     from .allocation.plan import Plan
@@ -164,7 +164,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
                 f"{method.allocation!r} with the scores of {method.metric!r} does not: name one, such as 'low_rank'"
             )
         if not self.formats:
-            conflict = Format(structures_for(method.structure)[0], self.encoding).conflict
+            conflict = Format(STRUCTURE_SETTINGS.get(method.structure)[0], self.encoding).conflict
             raise ValueError(f"{conflict}: take structure 'low_rank', or another quantization")
         if self.gradient_nsamples is not None:
             _check_integer("gradient_nsamples", self.gradient_nsamples, at_least=1)
@@ -196,7 +196,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
     @property
     def formats(self) -> tuple[Format, ...]:
         """The format of factors, and others that the allocation may choose for a matrix."""
-        encoding, structures = self.encoding, structures_for(self.resolved_method().structure)
+        encoding, structures = self.encoding, STRUCTURE_SETTINGS.get(self.resolved_method().structure)
         names = dict.fromkeys([encoding.name, *((*encoding.alternatives, "int8", "float") if self.mixed else ())])
         encodings = [encoding_named(name, encoding.settings) for name in names]
         made = [Format(structure, each) for each in encodings for structure in structures]

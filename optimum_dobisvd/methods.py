@@ -9,7 +9,7 @@ from .allocation.registry import ALLOCATIONS, Allocation
 from .encodings.registry import encoding_named
 from .factorization.registry import FACTORIZATIONS, Factorization
 from .registry import Registry
-from .structures.registry import AUTO, structures_for
+from .structures.registry import AUTO, STRUCTURE_SETTINGS
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Method:
     def __post_init__(self) -> None:
         # To look a name up is to check it.
         _ = self.importance, self.factorizer, self.allocator
-        structures_for(self.structure)
+        STRUCTURE_SETTINGS.get(self.structure)
         encoding_named(self.encoding)
 
     @property

@@ -32,6 +32,10 @@ def test_sizes_perplexities_and_words_of_two_checkpoints_beside_the_dense_model(
 def test_what_cannot_be_compared_is_said_before_any_model_is_loaded(work: Path, capsys) -> None:
     assert dobisvd("compare", "dense", "--dataset", "held-out.txt") == 1
     assert "dense has no dobisvd_recipe.yaml that names the dense model: pass --dense" in capsys.readouterr().err
+    assert dobisvd("compare", "small", "./missing", "--dataset", "held-out.txt") == 1
+    said = capsys.readouterr()
+    assert "missing" in said.err
+    assert "perplexity" not in said.err, "no model was evaluated before"
     assert dobisvd("compare", "small", "--dataset", "held-out.txt", "--windows", "0") == 2
     assert "--windows must be at least 1, got 0" in capsys.readouterr().err
 

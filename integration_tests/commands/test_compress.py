@@ -158,7 +158,7 @@ def test_texts_inside_a_package_and_globs_are_read_without_importing(
         (["--eval-dataset", "missing.txt"], 1, "missing.txt"),
         (["--plan", "missing.json"], 1, "missing.json"),
         (["--override", 'q_porj:{"dense": true}'], 1, "near names: 'q_proj'"),
-        (["--structure", "low_rnk"], 1, "unknown structure 'low_rnk'; did you mean 'low_rank'? known: auto, dense"),
+        (["--structure", "low_rnk"], 1, "unknown structure 'low_rnk'; known: low_rank, dense"),
         (["--method", "svd", "--mixed"], 1, "take method='global'"),
     ],
 )

@@ -6,6 +6,7 @@ import torch
 from integration_tests.pipeline.tiny_model_compression import compress, done, logits, refused, relative
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd import METHODS
+from optimum_dobisvd.structures.pivoted import PivotedLinear
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
@@ -53,3 +54,19 @@ def test_an_error_half_way_leaves_the_model_dense() -> None:
     model.model.layers[2].input_layernorm.weight.data.zero_()
     for method in ("svd_llm_v2", "dobi_ipca"):
         refused(model, r"model\.layers\.2\.self_attn\.q_proj: .*zero", method=method, allocation="uniform")
+
+
+def test_a_compression_refits_pivoted_rows_on_its_calibration_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that lost the Gram on the way would work as well, and be less exact."""
+
+    def errors() -> dict[str, float]:
+        quantizer = compress(tiny("llama"), structure="pivoted", quantization="int8", ratio=0.2, rank_multiple=1)
+        _, report = done(quantizer)
+        return {m.name: m.error for m in report.modules if m.structure == "pivoted" and m.error is not None}
+
+    refitted = errors()
+    assert refitted
+    monkeypatch.setattr(PivotedLinear, "refitted", classmethod(lambda cls, linear, weights, *_: weights[linear]))
+    left = errors()
+    assert left.keys() == refitted.keys()
+    assert sum(refitted.values()) < sum(left.values())

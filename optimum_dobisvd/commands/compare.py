@@ -45,21 +45,27 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
 
     Raises:
         ImportError: a picture without matplotlib.
-        OSError, ValueError: a model or text that cannot be used. The text is read before any model.
+        OSError, ValueError: a model or text that cannot be used. Text and tokenizers are read before any model.
     """
     from dataclasses import asdict
 
     from ..report.comparison import comparison_picture, recommendation, recommended
     from ..report.figure import require_matplotlib
+    from .load_dense import load_tokenizer
     from .sources import model_source, text_of
 
     if options["picture"] is not None:
         require_matplotlib()
     text = text_of(options["dataset"], "test")
     dense, dtype = _dense_source(options)
-    as_compressed = dtype is not None and options["dtype"] == "auto"
-    models = [_measure(dense, "dense", text, {**options, "dtype": dtype} if as_compressed else options)]
-    models += [_measure(model_source(out), out, text, options) for out in options["outs"]]
+    sources = {"dense": dense, **{out: model_source(out) for out in options["outs"]}}
+    trust = options["trust_remote_code"]
+    tokenizers = {name: load_tokenizer(source, trust_remote_code=trust) for name, source in sources.items()}
+    models = []
+    for name, source in sources.items():
+        as_compressed = name == "dense" and dtype is not None and options["dtype"] == "auto"
+        asked = {**options, "dtype": dtype} if as_compressed else options
+        models.append(_measure(source, tokenizers[name], name, text, asked))
     _print(models, console)
     console.print(recommendation(models))
     if options["picture"] is not None:
@@ -107,7 +113,7 @@ def _dense_source(options: dict[str, Any]) -> tuple[ModelSource, str | None]:
     return model_source(made_with["model"], made_with.get("gguf_file")), made_with.get("dtype")
 
 
-def _measure(source: ModelSource, name: str, text: str, options: dict[str, Any]) -> Compared:
+def _measure(source: ModelSource, tokenizer: Any, name: str, text: str, options: dict[str, Any]) -> Compared:
     """Measure one model; it is gone from memory afterwards."""
     from pathlib import Path
 
@@ -116,10 +122,9 @@ def _measure(source: ModelSource, name: str, text: str, options: dict[str, Any])
     from ..report.comparison import Compared
     from ..report.report import REPORT_NAME, CompressionReport
     from .generate import continuation
-    from .load_dense import load_dense, load_tokenizer
+    from .load_dense import load_dense
 
     trust = options["trust_remote_code"]
-    tokenizer = load_tokenizer(source, trust_remote_code=trust)
     model = load_dense(source, dtype=options["dtype"], device_map=options["device"], trust_remote_code=trust)
     found = perplexity(
         model, tokenizer, text, seqlen=options["seqlen"], windows=options["windows"], progress=f"{name}, perplexity"

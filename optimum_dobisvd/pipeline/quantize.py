@@ -87,7 +87,6 @@ def quantize_sequentially(
     Raises:
         ValueError: naming the linear that saw no token, or that could not be rounded.
     """
-
     sizes = [min(module.out_features, module.in_features) for module in waiting.values()]
     in_threads_too = all(encodings[module.encoding].quantizes_in_threads for module in waiting.values())
     device = next(iter(waiting.values())).weight.device

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 from ..registry import Registry
 from .base import CompressedLinear
 from .dense import DenseLinear
@@ -17,13 +15,9 @@ for _structure in (DenseLinear, LowRankLinear, PivotedLinear):
 AUTO = "auto"
 """What lets every matrix take whichever structure loses least at its bytes."""
 
-
-def structures_for(name: str) -> tuple[type[CompressedLinear], ...]:
-    """Return the structures that a setting allows; of `auto`, all that have a rank. ValueError lists the names."""
-    if name == AUTO:
-        return tuple(each for known in STRUCTURES if (each := STRUCTURES.get(known)).has_rank)
-    if name not in STRUCTURES:
-        near = difflib.get_close_matches(str(name), [AUTO, *STRUCTURES], n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown structure {name!r}; {hint}known: {', '.join([AUTO, *STRUCTURES])}")
-    return (STRUCTURES.get(name),)
+STRUCTURE_SETTINGS: Registry[tuple[type[CompressedLinear], ...]] = Registry("structure")
+"""The structures that a setting allows."""
+for _name in STRUCTURES:
+    STRUCTURE_SETTINGS.register(_name, (STRUCTURES.get(_name),))
+_with_rank = tuple(each for each in map(STRUCTURES.get, STRUCTURES) if each.has_rank)
+STRUCTURE_SETTINGS.register(AUTO, _with_rank)
