@@ -14,7 +14,7 @@ from ..calibration.visitor import LinearsVisitor
 from ..model.linears import weight_matrix
 from ..model.offloaded import dense_bias
 from .collect import token_rows
-from .packing import pack
+from .packing import add_to_upper_triangle, pack
 
 SCALARS = ("energy", "joint_energy", "first_order", "second_order")
 
@@ -57,7 +57,7 @@ class _Sums:
         """Add a batch: `x` is `tokens x n`, `y` and `gradient` are `tokens x m`."""
         x, y, gradient = (each if each.dtype == torch.float64 else each.float() for each in (x, y, gradient))
         self.tokens += len(gradient)
-        self.gram += gradient.T @ gradient
+        add_to_upper_triangle(self.gram, gradient, gradient)
         energy, scaled = gradient.square().sum(1), (gradient * y).sum(1)
         found = [energy.sum(), (energy * x.square().sum(1)).sum(), scaled.sum(), scaled.square().sum()]
         self.scalars += torch.stack(found).double().cpu()
