@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from ..model.compute import WIDENED_FOR_SPEED, has_bf16_products
+from ..model.states import evaluating as evaluating
+from ..model.states import replaced_forward as replaced_forward
 
 
 def is_dispatched(module: nn.Module) -> bool:
@@ -66,34 +68,6 @@ def in_float32(module: nn.Module, without: Iterable[nn.Module] = ()) -> Iterator
         WIDENED_FOR_SPEED.reset(widened)
         for tensor, value in zip(held, values, strict=True):
             tensor.data = value
-
-
-@contextlib.contextmanager
-def replaced_forward(forwards: dict[nn.Module, Any]) -> Iterator[None]:
-    """Replace the `forward` of module instances, as Accelerate's hooks do, and restore it afterwards."""
-    previous = {module: module.__dict__.get("forward") for module in forwards}
-    for module, forward in forwards.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module, old in previous.items():
-            if old is None:
-                del module.__dict__["forward"]
-            else:
-                module.forward = old
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and restore each module's own; modules added meanwhile get the model's."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in model.modules():
-            module.training = modes.get(module, modes[model])
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..encodings.base import Encoding
 from ..encodings.registry import encoding_named, encoding_of
-from ..model.linears import is_dense_linear, weight_matrix
+from ..model.linears import is_linear, weight_matrix
 from ..structures.base import CompressedLinear, compressed_linears, to_dense
 from ..structures.format import Format
 from ..structures.registry import STRUCTURES
@@ -116,7 +116,7 @@ class CompressedLoader(HfQuantizer):
         names = module_names_in(model, list(modules))
         for listed, name in names.items():
             dense = model.get_submodule(name)
-            if not is_dense_linear(dense):
+            if not is_linear(dense):  # subclasses that compute the same are compressed, too
                 raise ValueError(
                     f"config.json lists {listed} as compressed, and in {type(model).__name__} it is a "
                     f"{type(dense).__name__}: the checkpoint belongs to another architecture"

@@ -35,7 +35,7 @@ def report_from_files(folder: Path, *, trust_remote_code: bool = False) -> Compr
     modules = config.modules or {}
     shapes, stored_bytes = _headers(folder)
     meta_model = load_meta_model(ModelSource(folder.name, str(folder), None), trust_remote_code=trust_remote_code)
-    layout = find_layout(meta_model, config.modules_to_not_convert, min_coverage=0.0)
+    layout = find_layout(meta_model, config.modules_to_not_convert, nontext=config.nontext_modules)
     left = {target.name: module_report(target, PlannedModule(*AS_IS.key), None) for target in layout.targets}
     compressed = {}
     for name, entry in modules.items():

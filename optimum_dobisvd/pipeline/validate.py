@@ -77,7 +77,7 @@ def check_model(model: Any, config: DobiSVDConfig) -> Layout:
             "next-token loss: load it as a causal language model, or choose a method that reads no gradients "
             "(svd_llm_v2)"
         )
-    layout = find_layout(model, config.modules_to_not_convert, config.min_coverage)
+    layout = find_layout(model, config.modules_to_not_convert, config.min_coverage, nontext=config.nontext_modules)
     resolve_overrides(config.overrides, list(layout.linears))
     check_weights(model, config, layout)
     if layout.left_dense:
