@@ -20,10 +20,10 @@ IMAGE_TOKEN = 5
 _TEXT = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
-    "intermediate_size": 48,
+    "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 4,
     "head_dim": 8,
     "max_position_embeddings": 128,
     "tie_word_embeddings": False,
@@ -38,8 +38,8 @@ _SEQ2SEQ = {
     "decoder_layers": 2,
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
     "vocab_size": VOCAB_SIZE,
     **_ENDS,
 }
@@ -56,7 +56,7 @@ _CONFIGS: dict[str, tuple[Any, str, dict[str, Any]]] = {
             "vocab_size": VOCAB_SIZE,
             "d_model": 32,
             "d_kv": 8,
-            "d_ff": 48,
+            "d_ff": 64,
             "num_layers": 2,
             "num_heads": 4,
             "pad_token_id": 1,
@@ -138,7 +138,7 @@ def tiny_architecture(name: str, *, seed: int = 0, **overrides: Any) -> PreTrain
 
 
 def image_text_batches(name: str, count: int, length: int = 12, *, seed: int = 0) -> list[dict[str, Tensor]]:
-    """What a processor gives for texts with an image each: a batch of one row for each, four of its tokens the image."""
+    """What a processor gives for texts with an image each: a batch of one row for each, four tokens the image."""
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(count):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .loss import NextTokenLoss, logits_of
+from .loss import NextTokenLoss
 from .runner import BlockRunner, check_finite
 from .temporarily import frozen, in_float32, on_device, replaced_forward, weights_device
 from .visitor import BlockVisitor
@@ -95,7 +95,7 @@ class BackwardRunner(BlockRunner):
                 for window, keep, states in zip(ids.split(1), mask.split(1), hidden.split(1), strict=True):
                     leaf = (states.detach().float() if widens else states.detach()).requires_grad_(True)
                     with torch.enable_grad(), replaced_forward(self._skipping_blocks(leaf)):
-                        loss(logits_of(self._model, window, keep), window, keep).backward()
+                        loss.of(self._model, window, keep).backward()
                     windows.append(_gradient_of(leaf).to("cpu", hidden.dtype))
                     progress.update()
                 gradients.append(torch.cat(windows))
@@ -141,7 +141,7 @@ class BackwardRunner(BlockRunner):
                 for ids, mask in tqdm(self._batches, desc=description, unit="batch"):
                     visitor.start_batch(mask)
                     with torch.enable_grad():
-                        loss(logits_of(self._model, ids, mask), ids, mask).backward()
+                        loss.of(self._model, ids, mask).backward()
             loss.check_seen()
 
 

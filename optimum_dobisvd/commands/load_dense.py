@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint.auto_classes import auto_class_of
 from .sources import ModelSource
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -17,7 +18,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def load_dense(
     source: ModelSource, *, dtype: str = "auto", device_map: Any = None, trust_remote_code: bool = False
 ) -> Any:
-    """The dense causal language model, in evaluation mode, its weights in a floating-point dtype.
+    """The dense model, in evaluation mode, its weights in a floating-point dtype.
 
     A GGUF file is unpacked, and the marks of its quantization taken off: transformers would refuse to save the model.
 
@@ -27,16 +28,18 @@ def load_dense(
         device_map: as in `from_pretrained`.
         trust_remote_code: whether code beside the checkpoint may be run.
     """
-    from transformers import AutoModelForCausalLM
-
     with _named(source):
-        model = AutoModelForCausalLM.from_pretrained(
-            source.location,
-            dtype=_dtype(dtype),
-            device_map=device_map,
-            trust_remote_code=trust_remote_code,
-            **_gguf_arguments(source),
-        ).eval()
+        model = (
+            auto_class_of(_config(source, trust_remote_code))
+            .from_pretrained(
+                source.location,
+                dtype=_dtype(dtype),
+                device_map=device_map,
+                trust_remote_code=trust_remote_code,
+                **_gguf_arguments(source),
+            )
+            .eval()
+        )
     if source.gguf_file is not None:
         _forget_gguf(model)
     # What reports call it. The location may be a cache folder of this machine, which means nothing elsewhere.
@@ -55,18 +58,22 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
 
 def load_meta_model(source: ModelSource, *, dtype: str = "auto", trust_remote_code: bool = False) -> nn.Module:
     """The same model on the meta device, built from its config alone: shapes and dtypes, no memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    gguf = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     with _named(source):
-        config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **gguf)
+        config = _config(source, trust_remote_code)
     wanted = _dtype(dtype)
     if wanted == "auto":
         wanted = getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+        model = auto_class_of(config).from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
     model.name_or_path = source.typed
     return model.eval()
+
+
+def _config(source: ModelSource, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    gguf = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+    return AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **gguf)
 
 
 @contextlib.contextmanager

@@ -41,6 +41,7 @@ class CompressOnLoadQuantizer(DobiSVDHfQuantizer):
         # transformers builds models under torch.device("meta"), and calibration text is real.
         with torch.device("cpu"):
             if not self.pre_quantized:
+                _is_dense_yet(model)
                 self._quantizer = DobiSVDQuantizer(self._config)
                 self._job = self._quantizer.prepare(model)
             elif self.is_to_be_converted:
@@ -51,8 +52,18 @@ class CompressOnLoadQuantizer(DobiSVDHfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
+            _is_dense_yet(model)
             # On an error the model is never handed out, so nothing has to be kept for a way back.
             return self._quantizer.run(model, self._job, undo_on_error=False)
         converts = self.is_to_be_converted
         model = super()._process_model_after_weight_loading(model, **kwargs)
         return convert(model, self._config.quantization, windows=self._windows) if converts else model
+
+
+def _is_dense_yet(model: Any) -> None:
+    """Take off the mark of a quantized model, which transformers has put on already: some code goes by it.
+
+    (Jamba calls a linear whose weight it reads in the dense model.)
+    """
+    for module in model.modules():
+        vars(getattr(module, "config", model.config)).pop("_is_quantized", None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..allocation.plan import PlannedModule
-from ..calibration.loss import NextTokenLoss, logits_of
+from ..calibration.loss import NextTokenLoss
 from ..calibration.temporarily import evaluating, frozen, without_cache
 from ..factorization.factors import Decomposition
 from ..model.linears import as_matrix, weight_matrix
@@ -123,7 +123,7 @@ class FixedBasis:
         loss = NextTokenLoss()
         with torch.no_grad():
             for ids, mask in batches:
-                loss(logits_of(self.model, ids, mask), ids, mask)
+                loss.of(self.model, ids, mask)
         loss.check_seen()
         return loss.total / loss.tokens
 
@@ -175,7 +175,7 @@ def backward_loss(model: Any, ids: Tensor, mask: Tensor) -> NextTokenLoss:
     loss = NextTokenLoss()
     with torch.enable_grad():
         for window, keep in zip(ids.split(1), mask.split(1), strict=True):
-            found = loss(logits_of(model, window, keep), window, keep)
+            found = loss.of(model, window, keep)
             if found.requires_grad:
                 found.backward()
     loss.check_seen()

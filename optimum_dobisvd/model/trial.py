@@ -45,16 +45,26 @@ class Trial:
         return min(self.calls[each] for each in module.modules() if each in self.calls)
 
 
+def model_inputs(model: nn.Module) -> str:
+    """Return the name of what a model cannot do without."""
+    return str(getattr(model, "main_input_name", "input_ids"))
+
+
 def takes_text(model: nn.Module) -> bool:
     """Return whether token ids alone are what the model takes."""
-    return getattr(model, "main_input_name", "input_ids") == "input_ids"
+    return model_inputs(model) == "input_ids"
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Return whether one part of the model reads, and another one writes."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def text_window(model: nn.Module) -> dict[str, Tensor]:
     """Return the inputs of a tiny window of text."""
     ids = torch.zeros(1, _TOKENS, dtype=torch.int64)
     inputs = {"input_ids": ids}
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         inputs["decoder_input_ids"] = ids
     return inputs
 

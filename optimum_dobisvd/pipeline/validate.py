@@ -8,17 +8,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..allocation.budget import Budget, BudgetRequest, open_budget
 from ..allocation.plan import Plan
-from ..calibration.dataset import CalibrationWindows, load_windows
+from ..calibration.dataset import CalibrationWindows
 from ..calibration.loss import require_labels
+from ..calibration.model_inputs import SampleIds, inputs_of
+from ..calibration.processor_batches import draw_windows, first_processor_batch
 from ..config import DobiSVDConfig
 from ..encodings.base import Encoding
 from ..model.layout import Layout, find_layout
 from ..model.linears import require_finite
 from ..model.patterns import resolve_overrides
+from ..model.trial import model_inputs, takes_text
 from ..structures.base import is_compressed
 from .job import Job
 
@@ -77,12 +81,45 @@ def check_model(model: Any, config: DobiSVDConfig) -> Layout:
             "next-token loss: load it as a causal language model, or choose a method that reads no gradients "
             "(svd_llm_v2)"
         )
-    layout = find_layout(model, config.modules_to_not_convert, config.min_coverage, nontext=config.nontext_modules)
+    layout = find_layout(
+        model,
+        config.modules_to_not_convert,
+        config.min_coverage,
+        batch=check_inputs(model, config),
+        nontext=config.nontext_modules,
+    )
     resolve_overrides(config.overrides, list(layout.linears))
     check_weights(model, config, layout)
     if layout.left_dense:
         logger.info("left dense: %s", layout.describe_left_dense())
     return layout
+
+
+def check_inputs(model: Any, config: DobiSVDConfig) -> Mapping[str, Any] | None:
+    """Return a row of a processor's batch if the dataset has some, and ValueError if the model takes no other data."""
+    batch = first_processor_batch(config.dataset)
+    reads = config.dataset is not None or config.resolved_method().needs_data
+    if batch is not None and config.plan is None and config.resolved_method().learns:
+        raise ValueError(
+            f"method {config.method!r} learns ranks on text alone, and the calibration dataset is batches of a "
+            "processor: take method 'global', which learns nothing, or calibrate on text"
+        )
+    if batch is not None:
+        return dict(inputs_of(model, SampleIds.of(batch), torch.ones(1, 1, dtype=torch.bool)))
+    how = (
+        f"pass dataset= as a list of batches of its processor (mappings of tensors, {model_inputs(model)} among them)"
+    )
+    if reads and not takes_text(model):
+        raise ValueError(
+            f"{type(model).__name__} cannot be calibrated on text: it takes {model_inputs(model)}; {how}, or take "
+            "method 'svd', which reads no data"
+        )
+    if reads and config.nontext_modules:
+        raise ValueError(
+            f"nontext_modules compresses what text does not pass through, and the calibration dataset is text: {how}, "
+            "or leave nontext_modules out"
+        )
+    return None
 
 
 def check_weights(model: Any, config: DobiSVDConfig, layout: Layout) -> None:
@@ -238,14 +275,14 @@ def quantization_windows(
     if text is None:
         raise ValueError(f"{encoding.name} needs calibration text: {_HOW_TO_GIVE_TEXT}")
     try:
-        return load_windows(text, encoding.own_tokenizer or tokenizer, **config.draw)
+        return draw_windows(text, encoding.own_tokenizer or tokenizer, **config.draw)
     except (ValueError, OSError) as error:
         raise ValueError(f"{encoding.name} needs calibration text: {error}; {_HOW_TO_GIVE_TEXT}") from error
 
 
 def _load_windows(config: DobiSVDConfig, tokenizer: Any, held_out: int) -> CalibrationWindows | None:
     if config.dataset is not None:
-        return load_windows(config.dataset, tokenizer, held_out=held_out, **config.draw)
+        return draw_windows(config.dataset, tokenizer, held_out=held_out, **config.draw)
     needs_data = config.resolved_method().needs_data
     if needs_data or (config.encoding.needs_text and config.encoding.own_text is None):
         reader = f"method {config.method!r}" if needs_data else config.encoding.name
