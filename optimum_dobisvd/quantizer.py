@@ -16,7 +16,9 @@ from .checkpoint.hf_quantizer import attach
 from .config import DobiSVDConfig
 from .learning.curve import TrainingCurve
 from .learning.learn import learn_ranks
+from .model.experts import linearize, settle
 from .model.footprint import checkpoint_bytes, macs_per_token, resident_bytes
+from .model.layout import find_layout
 from .pipeline.allocate import allocate, measure_losses, predicted_increase
 from .pipeline.collect import block_runner, collect
 from .pipeline.factorize import Replacement, factorize
@@ -90,12 +92,20 @@ class DobiSVDQuantizer:
     def run(self, model: Any, job: Job, undo_on_error: bool = True) -> Any:
         """Do a job that `prepare` made for this model, which may have been on meta then. As `quantize_model`."""
         with torch.inference_mode(False), torch.no_grad():  # parameters made in inference mode could never be trained
-            check_weights(model, job.config, job.layout)
-            if job.config.encoding.settings is not None:
-                refuse_offloaded(job.layout.linears)
-            if job.held_out is not None:
-                refuse_offloaded(job.layout.linears, LEARNING)
-            return self._compress(model, job, undo_on_error)
+            experts = linearize(model)
+            try:
+                if experts:  # their linears are others than those that were checked
+                    job = replace(job, layout=find_layout(model, job.config.modules_to_not_convert))
+                check_weights(model, job.config, job.layout)
+                if job.config.encoding.settings is not None:
+                    refuse_offloaded(job.layout.linears)
+                if job.held_out is not None:
+                    refuse_offloaded(job.layout.linears, LEARNING)
+                for module in experts.values():
+                    module.release()
+                return self._compress(model, job, undo_on_error)
+            finally:
+                settle(model)
 
     def _compress(self, model: Any, job: Job, undo_on_error: bool) -> Any:
         stages, config, layout, before = Stages(), job.config, job.layout, _footprint(model, "dense")

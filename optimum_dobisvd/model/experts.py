@@ -72,6 +72,12 @@ class LinearizedExperts(nn.Module):
         """The module that keeps the experts stacked."""
         return self._hidden[0]
 
+    @property
+    def stacked_names(self) -> list[str]:
+        """The names of the stacked parameters."""
+        pairs = ((stack.parameter, stack.bias) for stack in self.layout.stacks)
+        return [name for pair in pairs for name in pair if name is not None]
+
     def _cut(self, expert: int) -> Iterator[tuple[str, nn.Linear]]:
         """One expert's linears by name, views of the stacked weights."""
         for stack in self.layout.stacks:
@@ -91,13 +97,15 @@ class LinearizedExperts(nn.Module):
         found = self._modules[str(expert)]
         return found if self.layout.call == "sorted" else getattr(found, name)
 
+    def names(self) -> Iterator[tuple[int, str]]:
+        """Yield the number of an expert and the name of a linear for all there are."""
+        yield from ((expert, name) for expert in range(self.num_experts) for name in self.layout.linears)
+
     def release(self) -> None:
         """Let go of the stacked weights; the linears hold them from now on, and may change."""
-        for stack in self.layout.stacks:
-            for name in (stack.parameter, stack.bias):
-                parameter = None if name is None else self.stacked._parameters[name]
-                if parameter is not None:
-                    parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        for name in self.stacked_names:
+            parameter = self.stacked._parameters[name]
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         self._released = True
 
     @torch.no_grad()
@@ -222,6 +230,22 @@ def linearize(model: nn.Module) -> dict[str, LinearizedExperts]:
 def linearized_experts(model: nn.Module) -> dict[str, LinearizedExperts]:
     """Return the modules that `linearize` has made, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LinearizedExperts)}
+
+
+def settle(model: nn.Module) -> None:
+    """Leave the experts as a checkpoint has them: stacked if all are plain linears, and otherwise linears all of them.
+
+    Plain ones get memory of their own then, so that what was compressed is not kept by the views on its neighbors.
+    """
+    experts = linearized_experts(model)
+    linears = [each.linear(expert, name) for each in experts.values() for expert, name in each.names()]
+    if all(type(linear) is nn.Linear for linear in linears):
+        fuse(model)
+        return
+    for linear in linears:
+        if type(linear) is nn.Linear:
+            for tensor in linear.parameters():
+                tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
 
 def fuse(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .experts import router_names
 from .footprint import checkpoint_bytes, tensor_bytes
 from .linears import is_dense_linear, weight_matrix
 from .patterns import select
@@ -47,9 +48,9 @@ class Layout:
 
     @property
     def coverage(self) -> float:
-        """Share of the blocks' weight matrices that are targets; what the user excluded is not counted either way."""
+        """Share of the blocks' weight matrices that are targets; what is left dense on purpose counts neither way."""
         taken = sum(weight_matrix(module).numel() for module in self.linears.values())
-        missed = sum(left.parameters for left in self.left_dense if left.reason != EXCLUDED)
+        missed = sum(left.parameters for left in self.left_dense if left.reason not in (EXCLUDED, ROUTER))
         return taken / (taken + missed) if taken + missed else 0.0
 
     def describe_left_dense(self) -> str:
@@ -61,6 +62,7 @@ class Layout:
 
 
 EXCLUDED = "excluded by modules_to_not_convert"
+ROUTER = "in routers, which choose among experts and stay as they are"
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -92,12 +94,14 @@ def find_layout(model: nn.Module, modules_to_not_convert: Iterable[str] = (), mi
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     eligible: dict[str, nn.Module] = {}
     left: list[LeftDense] = []
+    routers = router_names(model)
     for block_name, block in blocks.items():
         for name, module in block.named_modules(prefix=block_name):
-            if is_dense_linear(module) and owners[id(module.weight)] <= 1:
+            if name not in routers and is_dense_linear(module) and owners[id(module.weight)] <= 1:
                 eligible[name] = module
                 continue
             reason = "shared with another module" if is_dense_linear(module) else f"in {type(module).__name__}"
+            reason = ROUTER if name in routers else reason
             for parameter in module.parameters(recurse=False):
                 if parameter.dim() >= 2 and parameter.numel() > 0:
                     left.append(LeftDense(name, parameter.numel(), reason))

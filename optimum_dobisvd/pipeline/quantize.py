@@ -16,6 +16,7 @@ from ..encodings.base import Encoding
 from ..encodings.registry import encoding_named
 from ..factorization.parallel import in_threads, one_thread_if_small, workers_for
 from ..statistics.collect import InputCollector
+from ..statistics.pooling import pool_name
 from ..statistics.store import full_gram
 from ..structures.base import CompressedLinear, compressed_linears, restore_tensors
 from ..structures.format import Format
@@ -101,10 +102,10 @@ def quantize_sequentially(
         here = {name: module for name, module in waiting.items() if f"{name}.".startswith(f"{block}.")}
         while here:
             grams, input_of = _input_grams(here, replay)
-            # In the order in which the block calls them: the first group's inputs are those of the quantized model.
-            groups = list(dict.fromkeys(input_of.values()))
-            ready = groups[:1] if one_input_at_a_time else groups
-            names = [name for name in here if input_of[name] in ready]
+            # In the order in which the block calls them: the first group's inputs are those of the quantized model, and
+            # so are those of the other experts.
+            first = pool_name(block, next(iter(input_of.values())))
+            names = [name for name in here if not one_input_at_a_time or pool_name(block, input_of[name]) == first]
             for _ in in_threads(partial(quantize_linear, here, grams, input_of), names, workers):
                 pass
             here = {name: module for name, module in here.items() if name not in names}

@@ -16,6 +16,7 @@ from ..calibration.dataset import CalibrationWindows, load_windows
 from ..calibration.loss import require_labels
 from ..config import DobiSVDConfig
 from ..encodings.base import Encoding
+from ..model.experts import fuse, linearize
 from ..model.layout import Layout, find_layout
 from ..model.linears import require_finite
 from ..model.patterns import resolve_overrides
@@ -30,12 +31,21 @@ def prepare(
 ) -> Job:
     """Check all that can be refused before weights are read, and draw the calibration windows.
 
-    The dense model may be on meta. Windows that were drawn before have those to hold out among them.
+    The dense model may be on meta; it is left as it is. Windows that were drawn before have those to hold out among
+    them.
 
     Raises:
         ImportError: a library that the quantization needs is missing; names the extra.
         ValueError: a model, dataset, plan or setting that cannot work.
     """
+    linearize(model)
+    try:
+        return _prepared(model, config, tokenizer, windows)
+    finally:
+        fuse(model)
+
+
+def _prepared(model: Any, config: DobiSVDConfig, tokenizer: Any, windows: CalibrationWindows | None) -> Job:
     layout = check_model(model, config)
     check_encoding(config.encoding, layout, config.min_coverage)
     plan = given_plan(config, layout)
@@ -57,7 +67,7 @@ def prepare(
 
 
 def check_model(model: Any, config: DobiSVDConfig) -> Layout:
-    """Check everything about a dense model that can be refused before calibration; returns its layout.
+    """Check everything about a dense model, its experts linearized, that can be refused; returns its layout.
 
     Raises:
         ValueError: already compressed; no eligible linear; coverage; patterns or overrides that match nothing; NaN or
