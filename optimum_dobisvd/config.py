@@ -105,7 +105,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
     modules_to_not_convert: list[str] = field(default_factory=list)
     rank_multiple: int | None = None
     min_rank: int = 1
-    min_coverage: float = 0.5
+    min_coverage: float = 0.9
     device: str | None = None
     modules: dict[str, dict[str, Any]] | None = None
     format_version: int = FORMAT_VERSION

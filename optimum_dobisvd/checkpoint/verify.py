@@ -147,7 +147,9 @@ def _problem_with_scale(scale: Tensor) -> str | None:
 def applicable(conversions: list, model: Any) -> list:
     """Return transformers' weight conversions but those that would stack the weights of linearized experts on load."""
     # Private, as are the patterns of conversions: there is no other way to have the experts of one model as linears.
-    stacked = [f"{name}.{parameter}" for name, each in linearized_experts(model).items() for parameter in each.stacked_names]
+    stacked = [
+        f"{name}.{parameter}" for name, each in linearized_experts(model).items() for parameter in each.stacked_names
+    ]
     targets = [
         (entry, "|".join(entry.target_patterns).replace(r"\1", ".*"))
         for entry in conversions
@@ -160,7 +162,9 @@ def applicable(conversions: list, model: Any) -> list:
 def all_conversions(model: Any) -> list:
     """Return the conversions that a model was loaded with, and those that were left out for its experts."""
     used = list(getattr(model, "_weight_conversions", None) or [])
-    known = [each for each in get_model_conversion_mapping(model, add_legacy=False) if isinstance(each, WeightConverter)]
+    known = [
+        each for each in get_model_conversion_mapping(model, add_legacy=False) if isinstance(each, WeightConverter)
+    ]
     return [*used, *known]
 
 

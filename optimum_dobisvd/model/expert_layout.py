@@ -46,9 +46,9 @@ class Stack:
         matrix = stacked[expert]
         return self._cut(matrix.T if self.transposed else matrix)
 
-    def biases(self, stacked: Tensor | None, expert: int) -> list[Tensor | None]:
-        """Return the biases of one expert's linears, views of the stacked ones; None where there are none."""
-        return [None for _ in self.linears] if stacked is None else list(self._cut(stacked[expert]))
+    def biases(self, stacked: Tensor, expert: int) -> list[Tensor]:
+        """Return the biases of one expert's linears, views of the stacked ones."""
+        return self._cut(stacked[expert])
 
     def _cut(self, outputs: Tensor) -> list[Tensor]:
         count = len(self.linears)
@@ -129,13 +129,19 @@ def _candidate_stacks(stacked: dict[str, nn.Parameter], biases: dict[str, str]) 
     """Ways to cut two parameters (gate and up in one, or no gate) or three into the linears of an expert."""
     for names in itertools.permutations(stacked):
         for flags in sorted(itertools.product((False, True), repeat=len(names)), key=lambda flags: len(set(flags))):
-            shapes = [stacked[name].shape[:0:-1] if flag else stacked[name].shape[1:] for name, flag in zip(names, flags)]
+            shapes = [
+                stacked[name].shape[:0:-1] if flag else stacked[name].shape[1:]
+                for name, flag in zip(names, flags, strict=True)
+            ]
             (*_, (outputs, inner)), (_, inputs) = shapes, shapes[0]
             if outputs != inputs or any(shape[1] != inputs for shape in shapes[:-1]) or len(names) not in (2, 3):
                 continue
             last = Stack(names[-1], biases.get(names[-1]), (names[-1],), flags[-1])
             if all(shape[0] == inner for shape in shapes[:-1]):
-                firsts = [Stack(name, biases.get(name), (name,), flag) for name, flag in zip(names[:-1], flags)]
+                firsts = [
+                    Stack(name, biases.get(name), (name,), flag)
+                    for name, flag in zip(names[:-1], flags[:-1], strict=True)
+                ]
                 yield (*firsts, last)
             elif len(names) == 2 and shapes[0][0] == 2 * inner:
                 for interleaved in (False, True):
@@ -144,7 +150,7 @@ def _candidate_stacks(stacked: dict[str, nn.Parameter], biases: dict[str, str]) 
 
 
 def _gatings(module: nn.Module, width: int) -> Iterator[tuple[Gating, str]]:
-    """Ways to get from the outputs of an expert's first linears, of which there are `width`, to its last one's input."""
+    """Ways to get from the outputs of an expert's first linears, of which there are `width`, to its last input."""
     if width == 2 and hasattr(module, "_apply_gate"):
         yield "own", ""
     for name in _ACTIVATIONS:

@@ -84,7 +84,7 @@ class LinearizedExperts(nn.Module):
             parameter = self.stacked._parameters[stack.parameter]
             bias = None if stack.bias is None else self.stacked._parameters[stack.bias]
             weights = stack.weights(parameter.detach(), expert)
-            biases = stack.biases(None if bias is None else bias.detach(), expert)
+            biases = [None for _ in weights] if bias is None else stack.biases(bias.detach(), expert)
             for name, weight, values in zip(stack.linears, weights, biases, strict=True):
                 linear = nn.Linear(weight.shape[1], weight.shape[0], bias=values is not None, device="meta")
                 linear.weight = nn.Parameter(weight, requires_grad=parameter.requires_grad)
@@ -137,14 +137,15 @@ class LinearizedExperts(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         given = dict(zip(self.layout.arguments, args, strict=False)) | kwargs
-        compute = {"routed": self._routed, "batched": self._batched, "sorted": self._sorted}[self.layout.call]
-        return compute(*(given[name] for name in self.layout.arguments))
+        values: list[Any] = [given[name] for name in self.layout.arguments]
+        if self.layout.call == "routed":
+            return self._routed(*values)
+        return self._batched(*values) if self.layout.call == "batched" else self._sorted(*values)
 
     def _routed(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Return the weighted sum of the experts chosen for each token.
 
-        `hidden` is `... x inputs` of `T` tokens, `index` and `weights` are `T x k`. An index that no expert has chooses
-        none.
+        `hidden` is `... x inputs` of `T` tokens, `index` and `weights` are `T x k`. An index without expert is none.
         """
         rows = hidden.reshape(-1, hidden.shape[-1])
         found = torch.zeros_like(rows)
@@ -173,7 +174,9 @@ class LinearizedExperts(nn.Module):
         for expert, batch in enumerate(batches):
             tokens = torch.arange(len(batch), device=batch.device)
             tokens = tokens if batch.is_meta else tokens[(batch != 0).any(-1)]
-            out = self._through(expert, batch[tokens], RoutedRows(tokens, len(batch))) if len(tokens) else batch[tokens]
+            out = (
+                self._through(expert, batch[tokens], RoutedRows(tokens, len(batch))) if len(tokens) else batch[tokens]
+            )
             found.append(torch.zeros_like(batch).index_add(0, tokens, out.to(batch.dtype)))
         return torch.cat(found)
 
@@ -187,7 +190,9 @@ class LinearizedExperts(nn.Module):
         with _routing(rows):
             pieces = [self.linear(expert, name)(x) for stack in layout.stacks[:-1] for name in stack.linears]
             if layout.gating == "own":
-                together = torch.stack(pieces, -1).flatten(-2) if layout.stacks[0].interleaved else torch.cat(pieces, -1)
+                together = (
+                    torch.stack(pieces, -1).flatten(-2) if layout.stacks[0].interleaved else torch.cat(pieces, -1)
+                )
                 inner = stacked._apply_gate(together)
             else:
                 inner = getattr(stacked, layout.activation)(pieces[0])
@@ -283,19 +288,23 @@ def _computes_alike(stacked: nn.Module, layout: ExpertLayout) -> bool:
 
 
 def _random_arguments(experts: LinearizedExperts) -> tuple[Any, ...]:
-    """Tokens for a call of experts, which not all of them get."""
+    """Tokens for a call of experts, which not all of them get. In float32: models are built in other dtypes, too."""
     layout, count, tokens = experts.layout, experts.num_experts, 8
     generator = torch.Generator().manual_seed(2)
     width = experts.linear(0, layout.linears[0]).in_features
+
+    def random(rows: int, columns: int) -> Tensor:
+        return torch.rand(rows, columns, generator=generator, dtype=torch.float32) - 0.5
+
     if layout.call == "sorted":
         sizes = [expert % 3 for expert in range(count)]
-        return torch.randn(sum(sizes), width, generator=generator), sizes
-    chosen = torch.rand(tokens, count, generator=generator).argsort(-1)[:, : min(2, count)]
-    hidden = torch.randn(tokens, width, generator=generator)
+        return random(sum(sizes), width), sizes
+    chosen = random(tokens, count).argsort(-1)[:, : min(2, count)]
+    hidden = random(tokens, width)
     if layout.call == "batched":
-        kept = torch.zeros(tokens, count).scatter(1, chosen, 1.0)
+        kept = torch.zeros(tokens, count, dtype=torch.float32).scatter(1, chosen, 1.0)
         return ((kept.T[..., None] * hidden).reshape(-1, width),)
-    return hidden, chosen, torch.rand(chosen.shape, generator=generator) + 0.5
+    return hidden, chosen, random(*chosen.shape) + 1
 
 
 def router_names(model: nn.Module) -> set[str]:

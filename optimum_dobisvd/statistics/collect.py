@@ -45,6 +45,12 @@ class BlockStatistics:
         """Linears that were given too few tokens, and have the statistics of their pool."""
         return [name for name, key in self.input_key.items() if key not in self.input_key]
 
+    @property
+    def routed(self) -> set[str]:
+        """Keys of inputs that are not of all the block's tokens, but of those that a router sends there."""
+        most = max((each.tokens for key, each in self.inputs.items() if key in self.input_key), default=0)
+        return {key for key, each in self.inputs.items() if key not in self.input_key or each.tokens < most}
+
 
 class _Accumulator:
     """Sums in float64 over batches; each batch's product is formed in float32 (float64 for float64 models)."""
