@@ -108,7 +108,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
     nontext_modules: bool = False
     rank_multiple: int | None = None
     min_rank: int = 1
-    min_coverage: float = 0.5
+    min_coverage: float = 0.9
     device: str | None = None
     modules: dict[str, dict[str, Any]] | None = None
     format_version: int = FORMAT_VERSION

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .blocks import Stack, find_stacks, holds_linears, stacks_beside_embeddings
+from .experts import router_names
 from .footprint import checkpoint_bytes, tensor_bytes
 from .linears import is_linear, weight_matrix
 from .patterns import select
@@ -22,7 +23,7 @@ NO_TEXT = "in parts that text does not pass through (nontext_modules=True compre
 READ = "read by the model's code, not called"
 SHARED = "shared with another module"
 OUTSIDE = "outside the repeated blocks"
-_BY_SETTING = (EXCLUDED, NO_TEXT)
+ROUTER = "in routers, which choose among experts and stay as they are"
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,14 @@ class Layout:
     def coverage(self) -> float:
         """Share of the linears' weights, embeddings and output head left out, that are targets.
 
-        Matrices in the blocks that are no linears count with them; what the user excluded counts neither way.
+        Matrices in the blocks that are no linears count with them; what is left dense on purpose counts neither way.
         """
-        return self._share_without(EXCLUDED)
+        return self._share_without(EXCLUDED, ROUTER)
 
     @property
     def possible_coverage(self) -> float:
         """The same where nothing counts that settings leave out: what `min_coverage` is held against."""
-        return self._share_without(*_BY_SETTING)
+        return self._share_without(EXCLUDED, ROUTER, NO_TEXT)
 
     def _share_without(self, *reasons: str) -> float:
         taken = sum(target.out_features * target.in_features for target in self.targets)
@@ -205,10 +206,13 @@ def _sorted_modules(model: nn.Module, passed: _Passed) -> Iterator[tuple[str, nn
     # Parameters that go by more than one name, in two modules or in one that stands in two places.
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     inside: set[nn.Module] = set()
+    routers = router_names(model)
     for block_name, block in passed.blocks.items():
         for name, module in block.named_modules(prefix=block_name):
             inside.add(module)
-            if not computes_like_linear(module):
+            if name in routers:
+                yield name, module, ROUTER
+            elif not computes_like_linear(module):
                 if not isinstance(module, nn.Embedding):
                     yield name, module, f"in {type(module).__name__}"
             elif owners[id(module.weight)] > 1:

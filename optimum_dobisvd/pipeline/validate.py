@@ -19,6 +19,7 @@ from ..calibration.model_inputs import SampleIds, inputs_of
 from ..calibration.processor_batches import draw_windows, first_processor_batch
 from ..config import DobiSVDConfig
 from ..encodings.base import Encoding
+from ..model.experts import fuse, linearize
 from ..model.layout import Layout, find_layout
 from ..model.linears import require_finite
 from ..model.patterns import resolve_overrides
@@ -34,12 +35,21 @@ def prepare(
 ) -> Job:
     """Check all that can be refused before weights are read, and draw the calibration windows.
 
-    The dense model may be on meta. Windows that were drawn before have those to hold out among them.
+    The dense model may be on meta; it is left as it is. Windows that were drawn before have those to hold out among
+    them.
 
     Raises:
         ImportError: a library that the quantization needs is missing; names the extra.
         ValueError: a model, dataset, plan or setting that cannot work.
     """
+    linearize(model)
+    try:
+        return _prepared(model, config, tokenizer, windows)
+    finally:
+        fuse(model)
+
+
+def _prepared(model: Any, config: DobiSVDConfig, tokenizer: Any, windows: CalibrationWindows | None) -> Job:
     layout = check_model(model, config)
     check_encoding(config.encoding, layout, config.min_coverage)
     plan = given_plan(config, layout)
@@ -61,7 +71,7 @@ def prepare(
 
 
 def check_model(model: Any, config: DobiSVDConfig) -> Layout:
-    """Check everything about a dense model that can be refused before calibration; returns its layout.
+    """Check everything about a dense model, its experts linearized, that can be refused; returns its layout.
 
     Raises:
         ValueError: already compressed; no eligible linear; coverage; patterns or overrides that match nothing; NaN or
@@ -81,18 +91,23 @@ def check_model(model: Any, config: DobiSVDConfig) -> Layout:
             "next-token loss: load it as a causal language model, or choose a method that reads no gradients "
             "(svd_llm_v2)"
         )
-    layout = find_layout(
+    layout = layout_of(model, config)
+    resolve_overrides(config.overrides, list(layout.linears))
+    check_weights(model, config, layout)
+    if layout.left_dense:
+        logger.info("left dense: %s", layout.describe_left_dense())
+    return layout
+
+
+def layout_of(model: Any, config: DobiSVDConfig) -> Layout:
+    """Return the layout that a config asks for. ValueError as `find_layout` and `check_inputs`."""
+    return find_layout(
         model,
         config.modules_to_not_convert,
         config.min_coverage,
         batch=check_inputs(model, config),
         nontext=config.nontext_modules,
     )
-    resolve_overrides(config.overrides, list(layout.linears))
-    check_weights(model, config, layout)
-    if layout.left_dense:
-        logger.info("left dense: %s", layout.describe_left_dense())
-    return layout
 
 
 def check_inputs(model: Any, config: DobiSVDConfig) -> Mapping[str, Any] | None:

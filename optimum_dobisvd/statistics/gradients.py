@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..calibration.visitor import LinearsVisitor
+from ..model.experts import ROUTED_ROWS
 from ..model.linears import weight_matrix
 from ..model.offloaded import dense_bias
 from .collect import token_rows
 from .packing import pack
+from .pooling import borrowers, pools
 
 SCALARS = ("energy", "joint_energy", "first_order", "second_order")
 
@@ -62,6 +64,19 @@ class _Sums:
         found = [energy.sum(), (energy * x.square().sum(1)).sum(), scaled.sum(), scaled.square().sum()]
         self.scalars += torch.stack(found).double().cpu()
 
+    def merge(self, other: _Sums) -> None:
+        """Add what another one has summed."""
+        self.tokens += other.tokens
+        self.gram += other.gram.to(self.gram.device)
+        self.scalars += other.scalars
+
+    def scaled_to(self, tokens: int) -> _Sums:
+        """Return what the same sums would be over another number of tokens of the same kind."""
+        scaled = _Sums(len(self.gram), self.gram.device)
+        scaled.tokens = tokens
+        scaled.gram, scaled.scalars = self.gram * (tokens / self.tokens), self.scalars * (tokens / self.tokens)
+        return scaled
+
     def result(self, name: str) -> GradientStatistics:
         """Return the statistics. ValueError, naming the linear, if a value is not finite or all are zero."""
         if not bool(torch.isfinite(self.scalars).all() and torch.isfinite(self.gram.diagonal()).all()):
@@ -95,14 +110,33 @@ class GradientCollector(LinearsVisitor):
             return
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
         y = output.detach() if bias is None else output.detach() - bias.to(output)
-        mask = self._mask
+        mask, routed = self._mask, ROUTED_ROWS.get()
         if linear not in self._sums:
             self._sums[linear] = _Sums(weight_matrix(module).shape[0], output.device)
         sums = self._sums[linear]
         output.register_hook(
-            lambda gradient: sums.add(*(token_rows(linear, each, mask) for each in (x, y, gradient.detach())))
+            lambda gradient: sums.add(*(token_rows(linear, each, mask, routed) for each in (x, y, gradient.detach())))
         )
 
     def _result(self, block: str) -> dict[str, GradientStatistics]:
         unseen = _Sums(1, torch.device("cpu"))
-        return {linear: self._sums.pop(linear, unseen).result(linear) for linear in self._linears_of(block)}
+        linears = self._linears_of(block)
+        sums: dict[str, _Sums] = {name: self._sums.pop(name, unseen) for name in linears}
+        sums |= self._borrowed(block, sums)
+        return {linear: sums[linear].result(linear) for linear in linears}
+
+    def _borrowed(self, block: str, sums: dict[str, _Sums]) -> dict[str, _Sums]:
+        """Sums of linears that saw too few tokens: their pool's mean, for the tokens they saw, or for one."""
+        sizes = {name: weight_matrix(module).shape[0] for name, module in self._linears_of(block).items()}
+        tokens = {name: each.tokens for name, each in sums.items()}
+        found: dict[str, _Sums] = {}
+        for members in pools(block, sizes).values():
+            borrowing = borrowers(members, tokens, sizes[members[0]], self._tokens[block])
+            if not borrowing:
+                continue
+            pool = _Sums(sizes[members[0]], next(sums[name].gram.device for name in members if tokens[name]))
+            for name in members:
+                if tokens[name]:
+                    pool.merge(sums[name])
+            found |= {name: pool.scaled_to(max(tokens[name], 1)) for name in borrowing}
+        return found
