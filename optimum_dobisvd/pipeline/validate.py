@@ -14,6 +14,7 @@ from ..allocation.budget import Budget, BudgetRequest, open_budget
 from ..allocation.plan import Plan
 from ..calibration.dataset import CalibrationWindows, load_windows
 from ..calibration.loss import require_labels
+from ..calibration.tokenizer import TokenizerSource
 from ..config import DobiSVDConfig
 from ..encodings.base import Encoding
 from ..model.layout import Layout, find_layout
@@ -40,7 +41,8 @@ def prepare(
     check_encoding(config.encoding, layout, config.min_coverage)
     plan = given_plan(config, layout)
     job = Job(config, layout, None if plan is not None else budget_of(config, layout), plan)
-    named = tokenizer or config.tokenizer or getattr(model, "name_or_path", None) or None
+    named = next((each for each in (tokenizer, config.tokenizer) if each is not None), None)
+    named = TokenizerSource.of(model) if named is None else named
     learns = plan is None and job.method.learns
     if windows is None:
         windows = _load_windows(config, named, config.rank_training.held_out if learns else 0)
