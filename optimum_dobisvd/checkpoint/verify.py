@@ -168,6 +168,16 @@ def all_conversions(model: Any) -> list:
     return [*used, *known]
 
 
+def renaming_of(model: Any) -> Callable[[str], str]:
+    """Return what tells the name in the model of a tensor in its files."""
+    # Private, all of it, but only transformers knows how this architecture's keys are renamed on load.
+    conversions = applicable(get_model_conversion_mapping(model), model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    present = model.state_dict()
+    return lambda key: rename_source_key(key, renamings, converters, model.base_model_prefix, present)[0]
+
+
 def _headers_by_model_name(
     model: Any,
     files: list[str],
@@ -179,17 +189,13 @@ def _headers_by_model_name(
     Those in `read` are read, too: their function says what is wrong with the values. ValueError if anything is, or one
     of them is not as `expected`.
     """
-    # Private, all of it, but only transformers knows how this architecture's keys are renamed on load.
-    conversions = applicable(get_model_conversion_mapping(model), model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    present = model.state_dict()
+    renamed = renaming_of(model)
     found: dict[str, tuple[list[int], str]] = {}
     for file in files:
         # Older releases of transformers call this under torch.device("meta"); these are read for their values.
         with torch.device("cpu"), safe_open(file, framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict
-                name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, present)
+                name = renamed(key)
                 header = handle.get_slice(key)
                 found[name] = (header.get_shape(), header.get_dtype())
                 if name not in read:

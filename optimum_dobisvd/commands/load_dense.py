@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,11 +50,12 @@ def load_dense(
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer."""
-    from transformers import AutoTokenizer
+    from ..calibration.tokenizer import TokenizerSource
 
     gguf = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     with _named(source):
-        return AutoTokenizer.from_pretrained(source.location, trust_remote_code=trust_remote_code, **gguf)
+        found = TokenizerSource(source.location, {"trust_remote_code": trust_remote_code, **gguf})
+        return found.load("save one beside the model (tokenizer.save_pretrained)")
 
 
 def load_meta_model(source: ModelSource, *, dtype: str = "auto", trust_remote_code: bool = False) -> nn.Module:
@@ -79,10 +81,18 @@ def _config(source: ModelSource, trust_remote_code: bool) -> Any:
 @contextlib.contextmanager
 def _named(source: ModelSource) -> Iterator[None]:
     """Put the model's name before errors of loading it; transformers' own often speak of the hub alone."""
+    folder = Path(source.location)
+    parts = ("config.json", "adapter_config.json")
+    if source.gguf_file is None and folder.is_dir() and not any((folder / name).is_file() for name in parts):
+        raise FileNotFoundError(
+            f"cannot load {source.typed}: there is no config.json in this folder; name the one that save_pretrained "
+            "wrote, or a hub id"
+        )
     try:
         yield
-    except OSError as error:
-        raise OSError(f"cannot load {source.typed}: {error}") from error
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError  # subclasses want other arguments
+        raise kind(f"cannot load {source.typed}: {error}") from error
 
 
 def _dtype(name: str) -> Any:

@@ -17,6 +17,7 @@ from ..calibration.dataset import CalibrationWindows
 from ..calibration.loss import require_labels
 from ..calibration.model_inputs import SampleIds, inputs_of
 from ..calibration.processor_batches import draw_windows, first_processor_batch
+from ..calibration.tokenizer import TokenizerSource
 from ..config import DobiSVDConfig
 from ..encodings.base import Encoding
 from ..model.experts import fuse, linearize
@@ -54,7 +55,8 @@ def _prepared(model: Any, config: DobiSVDConfig, tokenizer: Any, windows: Calibr
     check_encoding(config.encoding, layout, config.min_coverage)
     plan = given_plan(config, layout)
     job = Job(config, layout, None if plan is not None else budget_of(config, layout), plan)
-    named = tokenizer or config.tokenizer or getattr(model, "name_or_path", None) or None
+    named = next((each for each in (tokenizer, config.tokenizer) if each is not None), None)
+    named = TokenizerSource.of(model) if named is None else named
     learns = plan is None and job.method.learns
     if windows is None:
         windows = _load_windows(config, named, config.rank_training.held_out if learns else 0)
