@@ -23,7 +23,7 @@ from .pipeline.factorize import Replacement, factorize
 from .pipeline.job import Job
 from .pipeline.quantize import quantize
 from .pipeline.stages import Stages
-from .pipeline.validate import LEARNING, check_basis, check_weights, prepare, refuse_offloaded
+from .pipeline.validate import LEARNING, check_basis, check_loss, check_weights, prepare, refuse_offloaded
 from .report.report import CompressionReport, module_report
 from .report.write import write_beside
 from .statistics.fingerprint import fingerprint
@@ -91,6 +91,7 @@ class DobiSVDQuantizer:
         """Do a job that `prepare` made for this model, which may have been on meta then. As `quantize_model`."""
         with torch.inference_mode(False), torch.no_grad():  # parameters made in inference mode could never be trained
             check_weights(model, job.config, job.layout)
+            check_loss(model, job)
             if job.config.encoding.settings is not None:
                 refuse_offloaded(job.layout.linears)
             if job.held_out is not None:

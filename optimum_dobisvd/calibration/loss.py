@@ -92,6 +92,10 @@ class NextTokenLoss:
         self.tokens += len(rows)
         return loss
 
+    def of(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        """Run a forward pass over a batch and return its summed loss; ValueError if the model gives no logits."""
+        return self(logits_of(model, ids, mask), ids, mask)
+
     def _refuse(self, what: str) -> None:
         raise NotFiniteError(
             f"the loss is {what} after {self.tokens} tokens of text. Check the checkpoint, or load the model in "

@@ -14,6 +14,7 @@ from ..allocation.budget import Budget, BudgetRequest, open_budget
 from ..allocation.plan import Plan
 from ..calibration.dataset import CalibrationWindows, load_windows
 from ..calibration.loss import require_labels
+from ..calibration.objective import WITHOUT_GRADIENTS, require_next_token_model
 from ..config import DobiSVDConfig
 from ..encodings.base import Encoding
 from ..model.layout import Layout, find_layout
@@ -74,8 +75,7 @@ def check_model(model: Any, config: DobiSVDConfig) -> Layout:
     if (method.needs_gradients or method.learns) and has_no_head:
         raise ValueError(
             f"{type(model).__name__} gives no next-token logits, and method {config.method!r} weighs matrices by the "
-            "next-token loss: load it as a causal language model, or choose a method that reads no gradients "
-            "(svd_llm_v2)"
+            f"next-token loss: {WITHOUT_GRADIENTS}"
         )
     layout = find_layout(model, config.modules_to_not_convert, config.min_coverage)
     resolve_overrides(config.overrides, list(layout.linears))
@@ -94,6 +94,16 @@ def check_weights(model: Any, config: DobiSVDConfig, layout: Layout) -> None:
             f"{type(model).__name__} was loaded under torch.inference_mode, so no gradient can be taken through it, "
             f"and method {config.method!r} needs some: load it outside, or choose a method that reads no gradients"
         )
+
+
+def check_loss(model: Any, job: Job) -> None:
+    """Raise ValueError if the job reads the next-token loss, and this dense model's loss is another."""
+    method, windows = job.method, job.windows
+    if windows is None or not (method.needs_gradients or job.held_out is not None):
+        return
+    verb = "learns ranks on" if job.held_out is not None else "weighs matrices by"
+    why = f"method {job.config.method!r} {verb} the next-token loss"
+    require_next_token_model(model, windows.input_ids, windows.attention_mask, why=why, remedy=WITHOUT_GRADIENTS)
 
 
 def budget_of(config: DobiSVDConfig, layout: Layout) -> Budget:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..calibration.tokens import token_places, token_rows
 from ..calibration.visitor import LinearsVisitor
 from ..model.linears import weight_matrix
 from .packing import pack
@@ -73,7 +74,8 @@ class _Accumulator:
 class InputCollector(LinearsVisitor):
     """A block visitor that sums the statistics of the inputs of a block's linears, for `BlockStatistics`.
 
-    Linears that read the same tensor (q/k/v, gate/up) share one sum, under the name of the first one called.
+    Linears that read the same tensor (q/k/v, gate/up) share one sum, under the name of the first one called. A tensor
+    that was changed in place between them is not the same.
 
     Args:
         linears_of, finished, wanted: see `LinearsVisitor`.
@@ -90,13 +92,13 @@ class InputCollector(LinearsVisitor):
     ) -> None:
         super().__init__(linears_of, finished, wanted)
         self._weights_of = weights_of
-        self._weights: Tensor | None = None
+        self.needs_token_order = weights_of is not None
         self._input_key: dict[str, str] = {}
-        self._current: dict[str, dict[str, Tensor]] = {}  # block -> input key -> its input in the pass under way
+        # block -> input key -> its input in the pass under way, and its version then
+        self._current: dict[str, dict[str, tuple[Tensor, int]]] = {}
 
     def start_batch(self, mask: Tensor) -> None:
         super().start_batch(mask)
-        self._weights = None if self._weights_of is None else self._weights_of(mask)[mask]
         self._current = {}
 
     def _hook(self, block: str, linear: str, module: nn.Module) -> RemovableHandle:
@@ -106,19 +108,28 @@ class InputCollector(LinearsVisitor):
         x = args[0] if args else next(iter(kwargs.values()))
         current = self._current.setdefault(block, {})
         if name not in self._input_key:
-            self._input_key[name] = next((key for key, seen in current.items() if seen is x), name)
+            self._input_key[name] = next((key for key, seen in current.items() if _is_same(x, seen)), name)
         input_key = self._input_key[name]
         if input_key != name:
-            if current.get(input_key) is not x:
+            if input_key not in current or not _is_same(x, current[input_key]):
                 raise ValueError(f"{name} and {input_key} shared their input in one batch and not in another")
             return
-        current[name] = x
+        current[name] = x, _version(x)
         if name not in self._sums:
             self._sums[name] = _Accumulator(weight_matrix(module).shape[1], x.device)
-        rows = token_rows(name, x.detach(), self._mask)
-        # Of linears that read only some of the tokens (experts) it is not known which ones.
-        weighted = self._weights is not None and len(self._weights) == len(rows)
-        self._sums[name].add(rows, self._weights if weighted else None)
+        self._sums[name].add(token_rows(name, x.detach(), self._mask), self._row_weights(x.shape[:-1]))
+
+    def _row_weights(self, shape: torch.Size) -> Tensor | None:
+        """Return how many tokens each row of `token_rows` counts as, of an input of this shape; None is one each."""
+        if self._weights_of is None or self._mask is None:
+            return None
+        places = token_places(shape, self._mask)
+        if places is None:  # of linears that read only some of the tokens (experts) it is not known which ones
+            return None
+        weights = self._weights_of(self._mask).reshape(-1, 1).cpu().expand_as(places)
+        if not bool(self._mask.all()):  # rows are in the order of the places then
+            return weights[self._mask.reshape(-1).cpu()].flatten()
+        return weights.flatten()[places.flatten().argsort()]
 
     def _result(self, block: str) -> BlockStatistics:
         self._current = {}
@@ -140,18 +151,10 @@ class InputCollector(LinearsVisitor):
         self._input_key, self._current = {}, {}
 
 
-def token_rows(name: str, activations: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the rows of a linear's input or output (`... x features`) that are no padding, `tokens x features`.
+def _is_same(x: Tensor, seen: tuple[Tensor, int]) -> bool:
+    return x is seen[0] and _version(x) == seen[1]
 
-    `mask` (`batch x seqlen`) is True for those; None is all. ValueError, naming the linear, if there is padding and
-    the rows are not one for every position of the batch.
-    """
-    flat = activations.reshape(-1, activations.shape[-1])
-    if mask is None or bool(mask.all()):
-        return flat
-    if len(flat) != mask.numel():
-        raise ValueError(
-            f"{name} is given {len(flat)} rows where the batch has {mask.numel()} tokens, so padding cannot be "
-            "told from text; calibrate on windows without padding"
-        )
-    return flat[mask.reshape(-1).to(flat.device)]
+
+def _version(x: Tensor) -> int:
+    """Return how often a tensor was changed in place; tensors of inference mode, which do not count, are at 0."""
+    return 0 if x.is_inference() else x._version
