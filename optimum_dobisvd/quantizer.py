@@ -24,7 +24,15 @@ from .pipeline.factorize import Replacement, factorize
 from .pipeline.job import Job
 from .pipeline.quantize import quantize
 from .pipeline.stages import Stages
-from .pipeline.validate import LEARNING, check_basis, check_weights, layout_of, prepare, refuse_offloaded
+from .pipeline.validate import (
+    LEARNING,
+    check_basis,
+    check_loss,
+    check_weights,
+    layout_of,
+    prepare,
+    refuse_offloaded,
+)
 from .report.report import CompressionReport, module_report
 from .report.write import write_beside
 from .statistics.fingerprint import fingerprint
@@ -96,6 +104,7 @@ class DobiSVDQuantizer:
                 if experts:  # their linears are others than those that were checked
                     job = replace(job, layout=layout_of(model, job.config))
                 check_weights(model, job.config, job.layout)
+                check_loss(model, job)
                 if job.config.encoding.settings is not None:
                     refuse_offloaded(job.layout.linears)
                 if job.held_out is not None:

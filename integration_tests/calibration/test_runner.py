@@ -27,6 +27,8 @@ FALLBACK = "passes state between its blocks"
 class Diary:
     """A visitor that writes down what it is told, and fails where it is asked to."""
 
+    needs_token_order = False
+
     def __init__(self, wanted: Any = lambda name: True, fail_at: str | None = None) -> None:
         self.events: list[str] = []
         self.masks: list[Tensor] = []

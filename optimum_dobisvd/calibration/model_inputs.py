@@ -79,6 +79,17 @@ def predicted_tokens(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Ten
     return next_tokens(ids, mask)
 
 
+def own_labels(model: Any, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Return the arguments of a forward pass with labels, from which a model makes the loss of the same tokens."""
+    labels, wanted = predicted_tokens(model, ids, mask)
+    labels = labels.masked_fill(~wanted, NO_LABEL)
+    inputs = inputs_of(model, ids, mask)
+    if is_encoder_decoder(model):
+        inputs.pop("decoder_input_ids", None)  # made of the labels
+        return {**inputs, "labels": labels.contiguous()}
+    return {**inputs, "labels": torch.nn.functional.pad(labels, (1, 0), value=NO_LABEL)}
+
+
 def next_tokens(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return every next token, `batch x (seqlen - 1)`, and whether it is text that follows on text."""
     return ids[:, 1:], mask[:, 1:] & mask[:, :-1]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..model.compute import WIDENED_FOR_SPEED, has_bf16_products
 from ..model.states import evaluating as evaluating
@@ -81,6 +81,22 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def differentiating(module: nn.Module) -> Iterator[None]:
+    """A context for forward and backward passes through a module that may change its tensors in place.
+
+    What the backward pass reads is kept as copies, which the forward pass cannot change; but for the weights. (What
+    torch has for this, `allow_mutation_on_saved_tensors`, gives wrong gradients where views are changed.)
+    """
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+
+    def kept(tensor: Tensor) -> Tensor:
+        return tensor if tensor.untyped_storage().data_ptr() in weights else tensor.clone()
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
+        yield
 
 
 @contextlib.contextmanager

@@ -12,7 +12,12 @@ from torch.utils.hooks import RemovableHandle
 
 
 class BlockVisitor(Protocol):
-    """An observer of blocks while they run, by hooks of its own; the runner runs them."""
+    """An observer of blocks while they run, by hooks of its own; the runner runs them.
+
+    `needs_token_order`: it must know which row of an activation is which token, so windows are run one at a time.
+    """
+
+    needs_token_order: bool
 
     def wants(self, name: str) -> bool:
         """Return whether to visit this block; the others run all the same, since the next needs their outputs."""
@@ -38,6 +43,8 @@ class LinearsVisitor(ABC):
         finished: called with block name and result after each block.
         wanted: block name -> whether to visit it.
     """
+
+    needs_token_order = False
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from ..allocation.plan import Plan
 from ..calibration.dataset import CalibrationWindows
 from ..calibration.loss import require_labels
 from ..calibration.model_inputs import SampleIds, inputs_of
+from ..calibration.objective import WITHOUT_GRADIENTS, require_next_token_model, require_own_loss
 from ..calibration.processor_batches import draw_windows, first_processor_batch
 from ..calibration.tokenizer import TokenizerSource
 from ..config import DobiSVDConfig
@@ -24,7 +25,7 @@ from ..model.experts import fuse, linearize
 from ..model.layout import Layout, find_layout
 from ..model.linears import require_finite
 from ..model.patterns import resolve_overrides
-from ..model.trial import model_inputs, takes_text
+from ..model.trial import is_encoder_decoder, model_inputs, takes_text
 from ..structures.base import is_compressed
 from .job import Job
 
@@ -90,8 +91,7 @@ def check_model(model: Any, config: DobiSVDConfig) -> Layout:
     if (method.needs_gradients or method.learns) and has_no_head:
         raise ValueError(
             f"{type(model).__name__} gives no next-token logits, and method {config.method!r} weighs matrices by the "
-            "next-token loss: load it as a causal language model, or choose a method that reads no gradients "
-            "(svd_llm_v2)"
+            f"next-token loss: {WITHOUT_GRADIENTS}"
         )
     layout = layout_of(model, config)
     resolve_overrides(config.overrides, list(layout.linears))
@@ -148,6 +148,20 @@ def check_weights(model: Any, config: DobiSVDConfig, layout: Layout) -> None:
             f"{type(model).__name__} was loaded under torch.inference_mode, so no gradient can be taken through it, "
             f"and method {config.method!r} needs some: load it outside, or choose a method that reads no gradients"
         )
+
+
+def check_loss(model: Any, job: Job) -> None:
+    """Raise ValueError if the job reads the next-token loss, and this dense model's loss is another."""
+    method, windows = job.method, job.windows
+    if windows is None or not (method.needs_gradients or job.held_out is not None):
+        return
+    verb = "learns ranks on" if job.held_out is not None else "weighs matrices by"
+    why = f"method {job.config.method!r} {verb} the next-token loss"
+    ids, mask = next(iter(windows.batches(1)))
+    if isinstance(ids, SampleIds) or is_encoder_decoder(model):
+        require_own_loss(model, ids, mask, why=why, remedy=WITHOUT_GRADIENTS)
+    else:
+        require_next_token_model(model, windows.input_ids, windows.attention_mask, why=why, remedy=WITHOUT_GRADIENTS)
 
 
 def budget_of(config: DobiSVDConfig, layout: Layout) -> Budget:

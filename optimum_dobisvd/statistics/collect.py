@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..calibration.tokens import token_places, token_rows
 from ..calibration.visitor import LinearsVisitor
 from ..model.experts import ROUTED_ROWS, RoutedRows
 from ..model.linears import weight_matrix
@@ -92,7 +93,8 @@ class _Accumulator:
 class InputCollector(LinearsVisitor):
     """A block visitor that sums the statistics of the inputs of a block's linears, for `BlockStatistics`.
 
-    Linears that read the same tensor (q/k/v, gate/up) share one sum, under the name of the first one called.
+    Linears that read the same tensor (q/k/v, gate/up) share one sum, under the name of the first one called. A tensor
+    that was changed in place between them is not the same.
 
     Args:
         linears_of, finished, wanted: see `LinearsVisitor`.
@@ -109,13 +111,13 @@ class InputCollector(LinearsVisitor):
     ) -> None:
         super().__init__(linears_of, finished, wanted)
         self._weights_of = weights_of
-        self._weights: Tensor | None = None
+        self.needs_token_order = weights_of is not None
         self._input_key: dict[str, str] = {}
-        self._current: dict[str, dict[str, Tensor]] = {}  # block -> input key -> its input in the pass under way
+        # block -> input key -> its input in the pass under way, and its version then
+        self._current: dict[str, dict[str, tuple[Tensor, int]]] = {}
 
     def start_batch(self, mask: Tensor) -> None:
         super().start_batch(mask)
-        self._weights = None if self._weights_of is None else self._weights_of(mask).reshape(-1)
         self._current = {}
 
     def _hook(self, block: str, linear: str, module: nn.Module) -> RemovableHandle:
@@ -125,27 +127,37 @@ class InputCollector(LinearsVisitor):
         x = args[0] if args else next(iter(kwargs.values()))
         current = self._current.setdefault(block, {})
         if name not in self._input_key:
-            self._input_key[name] = next((key for key, seen in current.items() if seen is x), name)
+            self._input_key[name] = next((key for key, seen in current.items() if _is_same(x, seen)), name)
         input_key = self._input_key[name]
         if input_key != name:
-            if current.get(input_key) is not x:
+            if input_key not in current or not _is_same(x, current[input_key]):
                 raise ValueError(f"{name} and {input_key} shared their input in one batch and not in another")
             return
-        current[name] = x
+        current[name] = x, _version(x)
         if name not in self._sums:
             self._sums[name] = _Accumulator(weight_matrix(module).shape[1], x.device)
         routed = ROUTED_ROWS.get()
         rows = token_rows(name, x.detach(), self._mask, routed)
-        self._sums[name].add(rows, self._row_weights(name, x, routed))
+        self._sums[name].add(rows, self._row_weights(x.shape[:-1], routed))
 
-    def _row_weights(self, name: str, x: Tensor, routed: RoutedRows | None) -> Tensor | None:
-        """How many tokens each of the linear's rows counts as; None is one each, and where it is not known which."""
-        if self._weights is None:
+    def _row_weights(self, shape: torch.Size, routed: RoutedRows | None) -> Tensor | None:
+        """Return how many tokens each row of `token_rows` counts as, of an input of this shape; None is one each.
+
+        None, too, where it is not known which tokens the rows are.
+        """
+        if self._weights_of is None or self._mask is None:
             return None
-        every = self._weights if routed is None else self._weights[routed.tokens.to(self._weights.device)]
-        if x.shape[:-1].numel() != len(every):
+        weights, kept = self._weights_of(self._mask).reshape(-1, 1).cpu(), self._mask.reshape(-1).cpu()
+        if routed is not None:
+            tokens = routed.tokens.cpu()
+            return weights[tokens[kept[tokens]], 0] if shape.numel() == len(tokens) else None
+        places = token_places(shape, self._mask)
+        if places is None:
             return None
-        return token_rows(name, every[:, None], self._mask, routed)[:, 0]
+        weights = weights.expand_as(places)
+        if not bool(kept.all()):  # rows are in the order of the places then
+            return weights[kept].flatten()
+        return weights.flatten()[places.flatten().argsort()]
 
     def _result(self, block: str) -> BlockStatistics:
         self._current = {}
@@ -188,20 +200,10 @@ class InputCollector(LinearsVisitor):
         self._input_key, self._current = {}, {}
 
 
-def token_rows(name: str, activations: Tensor, mask: Tensor | None, routed: RoutedRows | None = None) -> Tensor:
-    """Return the rows of a linear's input or output (`... x features`) that are no padding, `tokens x features`.
+def _is_same(x: Tensor, seen: tuple[Tensor, int]) -> bool:
+    return x is seen[0] and _version(x) == seen[1]
 
-    `mask` (`batch x seqlen`) is True for those; None is all. `routed` says which tokens the rows are, where they are
-    not all of them in order. ValueError, naming the linear, if there is padding and that is not known.
-    """
-    flat = activations.reshape(-1, activations.shape[-1])
-    if mask is None or bool(mask.all()):
-        return flat
-    total = len(flat) if routed is None else routed.total
-    if total != mask.numel():
-        raise ValueError(
-            f"{name} is given {total} rows where the batch has {mask.numel()} tokens, so padding cannot be "
-            "told from text; calibrate on windows without padding"
-        )
-    keep = mask.reshape(-1).to(flat.device)
-    return flat[keep if routed is None else keep[routed.tokens]]
+
+def _version(x: Tensor) -> int:
+    """Return how often a tensor was changed in place; tensors of inference mode, which do not count, are at 0."""
+    return 0 if x.is_inference() else x._version

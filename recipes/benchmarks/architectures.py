@@ -46,23 +46,24 @@ SECONDS = 90
 
 # Sizes by the names that configurations have for them. What a configuration lacks is not set.
 _SIZES: dict[int, str] = {
-    1: "n_group topk_group num_shared_experts n_shared_experts first_k_dense_replace decoder_sparse_step attn_layer_offset "
-    "interleave_moe_layer_step encoder_sparse_step num_nextn_predict_layers",
+    1: "n_group topk_group num_shared_experts n_shared_experts first_k_dense_replace decoder_sparse_step "
+    "attn_layer_offset interleave_moe_layer_step encoder_sparse_step num_nextn_predict_layers",
     2: "encoder_layers decoder_layers depth num_experts_per_tok top_k moe_top_k moe_topk moe_k num_experts_per_token "
     "spatial_merge_size mamba_n_groups n_groups num_hidden_groups attn_layer_period expert_layer_period",
-    4: "num_hidden_layers n_layer n_layers num_layers num_decoder_layers num_encoder_layers encoder_num_hidden_layers "
-    "decoder_num_hidden_layers num_attention_heads n_head n_heads num_heads encoder_attention_heads heads patch_size "
-    "decoder_attention_heads encoder_num_attention_heads decoder_num_attention_heads num_key_value_heads num_kv_heads "
-    "n_head_kv num_global_key_value_heads num_experts num_local_experts n_routed_experts moe_num_experts mamba_d_state "
-    "mm_tokens_per_image image_seq_length state_size time_step_rank ssm_state_size mamba_dt_rank linear_num_key_heads "
+    4: "num_hidden_layers n_layer n_layers num_layers num_decoder_layers num_encoder_layers "
+    "encoder_num_hidden_layers decoder_num_hidden_layers num_attention_heads n_head n_heads num_heads "
+    "encoder_attention_heads heads patch_size decoder_attention_heads encoder_num_attention_heads "
+    "decoder_num_attention_heads num_key_value_heads num_kv_heads n_head_kv num_global_key_value_heads "
+    "num_experts num_local_experts n_routed_experts moe_num_experts mamba_d_state mm_tokens_per_image "
+    "image_seq_length state_size time_step_rank ssm_state_size mamba_dt_rank linear_num_key_heads "
     "linear_num_value_heads rotary_dim",
     8: "head_dim d_kv kv_channels qk_rope_head_dim qk_nope_head_dim v_head_dim attention_head_dim global_head_dim "
     "image_size num_mel_bins linear_key_head_dim linear_value_head_dim sliding_window hidden_size_per_layer_input "
     "query_pre_attn_scalar index_head_dim attention_window mamba_n_heads",
     16: "q_lora_rank kv_lora_rank max_source_positions mamba_d_head",
     32: "hidden_size d_model n_embd dim embed_dim word_embed_proj_dim embedding_size projection_dim lru_width "
-    "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size text_hidden_size out_hidden_size "
-    "moe_shared_expert_intermediate_size cross_hidden_size attention_hidden_size",
+    "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size text_hidden_size "
+    "out_hidden_size moe_shared_expert_intermediate_size cross_hidden_size attention_hidden_size",
     64: "intermediate_size d_ff ffn_dim n_inner ffn_hidden_size hidden_dim encoder_ffn_dim decoder_ffn_dim "
     "intermediate_size_mlp mlp_hidden_size shared_intermediate_size mamba_intermediate_size",
     128: "max_position_embeddings n_positions max_seq_len n_ctx max_target_positions",
@@ -271,10 +272,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "",
         f"{len(made)} families; {len(whole)} are compressed by some method, "
         f"{sum(row['methods'] == list(METHODS) for row in made)} by `svd`, `svd_llm_v2` and `global` alike, and "
-        f"{sum(bool(row.get('exact')) for row in whole)} of the {len(whole)} reload bit for bit. In tiny models what is "
-        "no linear (convolutions, states, projectors) weighs more than in real ones.",
+        f"{sum(bool(row.get('exact')) for row in whole)} of the {len(whole)} reload bit for bit. In tiny "
+        "models what is no linear (convolutions, states, projectors) weighs more than in real ones.",
         "",
-        "| family | kind | compressed share of the linears | reload exact | methods | left dense, or refused, and why |",
+        "| family | kind | share of the linears | reload exact | methods | left dense, or refused, and why |",
         "|---|---|---|---|---|---|",
     ]
     for row in sorted(made, key=lambda row: (list(KINDS.values()).index(row["kind"]), row["model_type"])):
