@@ -228,21 +228,27 @@ def row_of(model_type: str, auto: str, config_class: type, pool: Any) -> dict[st
         output_of(model, example)
     except Exception as error:
         return {**row, "not_made": _sentence(error)}
+    compressed: Any = None
     for method in METHODS:
         model = tiny_model(auto, config_class)
         config = DobiSVDConfig(method=method, ratio=0.6, dataset=data, nsamples=8, min_coverage=0.0)
         try:
             compressed = DobiSVDQuantizer(config).quantize_model(model)
-            with tempfile.TemporaryDirectory() as folder:
-                compressed.save_pretrained(folder)
-                exact = pool.apply_async(reload, (auto, folder, example, output_of(compressed, example))).get(SECONDS)
         except Exception as error:
             row["refused"][method] = _sentence(error)
-            continue
-        row["methods"].append(method)
-        row["exact"] = row.get("exact", True) and exact
-        report = compressed.dobisvd_report
-        row |= {"coverage": report.coverage, "left_dense": report.left_dense}
+        else:
+            row["methods"].append(method)
+    if compressed is None:
+        return row
+    report = compressed.dobisvd_report
+    row |= {"coverage": report.coverage, "left_dense": report.left_dense, "exact": False}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            compressed.save_pretrained(folder)
+            expected = output_of(compressed, example)
+            row["exact"] = pool.apply_async(reload, (auto, folder, example, expected)).get(SECONDS)
+    except Exception as error:
+        row["refused"]["reload"] = _sentence(error)
     return row
 
 
