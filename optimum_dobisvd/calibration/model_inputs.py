@@ -7,6 +7,7 @@ first half of it, and the decoder predicts the second (prefix language modeling,
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -102,10 +103,12 @@ def _half(model: Any, ids: Tensor) -> int:
 def _shifted(model: Any, labels: Tensor) -> Tensor:
     """Return what a decoder is given to predict these labels."""
     prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if prepare is not None:
-        return prepare(labels=labels)
-    config = model.config
-    starts = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad"))
+    with contextlib.suppress(AttributeError, TypeError, ValueError):  # a config that names no start
+        if prepare is not None:
+            return prepare(labels=labels)
+    configs = (getattr(model, "generation_config", None), model.config)
+    names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+    starts = (getattr(config, name, None) for name in names for config in configs)
     start = torch.full_like(labels[:, :1], next((each for each in starts if each is not None), 0))
     return torch.cat([start, labels[:, :-1].clamp_min(0)], 1)
 

@@ -131,8 +131,8 @@ def families() -> dict[str, tuple[str, type]]:
 
 
 def _is_better_elsewhere(auto: str, config_class: type) -> bool:
-    """Whether a causal class is one half of a model, or the language part of one that reads images."""
-    others = ("AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModelForSpeechSeq2Seq")
+    """Whether a causal class is one half of a model, a mask on an encoder, or a part of what reads images."""
+    others = [name for name in KINDS if name not in ("AutoModelForCausalLM", "AutoModelForImageClassification")]
     return auto == "AutoModelForCausalLM" and any(
         config_class in getattr(modeling_auto, other)._model_mapping for other in others
     )
@@ -150,7 +150,7 @@ def tiny_model(auto: str, config_class: Any) -> Any:
     model = auto_class.from_config(config).eval().float()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() >= 2:
+            if parameter.dim() >= 2 and parameter.requires_grad:  # others are computed, and not saved
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
     return model
 
