@@ -72,9 +72,11 @@ class DobiSVDConfig(QuantizationConfigMixin):
         overrides: per-module settings by name or `re:` pattern, e.g. `{"re:.*down_proj": {"ratio": 0.9}}`; they count
             against the same byte budget. With `mixed` such matrices take the encoding of `quantization`, or `int8`.
         modules_to_not_convert: names or `re:` patterns of linears to leave alone. They do not count as targets.
+        nontext_modules: compress what text does not pass through, too (the vision tower of a multimodal model, its
+            projector); methods that read data then need batches of a processor as `dataset`.
         rank_multiple: ranks are multiples of this; by default what the encoding's kernels like (1, in 8 bits 16).
         min_rank: no matrix gets a smaller rank.
-        min_coverage: smallest accepted share of the blocks' weights that can be compressed at all (mixture-of-experts
+        min_coverage: smallest accepted share of the linears' weights that can be compressed at all (mixture-of-experts
             models keep theirs in fused tensors that are not linears); below it the run is refused.
         device: where calibration and factorization compute, e.g. `cuda`; by default where the weights are. (Rank
             training always runs where the weights are: load the model there.)
@@ -103,9 +105,10 @@ class DobiSVDConfig(QuantizationConfigMixin):
     training: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     modules_to_not_convert: list[str] = field(default_factory=list)
+    nontext_modules: bool = False
     rank_multiple: int | None = None
     min_rank: int = 1
-    min_coverage: float = 0.5
+    min_coverage: float = 0.9
     device: str | None = None
     modules: dict[str, dict[str, Any]] | None = None
     format_version: int = FORMAT_VERSION

@@ -148,7 +148,6 @@ STATEFUL = (
     OverwritesState,
     AddsBetweenBlocks,
     RunsBlocksTwice,
-    RunsBackwards,
     ReturnsDictionary,
     OtherArgumentName,
     SkipsABlock,

@@ -9,7 +9,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import Tensor, nn
 
-from integration_tests.calibration.stateful_models import STATEFUL, Plain, make
+from integration_tests.calibration.stateful_models import STATEFUL, Plain, RunsBackwards, make
 from integration_tests.statistics.tiny_model_statistics import (
     assert_gram_close,
     collect,
@@ -26,6 +26,8 @@ FALLBACK = "passes state between its blocks"
 
 class Diary:
     """A visitor that writes down what it is told, and fails where it is asked to."""
+
+    needs_token_order = False
 
     def __init__(self, wanted: Any = lambda name: True, fail_at: str | None = None) -> None:
         self.events: list[str] = []
@@ -96,8 +98,9 @@ def test_models_that_pass_state_between_blocks_run_in_full(
         assert_gram_close(found[name], x @ x.T)
 
 
-def test_a_model_that_passes_none_runs_block_by_block(caplog: pytest.LogCaptureFixture) -> None:
-    model = make(Plain)
+@pytest.mark.parametrize("kind", [Plain, RunsBackwards])
+def test_a_model_that_passes_none_runs_block_by_block(kind: type[Plain], caplog: pytest.LogCaptureFixture) -> None:
+    model = make(kind)
     ids = tokens(5, 10)
     layout = find_layout(model)
     with caplog.at_level(logging.WARNING):

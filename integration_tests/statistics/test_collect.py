@@ -146,5 +146,7 @@ def test_rows_that_are_not_tokens_cannot_be_told_from_padding() -> None:
         == 16
     )
     mask[1, 9:] = False
-    with pytest.raises(ValueError, match=r"mlp\.up_proj\.inner is given 16 rows where the batch has 32 tokens"):
+    with pytest.raises(
+        ValueError, match=r"mlp\.up_proj\.inner is given 8 rows .1 x 8. where the window has 16 tokens"
+    ):
         collect(model, tokens(2, 16), mask)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .loss import NextTokenLoss, logits_of
-from .runner import BlockRunner, check_finite
-from .temporarily import frozen, in_float32, on_device, replaced_forward, weights_device
+from .loss import NextTokenLoss
+from .runner import BlockRunner, check_finite, one_by_one
+from .temporarily import differentiating, frozen, in_float32, on_device, replaced_forward, weights_device
 from .visitor import BlockVisitor
 
 
@@ -33,13 +33,17 @@ class BackwardRunner(BlockRunner):
         """Run all windows forward, and backward from the last block to the first one that the visitor wants.
 
         `loss` becomes that of all windows; `description` is shown beside the progress bar. ValueError if the model
-        gives no next-token logits, no token has a label, or the loss or a gradient is not finite (it says where).
+        gives no next-token logits, no token has a label, the loss or a gradient is not finite (it says where), or the
+        loss does not depend on the blocks at all.
         """
         if not any(visitor.wants(name) for name in self._blocks):
             return
         with self._running(visitor), frozen(self._model):
             with torch.no_grad():
                 alone = self._blocks_stand_alone()
+            # Hidden states in another order (see `tokens`) are those of one window each, so that none has to be split.
+            if alone and any(hidden.shape[:2] != (1, len(self._batches[0][0][0])) for hidden in self._hidden):
+                self._batches = one_by_one(self._batches)
             (self._backward_by_block if alone else self._full_backward)(visitor, loss, description)
 
     def _backward_by_block(self, visitor: BlockVisitor, loss: NextTokenLoss, description: str) -> None:
@@ -50,6 +54,8 @@ class BackwardRunner(BlockRunner):
             boundaries = self._walk_forward(first, progress)
             gradients = self._loss_gradients(loss)
             loss.check_seen()
+            if not any(bool(gradient.any()) for gradient in gradients):
+                raise ValueError(_NO_GRADIENT.format(names[-1]))
             for name in reversed(names[first:]):
                 watched = name in wanted
                 inputs = boundaries.pop(name)
@@ -85,17 +91,18 @@ class BackwardRunner(BlockRunner):
 
         Window by window, since the logits of one window can be larger than everything else.
         """
-        widens = any(self._in_float32(self._model, hidden) for hidden in self._hidden)
+        widens = any(self._in_float32(self._model, hidden.device, hidden.dtype) for hidden in self._hidden)
         # The blocks compute nothing meanwhile. Embeddings tied to the head are the same tensor.
         widened = in_float32(self._model, without=self._blocks.values()) if widens else contextlib.nullcontext()
         gradients = []
         with widened, tqdm(total=sum(map(len, self._hidden)), desc="loss", unit="window", leave=False) as progress:
             for (ids, mask), hidden in zip(self._batches, self._hidden, strict=True):
                 windows = []
-                for window, keep, states in zip(ids.split(1), mask.split(1), hidden.split(1), strict=True):
+                parts = hidden.split(1) if len(ids) > 1 else [hidden]
+                for window, keep, states in zip(ids.split(1), mask.split(1), parts, strict=True):
                     leaf = (states.detach().float() if widens else states.detach()).requires_grad_(True)
-                    with torch.enable_grad(), replaced_forward(self._skipping_blocks(leaf)):
-                        loss(logits_of(self._model, window, keep), window, keep).backward()
+                    with differentiating(self._model), replaced_forward(self._skipping_blocks(leaf)):
+                        loss.of(self._model, window, keep).backward()
                     windows.append(_gradient_of(leaf).to("cpu", hidden.dtype))
                     progress.update()
                 gradients.append(torch.cat(windows))
@@ -108,7 +115,8 @@ class BackwardRunner(BlockRunner):
 
         def forward_of(name: str) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden = leaf if name == last else args[0] if args else kwargs["hidden_states"]
+                # A copy, since a leaf cannot be changed in place.
+                hidden = leaf.clone() if name == last else args[0] if args else kwargs["hidden_states"]
                 return (hidden,) if name in self._returns_tuple else hidden
 
             return forward
@@ -120,8 +128,8 @@ class BackwardRunner(BlockRunner):
         block = self._blocks[name]
         leaf = hidden.to(weights_device(block) if self._device is None else self._device).requires_grad_(True)
         # Around both: the backward pass reads the weights, too.
-        widened = in_float32(block) if self._in_float32(block, leaf) else contextlib.nullcontext()
-        with torch.enable_grad(), widened:
+        widens = self._in_float32(block, leaf.device, leaf.dtype)
+        with in_float32(block) if widens else contextlib.nullcontext(), differentiating(block):
             output = self._through(name, block, index, leaf)
             output.backward(gradient.to(output))
         return _gradient_of(leaf).cpu()
@@ -132,7 +140,8 @@ class BackwardRunner(BlockRunner):
         def ask_for_gradients(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
             if not hidden.requires_grad:
-                hidden.requires_grad_(True)
+                # No leaf, which a block could not change in place; and no copy, which the model might not know of.
+                hidden.add_(torch.zeros((), dtype=hidden.dtype, device=hidden.device, requires_grad=True))
 
         with self._visiting_all(visitor):
             with contextlib.ExitStack() as hooks:
@@ -140,9 +149,15 @@ class BackwardRunner(BlockRunner):
                     hooks.callback(block.register_forward_pre_hook(ask_for_gradients, with_kwargs=True).remove)
                 for ids, mask in tqdm(self._batches, desc=description, unit="batch"):
                     visitor.start_batch(mask)
-                    with torch.enable_grad():
-                        loss(logits_of(self._model, ids, mask), ids, mask).backward()
+                    with differentiating(self._model):
+                        loss.of(self._model, ids, mask).backward()
             loss.check_seen()
+
+
+_NO_GRADIENT = (
+    "the loss gradient after {}, the last block, is zero on every calibration token, so that no matrix has importance "
+    "scores: calibrate on other text, or choose a method that reads no gradients (svd_llm_v2)"
+)
 
 
 def _gradient_of(leaf: Tensor) -> Tensor:

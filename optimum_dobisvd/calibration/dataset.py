@@ -7,7 +7,6 @@ overlap; `torch.randperm` with a CPU generator seeded by `seed` orders them, and
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,12 +18,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .text import HUB_TEXTS, read_text, require_text
+from .tokenizer import TokenizerSource, text_tokenizer, tokenizer_identity
 
 __all__ = ["CalibrationWindows", "load_windows", "read_text", "tokenizer_identity"]
 
 # A token of English is four to five characters, so this much streamed text is about twice what the windows need.
 _STREAMED_CHARACTERS_PER_TOKEN = 8
-_IDENTITY_PROBE = "The 3 quick foxes' café\n\n\tdef f(x): return x**2  # 模型 🙂"
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +92,8 @@ def load_windows(
               with `input_ids` and perhaps `attention_mask`, or a list of them). They are taken as given and in order:
               the first `nsamples` rows, or all if there are fewer; `seqlen` and `seed` have no effect, and shorter
               rows are padded on the right to the longest.
-        tokenizer: a tokenizer, the name or path of one, or None if `dataset` is tokens.
+        tokenizer: a tokenizer, a processor that has one, the name or path of one, or where one lies; None if `dataset`
+            is tokens.
         nsamples, seqlen, seed: how many windows to take, tokens in each, and the seed of the draw.
         held_out: how many more windows to take; `split` separates them from the others.
 
@@ -110,12 +110,12 @@ def load_windows(
         raise ValueError("the calibration dataset is an empty list: pass texts, or token ids")
 
     if isinstance(dataset, (str, os.PathLike)):
-        tokenizer = _text_tokenizer(tokenizer)  # before a long download
+        tokenizer = text_tokenizer(tokenizer)  # before a long download
         source = os.fspath(dataset)
         kind, name = ("dataset", source) if source in HUB_TEXTS else ("file", Path(source).name)
         text = read_text(source, streamed_characters=nsamples * seqlen * _STREAMED_CHARACTERS_PER_TOKEN)
     elif isinstance(dataset, (list, tuple)) and all(isinstance(part, str) for part in dataset):
-        tokenizer = _text_tokenizer(tokenizer)
+        tokenizer = text_tokenizer(tokenizer)
         kind = name = "texts"
         text = require_text("\n\n".join(dataset), "the list of texts")
     else:
@@ -138,26 +138,6 @@ def load_windows(
     )
 
 
-def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
-    """Return class name, vocabulary size, and a sha256 that changes when the tokenization does, as JSON values.
-
-    For a fast tokenizer the digest is over its serialized pipeline (vocabulary, merges, normalizer, special tokens);
-    its padding and truncation are left out, because ordinary calls change them. For a Python tokenizer it is over the
-    vocabulary and the ids of a short probe text. TypeError if it is no tokenizer.
-    """
-    if not callable(tokenizer) or not hasattr(tokenizer, "get_vocab"):
-        raise TypeError(f"expected a transformers tokenizer, its name or its path, got {type(tokenizer).__name__}")
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        pipeline = json.loads(backend.to_str())
-        content = {key: value for key, value in pipeline.items() if key not in ("padding", "truncation")}
-    else:
-        probed = tokenizer(_IDENTITY_PROBE, verbose=False)["input_ids"]
-        content = {"vocab": tokenizer.get_vocab(), "probe": probed}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return {"class": type(tokenizer).__name__, "vocab_size": len(tokenizer), "sha256": digest}
-
-
 def _draw(text: str, name: str, tokenizer: Any, counts: tuple[int, int], seqlen: int, seed: int) -> tuple[Tensor, int]:
     """Draw windows to calibrate on and to hold out (`counts`); returns `input_ids`, and how many there were."""
     (nsamples, held_out), wanted = counts, sum(counts)
@@ -178,7 +158,7 @@ def _draw(text: str, name: str, tokenizer: Any, counts: tuple[int, int], seqlen:
 
 def _windows_from_tokens(dataset: Any, tokenizer: Any, nsamples: int) -> CalibrationWindows:
     """Take the first `nsamples` rows as they are, padded on the right to the longest."""
-    by_name = isinstance(tokenizer, (str, os.PathLike))  # not worth loading: nothing is tokenized
+    by_name = isinstance(tokenizer, (str, os.PathLike, TokenizerSource))  # not worth loading: nothing is tokenized
     rows = _token_rows(dataset)
     taken = rows[:nsamples]
     for index, (ids, mask) in enumerate(taken):
@@ -198,7 +178,7 @@ def _windows_from_tokens(dataset: Any, tokenizer: Any, nsamples: int) -> Calibra
             "windows_available": len(rows),
             "seqlen": input_ids.shape[1],
             "seed": None,
-            "tokenizer": None if tokenizer is None or by_name else tokenizer_identity(tokenizer),
+            "tokenizer": None if tokenizer is None or by_name else tokenizer_identity(text_tokenizer(tokenizer)),
         },
     )
 
@@ -242,21 +222,6 @@ def _flatten(value: Any, what: str) -> list[Tensor]:
     if tensor.dim() not in (1, 2):
         raise ValueError(f"{what} must be [seqlen] or [N, seqlen], got the shape {tuple(tensor.shape)}")
     return list(tensor.long()) if tensor.dim() == 2 else [tensor.long()]
-
-
-def _text_tokenizer(tokenizer: Any) -> Any:
-    """Return the tokenizer, loaded if it is a name. Called for text only, since token ids need none."""
-    if tokenizer is None:
-        raise TypeError("calibrating on text needs a tokenizer: pass one, its name or its path, or pass token ids")
-    if not isinstance(tokenizer, (str, os.PathLike)):
-        return tokenizer
-    from transformers import AutoTokenizer
-
-    name = os.fspath(tokenizer)
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"could not load the tokenizer {name!r}: pass a tokenizer, or its folder. {error}") from error
 
 
 def _require_positive(name: str, value: Any) -> None:

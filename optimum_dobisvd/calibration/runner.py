@@ -29,6 +29,7 @@ from .temporarily import (
     replaced_forward,
     without_cache,
 )
+from .tokens import token_places
 from .visitor import BlockVisitor
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ class BlockRunner:
         model: a transformers model; with Accelerate hooks its own placement is used, otherwise one block at a time is
             moved to `device`.
         blocks: its blocks in order, by full name.
-        windows: `N x seqlen` tokens, of which `batch_size` at a time are run; ValueError unless that is positive.
+        windows: `N x seqlen` tokens, of which `batch_size` at a time are run, and one where there is padding (see
+            `tokens`); ValueError unless that is positive.
         device: compute device; None means where the weights are.
     """
 
@@ -62,7 +64,9 @@ class BlockRunner:
         device: str | torch.device | None = None,
     ) -> None:
         self._model, self._blocks = model, blocks
-        self._batches = list(windows.batches(batch_size))
+        self._batches: list[tuple[Tensor, Tensor]] = []
+        for ids, mask in windows.batches(batch_size):
+            self._batches += [(ids, mask)] if bool(mask.all()) else one_by_one([(ids, mask)])
         self._device = torch.device(device) if device is not None else None
         self._hidden: list[Tensor] = []
         self._arguments: list[dict[str, tuple[tuple, dict[str, Any]]]] = []
@@ -75,6 +79,8 @@ class BlockRunner:
 
         ValueError names the block whose output is not finite on some token.
         """
+        if visitor.needs_token_order:
+            self._batches = one_by_one(self._batches)
         with self._running(visitor):
             if not self._blocks_stand_alone():
                 logger.warning(
@@ -106,8 +112,9 @@ class BlockRunner:
 
         `change` is called with a block's name, the block on the compute device, and a function that runs all windows
         through the block as it is by then, observed by a visitor; it may call that several times. ValueError names the
-        block whose output is not finite on some token.
+        block whose output is not finite on some token. Windows are run one at a time.
         """
+        self._batches = one_by_one(self._batches)
         with self._running():
             alone = self._blocks_stand_alone()
             if alone:
@@ -165,17 +172,21 @@ class BlockRunner:
             check_finite(f"{name}: its output", self._hidden[index], mask)
 
     def _through(self, name: str, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        """Run one batch's hidden states (`batch x seqlen x width`) through one block; dtype and device stay the same.
+        """Run one batch's hidden states through one block; their dtype and device stay the same, and so do they.
 
         TypeError if the block returns no hidden states.
         """
         args, kwargs = self._arguments[index][name]
         home, dtype = hidden.device, hidden.dtype
-        if self._device is not None and not is_dispatched(block):
-            hidden, args, kwargs = _mapped((hidden, args, kwargs), lambda tensor: tensor.to(self._device))
-        widens = self._in_float32(block, hidden)
-        if widens:
-            hidden, args, kwargs = _mapped((hidden, args, kwargs), _widened)
+        place = None if is_dispatched(block) else self._device
+        widens = self._in_float32(block, place or home, dtype)
+
+        def copied(tensor: Tensor) -> Tensor:
+            """A block may change in place what it is given, and runs on it again."""
+            wide = widens and tensor.dtype is torch.bfloat16
+            return tensor.to(place or tensor.device, torch.float32 if wide else tensor.dtype, copy=True)
+
+        hidden, args, kwargs = _mapped((hidden, args, kwargs), copied)
         with in_float32(block) if widens else contextlib.nullcontext():
             if "hidden_states" in kwargs:
                 output = block(*args, **{**kwargs, "hidden_states": hidden})
@@ -186,8 +197,8 @@ class BlockRunner:
             raise TypeError(f"{name} returned {type(output).__name__}, not hidden states")
         return found.to(home, dtype)
 
-    def _in_float32(self, module: nn.Module, hidden: Tensor) -> bool:
-        return self._may_widen and not is_dispatched(module) and computes_in_float32(hidden.device, hidden.dtype)
+    def _in_float32(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+        return self._may_widen and not is_dispatched(module) and computes_in_float32(device, dtype)
 
     def _record(self, batches: list[tuple[Tensor, Tensor]]) -> None:
         """Fill `_hidden` and `_arguments` from a forward pass in which no block computes anything."""
@@ -221,6 +232,7 @@ class BlockRunner:
         """Return whether the blocks, run one after the other, give what the model gives: tried on one window, or two.
 
         Two, because state that a block leaves behind for a later one looks right until the next window overwrites it.
+        Each block is run twice, because it may leave state behind for itself, and is replayed.
         """
         windows = [(ids[:1], mask[:1]) for ids, mask in self._batches]
         other = next((window for window in windows[1:] if not torch.equal(window[0], windows[0][0])), None)
@@ -234,7 +246,9 @@ class BlockRunner:
             for name, block in self._blocks.items():
                 with on_device(block, self._device):
                     for index, hidden in enumerate(self._hidden):
-                        self._hidden[index] = self._through(name, block, index, hidden)
+                        again, self._hidden[index] = (self._through(name, block, index, hidden) for _ in range(2))
+                        if not _close(again, self._hidden[index]):
+                            return False
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a block of an unknown architecture says when it is called out of turn
@@ -259,6 +273,8 @@ class BlockRunner:
             called.append(name)
             last = hidden_of(output)
             check_finite(f"{name}: its output", last, mask)
+            if last is not None and len(called) == len(self._blocks):
+                last = last.clone()  # what comes after the blocks may change it in place
             if isinstance(output, tuple):
                 self._returns_tuple.add(name)
 
@@ -274,8 +290,11 @@ def check_finite(what: str, hidden: Tensor | None, mask: Tensor) -> None:
     """Raise ValueError if the hidden states of any token are not finite; those of padding may be anything."""
     if hidden is None or bool(torch.isfinite(hidden).all()):
         return
-    if hidden.shape[:2] == mask.shape and bool(torch.isfinite(hidden[mask.to(hidden.device)]).all()):
-        return
+    places = token_places(hidden.shape[:-1], mask)
+    if places is not None:
+        finite = torch.isfinite(hidden).reshape(-1, hidden.shape[-1]).all(1).cpu()
+        if bool(finite[places[mask.reshape(-1).cpu()]].all()):
+            return
     raise ValueError(
         f"{what} has NaN or infinite values on the calibration tokens. Check the checkpoint, or load the model in "
         "float32 or bfloat16 (float16 overflows)"
@@ -308,8 +327,9 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype is torch.bfloat16 else tensor
+def one_by_one(batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Return batches of one window each."""
+    return [window for ids, mask in batches for window in zip(ids.split(1), mask.split(1), strict=True)]
 
 
 def _equal(one: Any, other: Any) -> bool:

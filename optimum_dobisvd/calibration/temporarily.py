@@ -8,9 +8,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..model.compute import WIDENED_FOR_SPEED, has_bf16_products
+from ..model.states import evaluating as evaluating
+from ..model.states import replaced_forward as replaced_forward
 
 
 def is_dispatched(module: nn.Module) -> bool:
@@ -69,34 +71,6 @@ def in_float32(module: nn.Module, without: Iterable[nn.Module] = ()) -> Iterator
 
 
 @contextlib.contextmanager
-def replaced_forward(forwards: dict[nn.Module, Any]) -> Iterator[None]:
-    """Replace the `forward` of module instances, as Accelerate's hooks do, and restore it afterwards."""
-    previous = {module: module.__dict__.get("forward") for module in forwards}
-    for module, forward in forwards.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module, old in previous.items():
-            if old is None:
-                del module.__dict__["forward"]
-            else:
-                module.forward = old
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and restore each module's own; modules added meanwhile get the model's."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in model.modules():
-            module.training = modes.get(module, modes[model])
-
-
-@contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Turn off the gradients of all parameters, so that a backward pass computes those of the activations only."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -107,6 +81,22 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def differentiating(module: nn.Module) -> Iterator[None]:
+    """A context for forward and backward passes through a module that may change its tensors in place.
+
+    What the backward pass reads is kept as copies, which the forward pass cannot change; but for the weights. (What
+    torch has for this, `allow_mutation_on_saved_tensors`, gives wrong gradients where views are changed.)
+    """
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+
+    def kept(tensor: Tensor) -> Tensor:
+        return tensor if tensor.untyped_storage().data_ptr() in weights else tensor.clone()
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
+        yield
 
 
 @contextlib.contextmanager

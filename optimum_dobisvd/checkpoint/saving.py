@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..structures.base import compressed_linears, restore_tensors
+from .auto_classes import auto_classes
 from .bundle import MODELING_FILE, modeling_source
 from .folder import link_or_copy, staging_folder
 from .loading import BUNDLED_ENTRY, adapted_modules, forget_bundled_loader
@@ -105,13 +106,10 @@ def _by_name(original: Any, model: Any, target: Path, args: tuple, kwargs: dict[
 
 def _declare_bundled_loader(model: Any) -> None:
     """Name the bundled loader in config.json for every auto class that could load this architecture."""
-    from transformers.models.auto import modeling_auto
-
     auto_map = dict(getattr(model.config, "auto_map", None) or {})
-    for name, auto_class in vars(modeling_auto).items():
-        mapping = getattr(auto_class, "_model_mapping", None)
-        if name.startswith("AutoModel") and mapping is not None and type(model.config) in mapping:
-            auto_map[name] = f"{MODELING_FILE.removesuffix('.py')}.{BUNDLED_ENTRY}{name}"
+    for auto_class, _ in auto_classes(model.config):
+        name = auto_class.__name__
+        auto_map[name] = f"{MODELING_FILE.removesuffix('.py')}.{BUNDLED_ENTRY}{name}"
     model.config.auto_map = auto_map
 
 

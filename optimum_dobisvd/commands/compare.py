@@ -51,14 +51,18 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
 
     from ..report.comparison import comparison_picture, recommendation, recommended
     from ..report.figure import require_matplotlib
+    from .dense_source import dense_source
     from .load_dense import load_tokenizer
     from .sources import model_source, text_of
 
     if options["picture"] is not None:
         require_matplotlib()
     text = text_of(options["dataset"], "test")
-    dense, dtype = _dense_source(options)
-    sources = {"dense": dense, **{out: model_source(out) for out in options["outs"]}}
+    found_dense = dense_source(options["outs"][0], options["dense"])
+    if found_dense.source is None:
+        raise ValueError(f"{found_dense.note}: pass --dense")
+    dtype = found_dense.dtype
+    sources = {"dense": found_dense.source, **{out: model_source(out) for out in options["outs"]}}
     trust = options["trust_remote_code"]
     tokenizers = {name: load_tokenizer(source, trust_remote_code=trust) for name, source in sources.items()}
     models = []
@@ -95,22 +99,6 @@ SPEC = CommandSpec(
     execute=execute,
     check=check,
 )
-
-
-def _dense_source(options: dict[str, Any]) -> tuple[ModelSource, str | None]:
-    """Return the dense model, and the dtype that it was compressed in, if that is known."""
-    from pathlib import Path
-
-    from .saved_recipe import RECIPE_NAME, compress_options
-    from .sources import model_source
-
-    if options["dense"] is not None:
-        return model_source(options["dense"]), None
-    first = options["outs"][0]
-    made_with = compress_options(Path(first))
-    if made_with is None or "model" not in made_with:
-        raise ValueError(f"{first} has no {RECIPE_NAME} that names the dense model: pass --dense")
-    return model_source(made_with["model"], made_with.get("gguf_file")), made_with.get("dtype")
 
 
 def _measure(source: ModelSource, tokenizer: Any, name: str, text: str, options: dict[str, Any]) -> Compared:

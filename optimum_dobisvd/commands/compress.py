@@ -74,12 +74,31 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     return {**report.to_dict(), "out": options["out"]}
 
 
+def check(options: dict[str, Any]) -> None:
+    """Raise ValueError if OUT would take the place of something that the compression reads."""
+    from pathlib import Path
+
+    from ..report.write import PLAN_NAME
+    from .output_folder import refuse_losing
+    from .sources import model_files, text_paths
+
+    inputs = model_files("--model", options["model"], options["gguf_file"])
+    inputs += text_paths("--dataset", [options["dataset"]]) + text_paths("--eval-dataset", options["eval_dataset"])
+    if options["statistics"] is not None:
+        inputs.append((f"the folder --statistics {options['statistics']}", Path(options["statistics"])))
+    plan, replaced = options["plan"], Path(options["out"], PLAN_NAME)
+    if plan is not None and Path(plan).resolve() != replaced.resolve():  # an edited plan is written there again
+        inputs.append((f"the file --plan {plan}", Path(plan)))
+    refuse_losing(options["out"], inputs)
+
+
 SPEC = CommandSpec(
     name="compress",
     summary="Compress a model, and save it as a checkpoint that from_pretrained loads.",
     groups=_GROUPS,
     examples=_EXAMPLES,
     execute=execute,
+    check=check,
 )
 
 

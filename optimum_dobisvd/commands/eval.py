@@ -82,13 +82,17 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
         OSError, ValueError: a model, text or task that cannot be used. Texts and tasks are read before any model.
     """
     from ..evaluation.mean_accuracy import compare_means
+    from .dense_source import dense_source
     from .sources import model_source, text_of
 
     for key, usual in (("seqlen", 1024), ("batch_size", 1)):
         options = {**options, key: usual if options[key] is None else options[key]}
     texts = {name: text_of(name, "test") for name in options["dataset"]}
     tasks = _load_tasks(options)
-    dense, note = _dense_source(options)
+    found_dense = dense_source(options["out"], options["dense"])
+    dense, note = found_dense.source, found_dense.note
+    if note is not None:
+        note = f"{note}: only the compressed one is evaluated; pass --dense to evaluate it too"
     measured: dict[str, _Measured] = {}
     if dense is not None:
         try:
@@ -166,27 +170,6 @@ def _load_tasks(options: dict[str, Any]) -> LoadedTasks | None:
 
     names = _task_names(options)
     return load_tasks(names, options["data_dir"]) if names else None
-
-
-def _dense_source(options: dict[str, Any]) -> tuple[ModelSource | None, str | None]:
-    """The dense model that was named, or else the one in the recipe; without either, None and why."""
-    from pathlib import Path
-
-    from .saved_recipe import RECIPE_NAME, compress_options
-    from .sources import model_source
-
-    if options["dense"] is not None:
-        return model_source(options["dense"]), None
-    made_with = compress_options(Path(options["out"]))
-    if made_with is None or "model" not in made_with:
-        return (
-            None,
-            f"{options['out']} has no {RECIPE_NAME} that names the dense model: pass --dense to evaluate it too",
-        )
-    try:
-        return model_source(made_with["model"], made_with.get("gguf_file")), None
-    except (OSError, ValueError) as error:
-        return None, f"the dense model {made_with['model']} cannot be found: {error}"
 
 
 def _measure(

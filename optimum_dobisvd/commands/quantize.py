@@ -98,12 +98,22 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     }
 
 
+def check(options: dict[str, Any]) -> None:
+    """Raise ValueError if the folder to write would take the place of something that is read."""
+    from .output_folder import refuse_losing
+    from .sources import model_files, text_paths
+
+    inputs = model_files("OUT", options["model"]) + text_paths("--dataset", [options["dataset"]])
+    refuse_losing(options["out"] or _default_folder(options), inputs)
+
+
 SPEC = CommandSpec(
     name="quantize",
     summary="Quantize a compressed checkpoint: GPTQ, bitsandbytes, or 8 bits of our own.",
     groups=_GROUPS,
     examples=_EXAMPLES,
     execute=execute,
+    check=check,
 )
 
 

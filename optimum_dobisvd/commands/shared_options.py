@@ -87,6 +87,13 @@ METHOD = (
         metavar="PATTERN",
     ),
     Option(
+        "nontext_modules",
+        "compress what text does not pass through, too, such as a vision tower (by methods that read no data: here "
+        "data is text)",
+        kind=bool,
+        default=False,
+    ),
+    Option(
         "rank_multiple",
         "ranks are multiples of this (default: 1; 16 in 8 bits)",
         kind=int,

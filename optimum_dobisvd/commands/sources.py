@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib.util
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -64,6 +66,31 @@ def text_files(source: str) -> list[str] | None:
     if not files:
         raise FileNotFoundError(f"no file fits {source!r}: check the path and the pattern")
     return files
+
+
+def model_files(option: str, model: str, gguf_file: str | None = None) -> list[tuple[str, Path]]:
+    """Where a model's files lie on this machine, each with words for it, for `refuse_losing`.
+
+    `option` is what named the model. A model of the hub lies in the hub's cache. Raises what `model_source` raises.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    source = model_source(model, gguf_file)
+    path = Path(source.location) if source.gguf_file is None else Path(source.location, source.gguf_file)
+    if path.expanduser().exists():
+        return [(f"the model ({option} {model})", path)]
+    return [(f"the cache of the Hugging Face hub ({HF_HUB_CACHE})", Path(HF_HUB_CACHE))]
+
+
+def text_paths(option: str, sources: Iterable[str | None]) -> list[tuple[str, Path]]:
+    """The files of texts, each with words for it, for `refuse_losing`; names of datasets have none."""
+    found = []
+    for source in sources:
+        if source is None or source in HUB_TEXTS:
+            continue
+        with contextlib.suppress(OSError, ValueError):  # what is wrong with a text is told when it is read
+            found += [(f"the text {option} {source}", Path(file)) for file in text_files(source) or [source]]
+    return found
 
 
 def text_of(source: str, split: str = "train", *, streamed_characters: int = 4_000_000) -> str:

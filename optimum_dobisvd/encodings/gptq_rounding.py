@@ -88,9 +88,13 @@ def _packed(
 
 
 def _rows_with_gram(gram: Tensor) -> Tensor:
-    """Rows `R` with `R^T R = H`: gptqmodel sums inputs up by itself, and these stand for all of them."""
+    """Rows `R` with `R^T R = H`: gptqmodel sums inputs up by itself, and these stand for all of them.
+
+    Inputs that are always zero are so in `R`, too, and not up to rounding: gptqmodel drops what multiplies them.
+    """
     values, vectors = torch.linalg.eigh(gram.double())
-    return (vectors * values.clamp_min(0).sqrt()).T.float().contiguous()
+    rows = (vectors * values.clamp_min(0).sqrt()).T.float()
+    return torch.where(gram.diagonal() > 0, rows, 0).contiguous()
 
 
 def _in_float32(linear: nn.Linear) -> nn.Linear:

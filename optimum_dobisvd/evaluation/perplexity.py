@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..calibration.objective import AS_CAUSAL_MODEL, require_next_token_model
+
 _POSITIONS_AT_ONCE = 256
 
 
@@ -36,10 +38,13 @@ def perplexity(
         progress: words beside a progress bar; None shows none.
 
     Raises:
-        ValueError: the text is shorter than one window, a number is out of range, or a window's loss is not finite
-            (names the window).
+        ValueError: the text is shorter than one window, a number is out of range, the model is none of the next token,
+            or a window's loss is not finite (names the window).
     """
     ids = window_ids(tokenizer, text, seqlen=seqlen, windows=windows)
+    why = "perplexity is of predictions of the next token"
+    first = torch.ones_like(ids[:1], dtype=torch.bool)
+    require_next_token_model(model, ids[:1], first, why=why, remedy=AS_CAUSAL_MODEL)
     was_training = model.training
     model.eval()
     total = 0.0

@@ -8,6 +8,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..calibration.tokens import token_places
 from ..calibration.visitor import LinearsVisitor
 from ..model.offloaded import dense_bias, dense_weight
 from .dobi_ipca import IncrementalBasis, project, sample_basis
@@ -22,6 +23,8 @@ class SampleBasisVisitor(LinearsVisitor):
         ranks: linear name -> rank.
         finished: called with block name and factors by linear name.
     """
+
+    needs_token_order = True
 
     def __init__(
         self,
@@ -51,7 +54,8 @@ class SampleBasisVisitor(LinearsVisitor):
 
     def _observe(self, linear: str, bias: Tensor | None, _module: nn.Module, _args: tuple, output: Tensor) -> None:
         mask = self._mask
-        if mask is None or output.shape[:-1].numel() != mask.numel():
+        places = None if mask is None else token_places(output.shape[:-1], mask)
+        if mask is None or places is None:
             raise ValueError(
                 f"{linear}: its outputs are not one row per token of each sample, which dobi_ipca needs (routed "
                 "experts?); use factorization='output_pca', or list it in modules_to_not_convert"
@@ -59,7 +63,7 @@ class SampleBasisVisitor(LinearsVisitor):
         plain = output.detach().double()
         if bias is not None:
             plain = plain - bias.to(plain.device)
-        # Some models (OPT) hand their linears all tokens of a batch as one list.
-        samples = plain.reshape(*mask.shape, -1)
-        for sample, keep in zip(samples, mask.to(plain.device), strict=True):
-            self._sums[linear].update(sample_basis(sample[keep], self._ranks[linear]))
+        rows = plain.reshape(-1, plain.shape[-1])
+        for sample, keep in zip(places.reshape(*mask.shape, -1), mask.cpu(), strict=True):
+            chosen = sample[keep].flatten().to(rows.device)
+            self._sums[linear].update(sample_basis(rows[chosen], self._ranks[linear]))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..calibration.loss import NotFiniteError
+from ..calibration.tokens import text_rows
 from ..factorization.stable_svd import stable_svd
-from ..statistics.collect import token_rows
 from .fixed_basis import FixedBasis, backward_loss, gates
 
 
@@ -64,7 +64,9 @@ def _truncation(name: str, count: int, rank: Tensor, beta: float, mask: Tensor) 
     def truncate(module: Any, _args: tuple, output: Tensor) -> Tensor:
         bias = 0 if module.bias is None else module.bias
         flat = (output - bias).reshape(-1, output.shape[-1])
-        rows = token_rows(name, flat, mask)
+        chosen = text_rows(name, output.shape[:-1], mask)
+        chosen = None if chosen is None else chosen.to(flat.device)
+        rows = flat if chosen is None else flat[chosen]
         rows = rows if rows.dtype == torch.float64 else rows.float()
         if not bool(torch.isfinite(rows.detach()).all()):
             raise NotFiniteError(
@@ -74,8 +76,8 @@ def _truncation(name: str, count: int, rank: Tensor, beta: float, mask: Tensor) 
         scale = min(1.0, len(values) / count)
         soft = gates(rank * scale, len(values), beta / scale).to(values)
         truncated = ((left * (soft * values)) @ right.T).to(flat.dtype)
-        if len(rows) < len(flat):
-            truncated = flat.masked_scatter(mask.reshape(-1, 1).to(flat.device), truncated)
+        if chosen is not None:
+            truncated = flat.index_copy(0, chosen, truncated)
         return truncated.reshape(output.shape) + bias
 
     return truncate

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..allocation.plan import PlannedModule
-from ..calibration.loss import NextTokenLoss, logits_of
-from ..calibration.temporarily import evaluating, frozen, without_cache
+from ..calibration.loss import NextTokenLoss
+from ..calibration.temporarily import differentiating, evaluating, frozen, without_cache
 from ..factorization.factors import Decomposition
 from ..model.linears import as_matrix, weight_matrix
 
@@ -123,7 +123,7 @@ class FixedBasis:
         loss = NextTokenLoss()
         with torch.no_grad():
             for ids, mask in batches:
-                loss(logits_of(self.model, ids, mask), ids, mask)
+                loss.of(self.model, ids, mask)
         loss.check_seen()
         return loss.total / loss.tokens
 
@@ -173,9 +173,9 @@ def backward_loss(model: Any, ids: Tensor, mask: Tensor) -> NextTokenLoss:
     ValueError if no token has a label, or the loss is NaN or infinite.
     """
     loss = NextTokenLoss()
-    with torch.enable_grad():
+    with differentiating(model):
         for window, keep in zip(ids.split(1), mask.split(1), strict=True):
-            found = loss(logits_of(model, window, keep), window, keep)
+            found = loss.of(model, window, keep)
             if found.requires_grad:
                 found.backward()
     loss.check_seen()

@@ -17,9 +17,14 @@ def is_dense_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module) is Conv1D
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is `nn.Linear`, `Conv1D`, or a subclass, which may compute something else."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' `Conv1D`."""
-    return type(module) is Conv1D
+    """Whether it is transformers' `Conv1D`, which stores `W^T`."""
+    return isinstance(module, Conv1D)
 
 
 def weight_matrix(module: Any) -> Tensor:
@@ -29,7 +34,7 @@ def weight_matrix(module: Any) -> Tensor:
 
 def as_matrix(module: nn.Module, stored: Tensor) -> Tensor:
     """Return a tensor in the layout of a linear's weight (or its gradient) as `out_features x in_features`."""
-    return stored.T if type(module) is Conv1D else stored
+    return stored.T if is_conv1d(module) else stored
 
 
 def dense_linear(weight: Tensor, bias: Tensor | None, conv1d: bool) -> nn.Module:

@@ -8,17 +8,24 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..allocation.budget import Budget, BudgetRequest, open_budget
 from ..allocation.plan import Plan
-from ..calibration.dataset import CalibrationWindows, load_windows
+from ..calibration.dataset import CalibrationWindows
 from ..calibration.loss import require_labels
+from ..calibration.model_inputs import SampleIds, inputs_of
+from ..calibration.objective import WITHOUT_GRADIENTS, require_next_token_model, require_own_loss
+from ..calibration.processor_batches import draw_windows, first_processor_batch
+from ..calibration.tokenizer import TokenizerSource
 from ..config import DobiSVDConfig
 from ..encodings.base import Encoding
+from ..model.experts import fuse, linearize
 from ..model.layout import Layout, find_layout
 from ..model.linears import require_finite
 from ..model.patterns import resolve_overrides
+from ..model.trial import is_encoder_decoder, model_inputs, takes_text
 from ..structures.base import is_compressed
 from .job import Job
 
@@ -30,17 +37,27 @@ def prepare(
 ) -> Job:
     """Check all that can be refused before weights are read, and draw the calibration windows.
 
-    The dense model may be on meta. Windows that were drawn before have those to hold out among them.
+    The dense model may be on meta; it is left as it is. Windows that were drawn before have those to hold out among
+    them.
 
     Raises:
         ImportError: a library that the quantization needs is missing; names the extra.
         ValueError: a model, dataset, plan or setting that cannot work.
     """
+    linearize(model)
+    try:
+        return _prepared(model, config, tokenizer, windows)
+    finally:
+        fuse(model)
+
+
+def _prepared(model: Any, config: DobiSVDConfig, tokenizer: Any, windows: CalibrationWindows | None) -> Job:
     layout = check_model(model, config)
     check_encoding(config.encoding, layout, config.min_coverage)
     plan = given_plan(config, layout)
     job = Job(config, layout, None if plan is not None else budget_of(config, layout), plan)
-    named = tokenizer or config.tokenizer or getattr(model, "name_or_path", None) or None
+    named = next((each for each in (tokenizer, config.tokenizer) if each is not None), None)
+    named = TokenizerSource.of(model) if named is None else named
     learns = plan is None and job.method.learns
     if windows is None:
         windows = _load_windows(config, named, config.rank_training.held_out if learns else 0)
@@ -57,7 +74,7 @@ def prepare(
 
 
 def check_model(model: Any, config: DobiSVDConfig) -> Layout:
-    """Check everything about a dense model that can be refused before calibration; returns its layout.
+    """Check everything about a dense model, its experts linearized, that can be refused; returns its layout.
 
     Raises:
         ValueError: already compressed; no eligible linear; coverage; patterns or overrides that match nothing; NaN or
@@ -74,15 +91,52 @@ def check_model(model: Any, config: DobiSVDConfig) -> Layout:
     if (method.needs_gradients or method.learns) and has_no_head:
         raise ValueError(
             f"{type(model).__name__} gives no next-token logits, and method {config.method!r} weighs matrices by the "
-            "next-token loss: load it as a causal language model, or choose a method that reads no gradients "
-            "(svd_llm_v2)"
+            f"next-token loss: {WITHOUT_GRADIENTS}"
         )
-    layout = find_layout(model, config.modules_to_not_convert, config.min_coverage)
+    layout = layout_of(model, config)
     resolve_overrides(config.overrides, list(layout.linears))
     check_weights(model, config, layout)
     if layout.left_dense:
         logger.info("left dense: %s", layout.describe_left_dense())
     return layout
+
+
+def layout_of(model: Any, config: DobiSVDConfig) -> Layout:
+    """Return the layout that a config asks for. ValueError as `find_layout` and `check_inputs`."""
+    return find_layout(
+        model,
+        config.modules_to_not_convert,
+        config.min_coverage,
+        batch=check_inputs(model, config),
+        nontext=config.nontext_modules,
+    )
+
+
+def check_inputs(model: Any, config: DobiSVDConfig) -> Mapping[str, Any] | None:
+    """Return a row of a processor's batch if the dataset has some, and ValueError if the model takes no other data."""
+    batch = first_processor_batch(config.dataset)
+    reads = config.dataset is not None or config.resolved_method().needs_data
+    if batch is not None and config.plan is None and config.resolved_method().learns:
+        raise ValueError(
+            f"method {config.method!r} learns ranks on text alone, and the calibration dataset is batches of a "
+            "processor: take method 'global', which learns nothing, or calibrate on text"
+        )
+    if batch is not None:
+        return dict(inputs_of(model, SampleIds.of(batch), torch.ones(1, 1, dtype=torch.bool)))
+    how = (
+        f"pass dataset= as a list of batches of its processor (mappings of tensors, {model_inputs(model)} among them)"
+    )
+    if reads and not takes_text(model):
+        raise ValueError(
+            f"{type(model).__name__} cannot be calibrated on text: it takes {model_inputs(model)}; {how}, or take "
+            "method 'svd', which reads no data"
+        )
+    if reads and config.nontext_modules:
+        raise ValueError(
+            f"nontext_modules compresses what text does not pass through, and the calibration dataset is text: {how}, "
+            "or leave nontext_modules out"
+        )
+    return None
 
 
 def check_weights(model: Any, config: DobiSVDConfig, layout: Layout) -> None:
@@ -94,6 +148,20 @@ def check_weights(model: Any, config: DobiSVDConfig, layout: Layout) -> None:
             f"{type(model).__name__} was loaded under torch.inference_mode, so no gradient can be taken through it, "
             f"and method {config.method!r} needs some: load it outside, or choose a method that reads no gradients"
         )
+
+
+def check_loss(model: Any, job: Job) -> None:
+    """Raise ValueError if the job reads the next-token loss, and this dense model's loss is another."""
+    method, windows = job.method, job.windows
+    if windows is None or not (method.needs_gradients or job.held_out is not None):
+        return
+    verb = "learns ranks on" if job.held_out is not None else "weighs matrices by"
+    why = f"method {job.config.method!r} {verb} the next-token loss"
+    ids, mask = next(iter(windows.batches(1)))
+    if isinstance(ids, SampleIds) or is_encoder_decoder(model):
+        require_own_loss(model, ids, mask, why=why, remedy=WITHOUT_GRADIENTS)
+    else:
+        require_next_token_model(model, windows.input_ids, windows.attention_mask, why=why, remedy=WITHOUT_GRADIENTS)
 
 
 def budget_of(config: DobiSVDConfig, layout: Layout) -> Budget:
@@ -238,14 +306,14 @@ def quantization_windows(
     if text is None:
         raise ValueError(f"{encoding.name} needs calibration text: {_HOW_TO_GIVE_TEXT}")
     try:
-        return load_windows(text, encoding.own_tokenizer or tokenizer, **config.draw)
+        return draw_windows(text, encoding.own_tokenizer or tokenizer, **config.draw)
     except (ValueError, OSError) as error:
         raise ValueError(f"{encoding.name} needs calibration text: {error}; {_HOW_TO_GIVE_TEXT}") from error
 
 
 def _load_windows(config: DobiSVDConfig, tokenizer: Any, held_out: int) -> CalibrationWindows | None:
     if config.dataset is not None:
-        return load_windows(config.dataset, tokenizer, held_out=held_out, **config.draw)
+        return draw_windows(config.dataset, tokenizer, held_out=held_out, **config.draw)
     needs_data = config.resolved_method().needs_data
     if needs_data or (config.encoding.needs_text and config.encoding.own_text is None):
         reader = f"method {config.method!r}" if needs_data else config.encoding.name

@@ -130,8 +130,8 @@ def plain_table(title: str, headings: tuple[str, ...]) -> Table:
 
 
 def coverage_line(report: CompressionReport) -> str:
-    """Say what share of the blocks' weights were targets, and what was not."""
-    return f"targets are {report.coverage:.1%} of the weights in the blocks; not among them: {report.left_dense}"
+    """Say what share of the linears' weights were targets, and what was not."""
+    return f"targets are {report.coverage:.1%} of the weights of all linears; not among them: {report.left_dense}"
 
 
 def slower_line(report: CompressionReport) -> str:

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..calibration.tokens import token_places, token_rows
 from ..calibration.visitor import LinearsVisitor
+from ..model.experts import ROUTED_ROWS, RoutedRows
 from ..model.linears import weight_matrix
 from .packing import add_to_upper_triangle, pack
+from .pooling import borrowers, pool_name, pools
 
 
 @dataclass
@@ -30,13 +33,24 @@ class InputStatistics:
 
 @dataclass
 class BlockStatistics:
-    """Statistics of one block's inputs, each by its key: the name of the first linear that reads it.
+    """Statistics of one block's inputs, each by its key: the name of the first linear that reads it, or of a pool.
 
     `input_key` is that key for every linear of the block.
     """
 
     inputs: dict[str, InputStatistics]
     input_key: dict[str, str]
+
+    @property
+    def borrowed(self) -> list[str]:
+        """Linears that were given too few tokens, and have the statistics of their pool."""
+        return [name for name, key in self.input_key.items() if key not in self.input_key]
+
+    @property
+    def routed(self) -> set[str]:
+        """Keys of inputs that are not of all the block's tokens, but of those that a router sends there."""
+        most = max((each.tokens for key, each in self.inputs.items() if key in self.input_key), default=0)
+        return {key for key, each in self.inputs.items() if key not in self.input_key or each.tokens < most}
 
 
 class _Accumulator:
@@ -53,6 +67,12 @@ class _Accumulator:
         self.tokens += len(x)
         self.abs_sum += x.abs().sum(0)
         add_to_upper_triangle(self.gram, x, x if weights is None else weights[:, None].to(x) * x)
+
+    def merge(self, other: _Accumulator) -> None:
+        """Add what another one has summed."""
+        self.tokens += other.tokens
+        self.abs_sum += other.abs_sum.to(self.abs_sum.device)
+        self.gram += other.gram.to(self.gram.device)
 
     def result(self, name: str) -> InputStatistics:
         """Return the statistics. ValueError, naming the linear, if there was no token or a value is not finite."""
@@ -73,7 +93,8 @@ class _Accumulator:
 class InputCollector(LinearsVisitor):
     """A block visitor that sums the statistics of the inputs of a block's linears, for `BlockStatistics`.
 
-    Linears that read the same tensor (q/k/v, gate/up) share one sum, under the name of the first one called.
+    Linears that read the same tensor (q/k/v, gate/up) share one sum, under the name of the first one called. A tensor
+    that was changed in place between them is not the same.
 
     Args:
         linears_of, finished, wanted: see `LinearsVisitor`.
@@ -90,13 +111,13 @@ class InputCollector(LinearsVisitor):
     ) -> None:
         super().__init__(linears_of, finished, wanted)
         self._weights_of = weights_of
-        self._weights: Tensor | None = None
+        self.needs_token_order = weights_of is not None
         self._input_key: dict[str, str] = {}
-        self._current: dict[str, dict[str, Tensor]] = {}  # block -> input key -> its input in the pass under way
+        # block -> input key -> its input in the pass under way, and its version then
+        self._current: dict[str, dict[str, tuple[Tensor, int]]] = {}
 
     def start_batch(self, mask: Tensor) -> None:
         super().start_batch(mask)
-        self._weights = None if self._weights_of is None else self._weights_of(mask)[mask]
         self._current = {}
 
     def _hook(self, block: str, linear: str, module: nn.Module) -> RemovableHandle:
@@ -106,52 +127,83 @@ class InputCollector(LinearsVisitor):
         x = args[0] if args else next(iter(kwargs.values()))
         current = self._current.setdefault(block, {})
         if name not in self._input_key:
-            self._input_key[name] = next((key for key, seen in current.items() if seen is x), name)
+            self._input_key[name] = next((key for key, seen in current.items() if _is_same(x, seen)), name)
         input_key = self._input_key[name]
         if input_key != name:
-            if current.get(input_key) is not x:
+            if input_key not in current or not _is_same(x, current[input_key]):
                 raise ValueError(f"{name} and {input_key} shared their input in one batch and not in another")
             return
-        current[name] = x
+        current[name] = x, _version(x)
         if name not in self._sums:
             self._sums[name] = _Accumulator(weight_matrix(module).shape[1], x.device)
-        rows = token_rows(name, x.detach(), self._mask)
-        # Of linears that read only some of the tokens (experts) it is not known which ones.
-        weighted = self._weights is not None and len(self._weights) == len(rows)
-        self._sums[name].add(rows, self._weights if weighted else None)
+        routed = ROUTED_ROWS.get()
+        rows = token_rows(name, x.detach(), self._mask, routed)
+        self._sums[name].add(rows, self._row_weights(x.shape[:-1], routed))
+
+    def _row_weights(self, shape: torch.Size, routed: RoutedRows | None) -> Tensor | None:
+        """Return how many tokens each row of `token_rows` counts as, of an input of this shape; None is one each.
+
+        None, too, where it is not known which tokens the rows are.
+        """
+        if self._weights_of is None or self._mask is None:
+            return None
+        weights, kept = self._weights_of(self._mask).reshape(-1, 1).cpu(), self._mask.reshape(-1).cpu()
+        if routed is not None:
+            tokens = routed.tokens.cpu()
+            return weights[tokens[kept[tokens]], 0] if shape.numel() == len(tokens) else None
+        places = token_places(shape, self._mask)
+        if places is None:
+            return None
+        weights = weights.expand_as(places)
+        if not bool(kept.all()):  # rows are in the order of the places then
+            return weights[kept].flatten()
+        return weights.flatten()[places.flatten().argsort()]
 
     def _result(self, block: str) -> BlockStatistics:
         self._current = {}
         linears = self._linears_of(block)
-        unseen = [name for name in linears if name not in self._input_key]
+        keys = {name: key for name, key in self._input_key.items() if name in linears}  # in the order of the calls
+        for name in keys:
+            del self._input_key[name]
+        sums = {key: self._sums.pop(key) for name, key in keys.items() if key == name}
+        pooled = self._borrow(block, keys, sums)
+        unseen = [name for name in linears if name not in keys]
         if unseen:
             raise ValueError(
                 f"{unseen[0]} was never called during calibration ({len(unseen)} such linears in its block): "
                 "calibrate on more text, or list it in modules_to_not_convert"
             )
-        keys = {name: key for name, key in self._input_key.items() if name in linears}  # in the order of the calls
-        for name in keys:
-            del self._input_key[name]
-        inputs = {name: self._sums.pop(name).result(name) for name, key in keys.items() if key == name}
-        return BlockStatistics(inputs, keys)
+        inputs = {key: sums[key].result(key) for key in dict.fromkeys(keys.values()) if key in sums}
+        return BlockStatistics(inputs | {key: each.result(key) for key, each in pooled.items()}, keys)
+
+    def _borrow(self, block: str, keys: dict[str, str], sums: dict[str, _Accumulator]) -> dict[str, _Accumulator]:
+        """Give linears that saw too few tokens their pool's key in `keys`; returns what these pools have summed."""
+        linears = self._linears_of(block)
+        tokens = {name: sums[key].tokens for name, key in keys.items()}
+        sizes = {name: weight_matrix(module).shape[1] for name, module in linears.items()}
+        found: dict[str, _Accumulator] = {}
+        for members in pools(block, sizes).values():
+            borrowing = borrowers(members, tokens, sizes[members[0]], self._tokens[block])
+            if not borrowing:
+                continue
+            lenders = dict.fromkeys(keys[name] for name in members if name in keys)
+            pool = pool_name(block, next(iter(lenders)))
+            if pool not in found:
+                found[pool] = _Accumulator(sizes[members[0]], next(iter(sums.values())).gram.device)
+                for key in lenders:
+                    found[pool].merge(sums[key])
+            keys |= dict.fromkeys((name for name in members if name in borrowing), pool)
+        return found
 
     def abandon(self) -> None:
         super().abandon()
         self._input_key, self._current = {}, {}
 
 
-def token_rows(name: str, activations: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the rows of a linear's input or output (`... x features`) that are no padding, `tokens x features`.
+def _is_same(x: Tensor, seen: tuple[Tensor, int]) -> bool:
+    return x is seen[0] and _version(x) == seen[1]
 
-    `mask` (`batch x seqlen`) is True for those; None is all. ValueError, naming the linear, if there is padding and
-    the rows are not one for every position of the batch.
-    """
-    flat = activations.reshape(-1, activations.shape[-1])
-    if mask is None or bool(mask.all()):
-        return flat
-    if len(flat) != mask.numel():
-        raise ValueError(
-            f"{name} is given {len(flat)} rows where the batch has {mask.numel()} tokens, so padding cannot be "
-            "told from text; calibrate on windows without padding"
-        )
-    return flat[mask.reshape(-1).to(flat.device)]
+
+def _version(x: Tensor) -> int:
+    """Return how often a tensor was changed in place; tensors of inference mode, which do not count, are at 0."""
+    return 0 if x.is_inference() else x._version

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..calibration.tokens import token_rows
 from ..calibration.visitor import LinearsVisitor
+from ..model.experts import ROUTED_ROWS
 from ..model.linears import weight_matrix
 from ..model.offloaded import dense_bias
-from .collect import token_rows
 from .packing import add_to_upper_triangle, pack
+from .pooling import borrowers, pools
 
 SCALARS = ("energy", "joint_energy", "first_order", "second_order")
 
@@ -53,14 +55,27 @@ class _Sums:
         self.gram = torch.zeros(size, size, dtype=torch.float64, device=device)
         self.scalars = torch.zeros(len(SCALARS), dtype=torch.float64)
 
-    def add(self, x: Tensor, y: Tensor, gradient: Tensor) -> None:
-        """Add a batch: `x` is `tokens x n`, `y` and `gradient` are `tokens x m`."""
-        x, y, gradient = (each if each.dtype == torch.float64 else each.float() for each in (x, y, gradient))
+    def add(self, input_energy: Tensor, y: Tensor, gradient: Tensor) -> None:
+        """Add a batch: `input_energy` is `||x||^2` of every token, `y` and `gradient` are `tokens x m`."""
+        y, gradient = _precise(y), _precise(gradient)
         self.tokens += len(gradient)
         add_to_upper_triangle(self.gram, gradient, gradient)
         energy, scaled = gradient.square().sum(1), (gradient * y).sum(1)
-        found = [energy.sum(), (energy * x.square().sum(1)).sum(), scaled.sum(), scaled.square().sum()]
+        found = [energy.sum(), (energy * input_energy).sum(), scaled.sum(), scaled.square().sum()]
         self.scalars += torch.stack(found).double().cpu()
+
+    def merge(self, other: _Sums) -> None:
+        """Add what another one has summed."""
+        self.tokens += other.tokens
+        self.gram += other.gram.to(self.gram.device)
+        self.scalars += other.scalars
+
+    def scaled_to(self, tokens: int) -> _Sums:
+        """Return what the same sums would be over another number of tokens of the same kind."""
+        scaled = _Sums(len(self.gram), self.gram.device)
+        scaled.tokens = tokens
+        scaled.gram, scaled.scalars = self.gram * (tokens / self.tokens), self.scalars * (tokens / self.tokens)
+        return scaled
 
     def result(self, name: str) -> GradientStatistics:
         """Return the statistics. ValueError, naming the linear, if a value is not finite or all are zero."""
@@ -78,6 +93,10 @@ class _Sums:
         return GradientStatistics(len(self.gram), self.tokens, pack(self.gram.cpu()), **values)
 
 
+def _precise(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
 class GradientCollector(LinearsVisitor):
     """A block visitor for backward passes that sums `GradientStatistics` of a block's linears, by their names."""
 
@@ -90,19 +109,43 @@ class GradientCollector(LinearsVisitor):
 
     def _observe(
         self, linear: str, bias: Tensor | None, module: Any, args: tuple, kwargs: dict[str, Tensor], output: Tensor
-    ) -> None:
+    ) -> Tensor:
+        """Hook the output, and return a copy in its place: the model may change in place what it goes on with."""
         if not output.requires_grad:
-            return
+            return output
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
-        y = output.detach() if bias is None else output.detach() - bias.to(output)
-        mask = self._mask
+        mask, routed = self._mask, ROUTED_ROWS.get()
+        energy = _precise(token_rows(linear, x, mask, routed)).square().sum(1)  # now, while it is what it is
         if linear not in self._sums:
             self._sums[linear] = _Sums(weight_matrix(module).shape[0], output.device)
         sums = self._sums[linear]
-        output.register_hook(
-            lambda gradient: sums.add(*(token_rows(linear, each, mask) for each in (x, y, gradient.detach())))
-        )
+
+        def add(gradient: Tensor) -> None:
+            y = output.detach() if bias is None else output.detach() - bias.to(output)
+            sums.add(energy, token_rows(linear, y, mask, routed), token_rows(linear, gradient, mask, routed))
+
+        output.register_hook(add)
+        return output.clone()
 
     def _result(self, block: str) -> dict[str, GradientStatistics]:
         unseen = _Sums(1, torch.device("cpu"))
-        return {linear: self._sums.pop(linear, unseen).result(linear) for linear in self._linears_of(block)}
+        linears = self._linears_of(block)
+        sums: dict[str, _Sums] = {name: self._sums.pop(name, unseen) for name in linears}
+        sums |= self._borrowed(block, sums)
+        return {linear: sums[linear].result(linear) for linear in linears}
+
+    def _borrowed(self, block: str, sums: dict[str, _Sums]) -> dict[str, _Sums]:
+        """Sums of linears that saw too few tokens: their pool's mean, for the tokens they saw, or for one."""
+        sizes = {name: weight_matrix(module).shape[0] for name, module in self._linears_of(block).items()}
+        tokens = {name: each.tokens for name, each in sums.items()}
+        found: dict[str, _Sums] = {}
+        for members in pools(block, sizes).values():
+            borrowing = borrowers(members, tokens, sizes[members[0]], self._tokens[block])
+            if not borrowing:
+                continue
+            pool = _Sums(sizes[members[0]], next(sums[name].gram.device for name in members if tokens[name]))
+            for name in members:
+                if tokens[name]:
+                    pool.merge(sums[name])
+            found |= {name: pool.scaled_to(max(tokens[name], 1)) for name in borrowing}
+        return found
