@@ -115,7 +115,7 @@ class InputCollector(LinearsVisitor):
 
     def start_batch(self, mask: Tensor) -> None:
         super().start_batch(mask)
-        self._weights = None if self._weights_of is None else self._weights_of(mask).reshape(-1)
+        self._weights = None if self._weights_of is None else self._weights_of(mask)[mask]
         self._current = {}
 
     def _hook(self, block: str, linear: str, module: nn.Module) -> RemovableHandle:
@@ -136,16 +136,10 @@ class InputCollector(LinearsVisitor):
             self._sums[name] = _Accumulator(weight_matrix(module).shape[1], x.device)
         routed = ROUTED_ROWS.get()
         rows = token_rows(name, x.detach(), self._mask, routed)
-        self._sums[name].add(rows, self._row_weights(name, x, routed))
-
-    def _row_weights(self, name: str, x: Tensor, routed: RoutedRows | None) -> Tensor | None:
-        """How many tokens each of the linear's rows counts as; None is one each, and where it is not known which."""
-        if self._weights is None:
-            return None
-        every = self._weights if routed is None else self._weights[routed.tokens.to(self._weights.device)]
-        if x.shape[:-1].numel() != len(every):
-            return None
-        return token_rows(name, every[:, None], self._mask, routed)[:, 0]
+        # Of linears that read only some of the tokens each one counts as one: where they are an expert's, it is known
+        # which tokens these are, but not so where modeling code gathers them itself, and the same is to come of both.
+        weighted = self._weights is not None and len(self._weights) == len(rows) and routed is None
+        self._sums[name].add(rows, self._weights if weighted else None)
 
     def _result(self, block: str) -> BlockStatistics:
         self._current = {}
