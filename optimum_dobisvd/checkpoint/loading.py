@@ -15,7 +15,7 @@ from ..model.linears import is_dense_linear, weight_matrix
 from ..structures.base import CompressedLinear, compressed_linears, to_dense
 from ..structures.format import Format
 from ..structures.registry import STRUCTURES
-from .verify import all_conversions, applicable, check_tensors, lacks_modules, module_names_in
+from .verify import applicable, check_tensors, lacks_modules, module_names_in, with_all_conversions
 
 BUNDLED_ENTRY = "DobiSVD"
 """What the classes in the bundled file are called that `auto_map` names, followed by the auto class."""
@@ -162,7 +162,7 @@ class CompressedLoader(HfQuantizer):
             model.set_submodule(name, to_dense(module))
         if linearized_experts(model):
             fuse(model)
-            model._weight_conversions = all_conversions(model)
+            with_all_conversions(model)
         for encoding in self.encodings.values():
             encoding.forget(model)
         model.__dict__.pop("quantization_method", None)

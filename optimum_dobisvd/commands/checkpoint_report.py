@@ -10,8 +10,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..allocation.plan import PlannedModule
+from ..checkpoint.verify import renamed_for
 from ..config import DobiSVDConfig
 from ..encodings.base import QUANT_METHOD
+from ..model.experts import linearize
 from ..model.layout import find_layout
 from ..model.linears import weight_matrix
 from ..model.target import Target
@@ -33,8 +35,11 @@ def report_from_files(folder: Path, *, trust_remote_code: bool = False) -> Compr
     """
     config = read_config(folder)
     modules = config.modules or {}
-    shapes, stored_bytes = _headers(folder)
+    headers, stored_bytes = _headers(folder)
     meta_model = load_meta_model(ModelSource(folder.name, str(folder), None), trust_remote_code=trust_remote_code)
+    linearize(meta_model)
+    model_name = renamed_for(meta_model)
+    shapes = {model_name(key): header for key, header in headers.items()}
     layout = find_layout(meta_model, config.modules_to_not_convert, min_coverage=0.0)
     left = {target.name: module_report(target, PlannedModule(*AS_IS.key), None) for target in layout.targets}
     compressed = {}
