@@ -10,7 +10,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..encodings.base import Encoding
 from ..encodings.registry import encoding_named, encoding_of
-from ..model.experts import fuse, linearize, linearized_experts
+from ..model.experts import align, fuse, linearize, linearized_experts
 from ..model.linears import is_dense_linear, weight_matrix
 from ..structures.base import CompressedLinear, compressed_linears, to_dense
 from ..structures.format import Format
@@ -144,6 +144,7 @@ class CompressedLoader(HfQuantizer):
                         module.set_submodule(child, loaded)
         for encoding in self.encodings.values():
             encoding.loaded_model(model)
+        align(model)
         if self._kinds & self.encodings.keys():
             self.quantization_config.quantization = self.encoding.as_applied()  # type: ignore[attr-defined]
         return model

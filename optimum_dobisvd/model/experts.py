@@ -253,6 +253,19 @@ def settle(model: nn.Module) -> None:
                 tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
 
+def align(model: nn.Module) -> None:
+    """Bring weights of linearized experts that were read from a file to where PyTorch puts its own: 64-byte borders.
+
+    A file's memory begins anywhere, and an expert is often given a single token, for which the product on a CPU is
+    rounded one way or another by where the matrix begins. So a loaded model would not be equal to the saved one.
+    """
+    for experts in linearized_experts(model).values():
+        for linear in (each for each in experts.modules() if type(each) is nn.Linear):
+            for tensor in linear.parameters():
+                if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+                    tensor.data = tensor.data.clone()
+
+
 def fuse(model: nn.Module) -> None:
     """Put the stacked experts back. Their linears are plain ones."""
     for name, module in linearized_experts(model).items():
