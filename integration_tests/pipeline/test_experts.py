@@ -90,14 +90,18 @@ def test_separate_linears_give_the_same(model_type: str, method: str, few: bool)
     assert relative(logits(stacked), logits(separate)) < 1e-5
 
 
-def test_a_stacked_quantizer_gives_the_same_for_separate_linears() -> None:
-    pytest.importorskip("bitsandbytes")
-    wide: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64}
-    settings: dict[str, Any] = {"ratio": 0.25, "quantization": "nf4", "dataset": tokens(8, 40)}
+@pytest.mark.parametrize(("module", "quantization"), [("bitsandbytes", "nf4"), ("gptqmodel", "gptq4_g32")])
+@pytest.mark.parametrize("windows", [8, 1])
+def test_a_stacked_quantizer_gives_the_same_for_separate_linears(module: str, quantization: str, windows: int) -> None:
+    """Of one window experts see too few tokens, and are rounded by what all of them see."""
+    pytest.importorskip(module)
+    wide: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_local_experts": 8}
+    settings: dict[str, Any] = {"ratio": 0.2, "quantization": quantization, "dataset": tokens(windows, 40)}
     stacked, separate = tiny("mixtral", **wide), with_separate_experts("mixtral", **wide)
     (one, of_one), (other, _) = (done(compress(each, **settings)) for each in (stacked, separate))
     assert one.modules == other.modules
-    assert {module.encoding for module in of_one.modules if ".experts." in module.name} >= {"nf4"}
+    assert of_one.borrowed or windows > 1
+    assert quantization in {each.encoding for each in of_one.modules if ".experts." in each.name}
     assert relative(logits(stacked), logits(separate)) < 1e-4
 
 

@@ -221,8 +221,7 @@ def linearize(model: nn.Module) -> dict[str, LinearizedExperts]:
     likely: ExpertLayout | None = None
     for name, module in list(model.named_modules()):
         stacked = stacked_parameters(module).values()
-        offloaded = hasattr(module, "_hf_hook") and any(each.is_meta for each in stacked)
-        if not name or not stacked or offloaded or any(owners[id(each)] > 1 for each in stacked):
+        if not name or not stacked or is_offloaded(module) or any(owners[id(each)] > 1 for each in stacked):
             continue
         layout = expert_layout(module, likely)
         if layout is not None:
@@ -230,6 +229,11 @@ def linearize(model: nn.Module) -> dict[str, LinearizedExperts]:
             found[name] = LinearizedExperts(module, layout)
             model.set_submodule(name, found[name])
     return found
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether Accelerate keeps the module's stacked experts out of memory between passes."""
+    return hasattr(module, "_hf_hook") and any(each.is_meta for each in stacked_parameters(module).values())
 
 
 def linearized_experts(model: nn.Module) -> dict[str, LinearizedExperts]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .experts import router_names
+from .experts import is_offloaded, router_names
 from .footprint import checkpoint_bytes, tensor_bytes
 from .linears import is_dense_linear, weight_matrix
 from .patterns import select
@@ -62,6 +62,7 @@ class Layout:
 
 
 EXCLUDED = "excluded by modules_to_not_convert"
+OFFLOADED = "in stacked experts that are offloaded (load the model without cpu or disk offload to compress these)"
 ROUTER = "in routers, which choose among experts and stay as they are"
 
 
@@ -101,7 +102,7 @@ def find_layout(model: nn.Module, modules_to_not_convert: Iterable[str] = (), mi
                 eligible[name] = module
                 continue
             reason = "shared with another module" if is_dense_linear(module) else f"in {type(module).__name__}"
-            reason = ROUTER if name in routers else reason
+            reason = ROUTER if name in routers else OFFLOADED if is_offloaded(module) else reason
             for parameter in module.parameters(recurse=False):
                 if parameter.dim() >= 2 and parameter.numel() > 0:
                     left.append(LeftDense(name, parameter.numel(), reason))
