@@ -125,7 +125,7 @@ def test_experts_that_are_offloaded_are_left_and_it_is_said_what_to_do(tmp_path:
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "dense", device_map=OFFLOADED, offload_folder=tmp_path / "offload"
     )
-    assert linearize(model) == {}
+    assert set(linearize(model)) == {"model.layers.0.mlp.experts"}  # the only ones in memory
     with pytest.raises(ValueError, match="offloaded .load the model without cpu or disk offload"):
         find_layout(model, min_coverage=0.9)
 
