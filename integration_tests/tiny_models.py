@@ -176,7 +176,9 @@ def tiny(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
     """
     name, settings = (_CONFIGS | _MIXTURES)[model_type]
     config = AutoConfig.for_model(name, **{**settings, **overrides})
-    model = AutoModelForCausalLM.from_config(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # some models draw vectors, too
+        model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in dict.fromkeys(model.parameters()):

@@ -76,8 +76,8 @@ class DobiSVDConfig(QuantizationConfigMixin):
             projector); methods that read data then need batches of a processor as `dataset`.
         rank_multiple: ranks are multiples of this; by default what the encoding's kernels like (1, in 8 bits 16).
         min_rank: no matrix gets a smaller rank.
-        min_coverage: smallest accepted share of the linears' weights that can be compressed at all (mixture-of-experts
-            models keep theirs in fused tensors that are not linears); below it the run is refused.
+        min_coverage: smallest accepted share of the linears' weights that can be compressed at all; below it the run
+            is refused. What is left dense on purpose (routers, `modules_to_not_convert`) counts neither way.
         device: where calibration and factorization compute, e.g. `cuda`; by default where the weights are. (Rank
             training always runs where the weights are: load the model there.)
         modules: set by `with_plan`: structure, rank and encoding of every compressed matrix. What a loader reads.

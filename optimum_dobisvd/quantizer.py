@@ -19,7 +19,7 @@ from .learning.learn import learn_ranks
 from .model.experts import linearize, settle
 from .model.footprint import checkpoint_bytes, macs_per_token, resident_bytes
 from .pipeline.allocate import allocate, measure_losses, predicted_increase
-from .pipeline.collect import block_runner, collect
+from .pipeline.collect import block_runner, borrowed_by, collect
 from .pipeline.factorize import Replacement, factorize
 from .pipeline.job import Job
 from .pipeline.quantize import quantize
@@ -154,6 +154,7 @@ class DobiSVDQuantizer:
             seconds=stages.seconds,
             peak_bytes=stages.peak_bytes,
             predicted_increase=predicted_increase(plan, store, job.method.factorization, losses),
+            borrowed=borrowed_by(layout, store) if job.method.statistics else [],
         )
         self.plan, self.report = plan, report
         self._attach(model, job, plan, report)

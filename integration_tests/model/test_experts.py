@@ -1,11 +1,14 @@
 """Experts that are kept stacked, as linears: the same function, the same weights, and back."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
+from integration_tests.checkpoint.reloading import OFFLOADED
 from integration_tests.tiny_models import MIXTURE_TYPES, tiny, tokens
 from optimum_dobisvd.model.experts import LinearizedExperts, fuse, linearize, linearized_experts, router_names
 from optimum_dobisvd.model.layout import ROUTER, find_layout
@@ -115,6 +118,16 @@ def test_what_computes_otherwise_is_left_as_it_is_and_counted() -> None:
     layout = find_layout(model)
     assert f"{4 * 3 * 48 * 32:,} parameters in _Strange" in layout.describe_left_dense()
     assert layout.coverage < 0.9
+
+
+def test_experts_that_are_offloaded_are_left_and_it_is_said_what_to_do(tmp_path: Path) -> None:
+    tiny("mixtral").save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", device_map=OFFLOADED, offload_folder=tmp_path / "offload"
+    )
+    assert set(linearize(model)) == {"model.layers.0.mlp.experts"}  # the only ones in memory
+    with pytest.raises(ValueError, match="offloaded .load the model without cpu or disk offload"):
+        find_layout(model, min_coverage=0.9)
 
 
 def test_experts_that_two_layers_share_stay_stacked() -> None:

@@ -10,12 +10,12 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..encodings.base import Encoding
 from ..encodings.registry import encoding_named, encoding_of
-from ..model.experts import fuse, linearize, linearized_experts
+from ..model.experts import align, fuse, linearize, linearized_experts
 from ..model.linears import is_linear, weight_matrix
 from ..structures.base import CompressedLinear, compressed_linears, to_dense
 from ..structures.format import Format
 from ..structures.registry import STRUCTURES
-from .verify import all_conversions, applicable, check_tensors, lacks_modules, module_names_in
+from .verify import applicable, check_tensors, lacks_modules, module_names_in, with_all_conversions
 
 BUNDLED_ENTRY = "DobiSVD"
 """What the classes in the bundled file are called that `auto_map` names, followed by the auto class."""
@@ -144,6 +144,7 @@ class CompressedLoader(HfQuantizer):
                         module.set_submodule(child, loaded)
         for encoding in self.encodings.values():
             encoding.loaded_model(model)
+        align(model)
         if self._kinds & self.encodings.keys():
             self.quantization_config.quantization = self.encoding.as_applied()  # type: ignore[attr-defined]
         return model
@@ -162,7 +163,7 @@ class CompressedLoader(HfQuantizer):
             model.set_submodule(name, to_dense(module))
         if linearized_experts(model):
             fuse(model)
-            model._weight_conversions = all_conversions(model)
+            with_all_conversions(model)
         for encoding in self.encodings.values():
             encoding.forget(model)
         model.__dict__.pop("quantization_method", None)

@@ -159,17 +159,16 @@ def applicable(conversions: list, model: Any) -> list:
     return [entry for entry in conversions if id(entry) not in unwanted]
 
 
-def all_conversions(model: Any) -> list:
-    """Return the conversions that a model was loaded with, and those that were left out for its experts."""
-    used = list(getattr(model, "_weight_conversions", None) or [])
-    known = [
-        each for each in get_model_conversion_mapping(model, add_legacy=False) if isinstance(each, WeightConverter)
-    ]
-    return [*used, *known]
+def with_all_conversions(model: Any) -> None:
+    """Have a model with stacked experts again be saved as the dense one, conversions that were left out included."""
+    used = getattr(model, "_weight_conversions", None)
+    if used is not None:  # else transformers takes them all
+        known = get_model_conversion_mapping(model, add_legacy=False)
+        model._weight_conversions = [*used, *(each for each in known if isinstance(each, WeightConverter))]
 
 
-def renaming_of(model: Any) -> Callable[[str], str]:
-    """Return what tells the name in the model of a tensor in its files."""
+def renamed_for(model: Any) -> Callable[[str], str]:
+    """Return what tells the name in the model of a tensor by its name in the files."""
     # Private, all of it, but only transformers knows how this architecture's keys are renamed on load.
     conversions = applicable(get_model_conversion_mapping(model), model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
@@ -189,13 +188,13 @@ def _headers_by_model_name(
     Those in `read` are read, too: their function says what is wrong with the values. ValueError if anything is, or one
     of them is not as `expected`.
     """
-    renamed = renaming_of(model)
+    model_name = renamed_for(model)
     found: dict[str, tuple[list[int], str]] = {}
     for file in files:
         # Older releases of transformers call this under torch.device("meta"); these are read for their values.
         with torch.device("cpu"), safe_open(file, framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict
-                name = renamed(key)
+                name = model_name(key)
                 header = handle.get_slice(key)
                 found[name] = (header.get_shape(), header.get_dtype())
                 if name not in read:

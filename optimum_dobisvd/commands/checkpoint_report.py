@@ -11,9 +11,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..allocation.plan import PlannedModule
-from ..checkpoint.verify import renaming_of
+from ..checkpoint.verify import renamed_for
 from ..config import DobiSVDConfig
 from ..encodings.base import QUANT_METHOD
+from ..model.experts import linearize
 from ..model.layout import find_layout
 from ..model.linears import weight_matrix
 from ..model.target import Target
@@ -36,7 +37,8 @@ def report_from_files(folder: Path, *, trust_remote_code: bool = False) -> Compr
     config = read_config(folder)
     modules = config.modules or {}
     meta_model = load_meta_model(ModelSource(folder.name, str(folder), None), trust_remote_code=trust_remote_code)
-    shapes, stored_bytes = _headers(folder, renaming_of(meta_model))
+    linearize(meta_model)
+    shapes, stored_bytes = _headers(folder, renamed_for(meta_model))
     layout = find_layout(meta_model, config.modules_to_not_convert, nontext=config.nontext_modules)
     left = {target.name: module_report(target, PlannedModule(*AS_IS.key), None) for target in layout.targets}
     compressed = {}

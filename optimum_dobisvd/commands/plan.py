@@ -41,6 +41,7 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
         Refused: the machine cannot do it; the message has the numbers and a remedy.
         ValueError: a model, plan or setting that cannot work.
     """
+    from ..model.experts import linearize
     from ..model.footprint import model_bytes
     from ..pipeline.job import Job
     from ..pipeline.validate import budget_of, check_encoding, check_model, given_plan
@@ -54,6 +55,7 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     config = compression_config(options, options["dataset"])
     source = model_source(options["model"], options["gguf_file"])
     meta_model = load_meta_model(source, dtype=options["dtype"], trust_remote_code=options["trust_remote_code"])
+    linearize(meta_model)
     layout = check_model(meta_model, config)
     check_encoding(config.encoding, layout, config.min_coverage)
     given = given_plan(config, layout)

@@ -221,8 +221,7 @@ def linearize(model: nn.Module) -> dict[str, LinearizedExperts]:
     likely: ExpertLayout | None = None
     for name, module in list(model.named_modules()):
         stacked = stacked_parameters(module).values()
-        offloaded = hasattr(module, "_hf_hook") and any(each.is_meta for each in stacked)
-        if not name or not stacked or offloaded or any(owners[id(each)] > 1 for each in stacked):
+        if not name or not stacked or is_offloaded(module) or any(owners[id(each)] > 1 for each in stacked):
             continue
         layout = expert_layout(module, likely)
         if layout is not None:
@@ -230,6 +229,11 @@ def linearize(model: nn.Module) -> dict[str, LinearizedExperts]:
             found[name] = LinearizedExperts(module, layout)
             model.set_submodule(name, found[name])
     return found
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether Accelerate keeps the module's stacked experts out of memory between passes."""
+    return hasattr(module, "_hf_hook") and any(each.is_meta for each in stacked_parameters(module).values())
 
 
 def linearized_experts(model: nn.Module) -> dict[str, LinearizedExperts]:
@@ -251,6 +255,19 @@ def settle(model: nn.Module) -> None:
         if type(linear) is nn.Linear:
             for tensor in linear.parameters():
                 tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+
+
+def align(model: nn.Module) -> None:
+    """Bring weights of linearized experts that were read from a file to where PyTorch puts its own: 64-byte borders.
+
+    A file's memory begins anywhere, and an expert is often given a single token, for which the product on a CPU is
+    rounded one way or another by where the matrix begins. So a loaded model would not be equal to the saved one.
+    """
+    for experts in linearized_experts(model).values():
+        for linear in (each for each in experts.modules() if type(each) is nn.Linear):
+            for tensor in linear.parameters():
+                if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+                    tensor.data = tensor.data.clone()
 
 
 def fuse(model: nn.Module) -> None:

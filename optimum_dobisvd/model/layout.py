@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .blocks import Stack, find_stacks, holds_linears, stacks_beside_embeddings
-from .experts import router_names
+from .experts import is_offloaded, router_names
 from .footprint import checkpoint_bytes, tensor_bytes
 from .linears import is_linear, weight_matrix
 from .patterns import select
@@ -22,6 +22,7 @@ EXCLUDED = "excluded by modules_to_not_convert"
 NO_TEXT = "in parts that text does not pass through (nontext_modules=True compresses these, too)"
 READ = "read by the model's code, not called"
 SHARED = "shared with another module"
+OFFLOADED = "in stacked experts that are offloaded (load the model without cpu or disk offload to compress these)"
 OUTSIDE = "outside the repeated blocks"
 ROUTER = "in routers, which choose among experts and stay as they are"
 
@@ -214,7 +215,7 @@ def _sorted_modules(model: nn.Module, passed: _Passed) -> Iterator[tuple[str, nn
                 yield name, module, ROUTER
             elif not computes_like_linear(module):
                 if not isinstance(module, nn.Embedding):
-                    yield name, module, f"in {type(module).__name__}"
+                    yield name, module, OFFLOADED if is_offloaded(module) else f"in {type(module).__name__}"
             elif owners[id(module.weight)] > 1:
                 yield name, module, SHARED
             else:

@@ -143,14 +143,12 @@ class InputCollector(LinearsVisitor):
     def _row_weights(self, shape: torch.Size, routed: RoutedRows | None) -> Tensor | None:
         """Return how many tokens each row of `token_rows` counts as, of an input of this shape; None is one each.
 
-        None, too, where it is not known which tokens the rows are.
+        None, too, where it is not known which tokens the rows are. It is known of an expert's, but not where modeling
+        code gathers them itself, and the same is to come of both.
         """
-        if self._weights_of is None or self._mask is None:
+        if self._weights_of is None or self._mask is None or routed is not None:
             return None
         weights, kept = self._weights_of(self._mask).reshape(-1, 1).cpu(), self._mask.reshape(-1).cpu()
-        if routed is not None:
-            tokens = routed.tokens.cpu()
-            return weights[tokens[kept[tokens]], 0] if shape.numel() == len(tokens) else None
         places = token_places(shape, self._mask)
         if places is None:
             return None
