@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -45,11 +46,10 @@ class SampleBasisVisitor(LinearsVisitor):
     def _result(self, block: str) -> dict[str, Factors]:
         factors = {}
         for linear, module in self._linears_of(block).items():
-            try:
-                basis = self._sums.pop(linear).basis()
-            except ValueError as error:
-                raise ValueError(f"{linear}: {error}; list it in modules_to_not_convert") from error
-            factors[linear] = project(dense_weight(module), basis)
+            sums, weight = self._sums.pop(linear), dense_weight(module)
+            # Outputs that are always zero have no directions: those of the weight are as good as any.
+            basis = torch.linalg.svd(weight.double())[0][:, : self._ranks[linear]] if sums.is_empty else sums.basis()
+            factors[linear] = project(weight, basis)
         return factors
 
     def _observe(self, linear: str, bias: Tensor | None, _module: nn.Module, _args: tuple, output: Tensor) -> None:

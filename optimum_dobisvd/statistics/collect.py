@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..calibration.tokens import token_places, token_rows
 from ..calibration.visitor import LinearsVisitor
 from ..model.linears import weight_matrix
-from .packing import pack
+from .packing import pack, packed_length
 
 
 @dataclass
@@ -21,6 +21,7 @@ class InputStatistics:
     """Statistics of one input of `size` (`n`) features over `tokens` tokens, shared by the linears that read it.
 
     `abs_mean` is `mean |x_j|`, `n` values; `gram` the packed upper triangle of `H = X X^T`, `n(n+1)/2`; both float32.
+    Without tokens, of a block that hands its input on, they are zero.
     """
 
     size: int
@@ -93,9 +94,14 @@ class InputCollector(LinearsVisitor):
         super().__init__(linears_of, finished, wanted)
         self._weights_of = weights_of
         self.needs_token_order = weights_of is not None
+        self._run: set[str] = set()  # blocks
         self._input_key: dict[str, str] = {}
         # block -> input key -> its input in the pass under way, and its version then
         self._current: dict[str, dict[str, tuple[Tensor, int]]] = {}
+
+    def enter(self, name: str, block: nn.Module) -> None:
+        super().enter(name, block)
+        self._hooks.callback(block.register_forward_pre_hook(lambda *_: self._run.add(name)).remove)
 
     def start_batch(self, mask: Tensor) -> None:
         super().start_batch(mask)
@@ -135,6 +141,10 @@ class InputCollector(LinearsVisitor):
         self._current = {}
         linears = self._linears_of(block)
         unseen = [name for name in linears if name not in self._input_key]
+        if len(unseen) == len(linears) and block in self._run:  # the block hands its input on
+            return BlockStatistics(
+                {name: _nothing(module) for name, module in linears.items()}, {n: n for n in linears}
+            )
         if unseen:
             raise ValueError(
                 f"{unseen[0]} was never called during calibration ({len(unseen)} such linears in its block): "
@@ -149,6 +159,12 @@ class InputCollector(LinearsVisitor):
     def abandon(self) -> None:
         super().abandon()
         self._input_key, self._current = {}, {}
+
+
+def _nothing(linear: nn.Module) -> InputStatistics:
+    """Return the statistics of a linear that its block does without."""
+    size = weight_matrix(linear).shape[1]
+    return InputStatistics(size, 0, torch.zeros(size), torch.zeros(packed_length(size)))
 
 
 def _is_same(x: Tensor, seen: tuple[Tensor, int]) -> bool:

@@ -63,16 +63,14 @@ class _Sums:
         self.scalars += torch.stack(found).double().cpu()
 
     def result(self, name: str) -> GradientStatistics:
-        """Return the statistics. ValueError, naming the linear, if a value is not finite or all are zero."""
+        """Return the statistics. ValueError, naming the linear, if a value is not finite.
+
+        All may be zero: the loss does not feel the linear, so that nothing of it is worth a byte.
+        """
         if not bool(torch.isfinite(self.scalars).all() and torch.isfinite(self.gram.diagonal()).all()):
             raise ValueError(
                 f"{name}: the loss gradients at its output have NaN or infinite values. Load the model in float32 or "
                 "bfloat16 (float16 overflows)"
-            )
-        if not self.tokens or not float(self.gram.diagonal().sum()) > 0:
-            raise ValueError(
-                f"{name}: the loss gradient at its output is zero on every calibration token, so its directions have "
-                "no importance scores: calibrate on more text, or list it in modules_to_not_convert"
             )
         values = dict(zip(SCALARS, self.scalars.tolist(), strict=True))
         return GradientStatistics(len(self.gram), self.tokens, pack(self.gram.cpu()), **values)
@@ -113,5 +111,8 @@ class GradientCollector(LinearsVisitor):
         return output.clone()
 
     def _result(self, block: str) -> dict[str, GradientStatistics]:
-        unseen = _Sums(1, torch.device("cpu"))
-        return {linear: self._sums.pop(linear, unseen).result(linear) for linear in self._linears_of(block)}
+        found = {}
+        for linear, module in self._linears_of(block).items():
+            sums = self._sums.pop(linear, None) or _Sums(weight_matrix(module).shape[0], torch.device("cpu"))
+            found[linear] = sums.result(linear)
+        return found
