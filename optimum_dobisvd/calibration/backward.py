@@ -77,6 +77,9 @@ class BackwardRunner(BlockRunner):
     def _walk_forward(self, first: int, progress: tqdm) -> dict[str, list[Tensor]]:
         """Return the inputs of every block from the `first` on (on the CPU); `_hidden` is left at the last outputs."""
         self._record(self._batches)
+        if any(hidden.shape[:2] != ids.shape for hidden, (ids, _) in zip(self._hidden, self._batches, strict=True)):
+            self._batches = one_by_one(self._batches)
+            self._record(self._batches)
         boundaries: dict[str, list[Tensor]] = {}
         for position, (name, block) in enumerate(self._blocks.items()):
             if position >= first:
