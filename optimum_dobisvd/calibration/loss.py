@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .temporarily import weights_device
+from .temporarily import saved_as_copies, weights_device
 
 Fisher = Literal["empirical", "sampled"]
 
@@ -94,7 +94,9 @@ class NextTokenLoss:
 
     def of(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
         """Run a forward pass over a batch and return its summed loss; ValueError if the model gives no logits."""
-        return self(logits_of(model, ids, mask), ids, mask)
+        with saved_as_copies(model):
+            logits = logits_of(model, ids, mask)
+        return self(logits, ids, mask)
 
     def _refuse(self, what: str) -> None:
         raise NotFiniteError(

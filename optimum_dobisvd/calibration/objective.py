@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .loss import NextTokenLoss, forward_pass
-from .temporarily import differentiating, evaluating, frozen, weights_device, without_cache
+from .temporarily import evaluating, frozen, saved_as_copies, weights_device, without_cache
 from .tokens import token_places
 
 _TOKENS = 32
@@ -112,9 +112,10 @@ def _gradient_energies(model: Any, ids: Tensor, half: int) -> Tensor | None:
         return output + leaf
 
     hook = model.get_input_embeddings().register_forward_hook(add_leaf)
-    with torch.inference_mode(False), frozen(model), differentiating(model):
+    with torch.inference_mode(False), torch.enable_grad(), frozen(model):
         try:
-            found = _logits(model, ids)
+            with saved_as_copies(model):
+                found = _logits(model, ids)
         finally:
             hook.remove()
         if found is not None:

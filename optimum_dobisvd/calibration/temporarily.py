@@ -110,8 +110,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def differentiating(module: nn.Module) -> Iterator[None]:
-    """A context for forward and backward passes through a module that may change its tensors in place.
+def saved_as_copies(module: nn.Module) -> Iterator[None]:
+    """A context for forward passes, to be differentiated, through a module that may change its tensors in place.
 
     What the backward pass reads is kept as copies, which the forward pass cannot change; but for the weights. (What
     torch has for this, `allow_mutation_on_saved_tensors`, gives wrong gradients where views are changed.)
@@ -121,7 +121,7 @@ def differentiating(module: nn.Module) -> Iterator[None]:
     def kept(tensor: Tensor) -> Tensor:
         return tensor if tensor.untyped_storage().data_ptr() in weights else tensor.clone()
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
         yield
 
 
