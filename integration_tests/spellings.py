@@ -259,6 +259,14 @@ class OneListSequenceFirst(OneList):
             return x.transpose(0, 1).flatten(0, 1)
 
 
+class Packed(OneList):
+    """`1 x (batch * seqlen) x width`."""
+
+    class block(OneList.block):
+        def listed(self, x: Tensor) -> Tensor:
+            return x.flatten(0, 1)[None]
+
+
 class SequenceFirstInside(Spelled):
     """Batch first between the blocks, and inside of them one list of tokens, those of the same place together."""
 
@@ -340,6 +348,7 @@ PLAIN_SPELLINGS = (
     SequenceFirstInside,
     OneList,
     OneListSequenceFirst,
+    Packed,
 )
 """Of `Spelled`."""
 

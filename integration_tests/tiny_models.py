@@ -87,6 +87,24 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "eos_token_id": 0,
         },
     ),
+    # Hidden states in four streams (AltUp): `4 x batch x seqlen x width`.
+    "gemma3n_text": (
+        "gemma3n_text",
+        {
+            **_LLAMA_LIKE,
+            "head_dim": 8,
+            "vocab_size_per_layer_input": VOCAB_SIZE,
+            "hidden_size_per_layer_input": 16,
+            "laurel_rank": 8,
+            "altup_num_inputs": 4,
+            "num_kv_shared_layers": 0,
+            "activation_sparsity_pattern": [0.0] * 3,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "pad_token_id": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
     # A mixture of experts: they sit in fused three-dimensional tensors, only the attention is made of linears.
     "mixtral": ("mixtral", {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
@@ -158,7 +176,10 @@ _MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "jetmoe": ("jetmoe", {**_LLAMA_LIKE, "kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 
-MODEL_TYPES = tuple(_CONFIGS)
+UNUSUAL = ("gemma3n_text",)
+"""Models whose blocks have more than attention and a feed-forward part."""
+
+MODEL_TYPES = tuple(name for name in _CONFIGS if name not in UNUSUAL)
 MIXTURE_TYPES = tuple(_MIXTURES)
 
 
@@ -169,7 +190,7 @@ def tiny(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
     weights and zero biases, a block that ignored half its inputs would give much the same outputs.
 
     Args:
-        model_type: one of `MODEL_TYPES` or `MIXTURE_TYPES`.
+        model_type: one of `MODEL_TYPES`, `MIXTURE_TYPES` or `UNUSUAL`.
         seed: of the weights.
         dtype: of the weights; they are drawn in float32 and rounded.
         overrides: fields of the configuration, by transformers' names.

@@ -91,6 +91,21 @@ class OverwritesState(LeavesStateBehind):
         return Plain.run(self, hidden)
 
 
+class RemembersItself(Plain):
+    """A block reads what it left behind itself: right as long as every window goes through it once."""
+
+    class block(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before: Tensor | None = None
+
+        def forward(self, hidden_states: Tensor, extra: Tensor | None = None) -> Tensor:
+            if self.before is not None and torch.equal(self.before, hidden_states):
+                extra = hidden_states.flip(1)
+            self.before = hidden_states.clone()
+            return super().forward(hidden_states, extra)
+
+
 class AddsBetweenBlocks(Plain):
     def run(self, hidden: Tensor) -> Tensor:
         for number, layer in enumerate(self.layers):

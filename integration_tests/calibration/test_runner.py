@@ -9,7 +9,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import Tensor, nn
 
-from integration_tests.calibration.stateful_models import STATEFUL, Plain, RunsBackwards, make
+from integration_tests.calibration.stateful_models import STATEFUL, Plain, RemembersItself, RunsBackwards, make
 from integration_tests.statistics.tiny_model_statistics import (
     assert_gram_close,
     collect,
@@ -96,6 +96,12 @@ def test_models_that_pass_state_between_blocks_run_in_full(
     assert f"{kind.__name__} {FALLBACK}" in caplog.text
     for name, x in inputs_by_linear(model, layout.linears, ids).items():
         assert_gram_close(found[name], x @ x.T)
+
+
+def test_blocks_that_cannot_be_replayed_run_in_full(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        run(make(RemembersItself), Diary(), tokens(3, 10))
+    assert FALLBACK in caplog.text
 
 
 @pytest.mark.parametrize("kind", [Plain, RunsBackwards])

@@ -10,6 +10,7 @@ from integration_tests.factorization.weights_and_inputs import Case, cases
 from optimum_dobisvd.factorization.factors import Decomposition
 from optimum_dobisvd.factorization.kfac import OutputRoot, kfac, kfac_spectrum, output_root
 from optimum_dobisvd.factorization.registry import FACTORIZATIONS
+from optimum_dobisvd.factorization.truncated_svd import output_pca
 
 TOLERANCE = 1e-6
 
@@ -81,6 +82,12 @@ def test_outputs_that_the_loss_does_not_feel_are_given_up_first() -> None:
     assert float(lost[2:].min()) > 0.5
 
 
-def test_a_zero_gram_is_an_error() -> None:
-    with pytest.raises(ValueError, match="gradient Gram is zero"):
-        output_root(torch.zeros(3, 3))
+def test_what_the_loss_does_not_feel_costs_nothing_and_keeps_its_largest_outputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 5), (5, 40)))
+    metric = (x @ x.T, output_root(torch.zeros(3, 3)))
+    found = kfac(weight, metric)
+    assert not bool(found.singular_values.any())
+    assert not bool(kfac_spectrum(weight, metric).any())
+    best = output_pca(weight, x @ x.T).truncate(2).product()
+    torch.testing.assert_close(found.truncate(2).product(), best)

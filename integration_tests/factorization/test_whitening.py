@@ -7,7 +7,7 @@ from torch import Tensor
 from integration_tests.factorization.weights_and_inputs import make_case
 from optimum_dobisvd.factorization.registry import FACTORIZATIONS
 from optimum_dobisvd.factorization.truncated_svd import output_pca, whitened_svd
-from optimum_dobisvd.factorization.whitening import channel_scaling, cholesky_whitening, eigen_whitening
+from optimum_dobisvd.factorization.whitening import cholesky_whitening, eigen_whitening
 
 
 def upstream_svd_llm(weight: Tensor, gram: Tensor, rank: int) -> Tensor:
@@ -61,16 +61,17 @@ def test_a_repair_that_is_not_enough_is_an_error_with_advice() -> None:
     assert failures > 0
 
 
-@pytest.mark.parametrize("name", ["svd_llm_v2", "output_pca"])
-def test_a_gram_of_zeros_is_refused(name: str) -> None:
-    row = FACTORIZATIONS.get(name)
-    with pytest.raises(ValueError, match=r"every calibration input .* was zero"):
-        row.decompose(torch.ones(4, 6), row.prepare(torch.zeros(6, 6)))
-
-
-def test_inputs_that_are_all_zero_are_refused_by_asvd() -> None:
-    with pytest.raises(ValueError, match="every input channel is zero"):
-        channel_scaling(torch.zeros(6))
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+@pytest.mark.parametrize("name", ["svd_llm", "svd_llm_v2", "output_pca", "asvd"])
+def test_inputs_that_are_always_zero_leave_the_plain_svd_at_no_cost(name: str, shape: tuple[int, int]) -> None:
+    row, n = FACTORIZATIONS.get(name), shape[1]
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    prepared = row.prepare(torch.zeros(n) if name == "asvd" else torch.zeros(n, n))
+    found, plain = row.decompose(weight, prepared), FACTORIZATIONS.get("svd").decompose(weight, None)
+    assert not bool(found.singular_values.any())
+    assert not bool(row.spectrum(weight, prepared).any())
+    for rank in (1, 2, 4):
+        torch.testing.assert_close(found.truncate(rank).product(), plain.truncate(rank).product())
 
 
 @pytest.mark.parametrize("name", ["svd", "asvd", "svd_llm", "svd_llm_v2", "output_pca"])

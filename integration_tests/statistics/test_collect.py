@@ -1,5 +1,7 @@
 """The collected statistics are those of the whole model's forward pass, for every kind of architecture."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,8 @@ from integration_tests.statistics.tiny_model_statistics import assert_gram_close
 from integration_tests.tiny_models import MODEL_TYPES, tiny, tokens
 from optimum_dobisvd.calibration import temporarily
 from optimum_dobisvd.model.layout import find_layout
+from optimum_dobisvd.statistics.collect import InputCollector
+from optimum_dobisvd.statistics.store import full_gram
 
 # Inputs per block, each shared by the linears that are given the same tensor: usually q/k/v, o, gate/up and down.
 INPUTS = dict.fromkeys(MODEL_TYPES, 4) | {
@@ -150,3 +154,46 @@ def test_rows_that_are_not_tokens_cannot_be_told_from_padding() -> None:
         ValueError, match=r"mlp\.up_proj\.inner is given 8 rows .1 x 8. where the window has 16 tokens"
     ):
         collect(model, tokens(2, 16), mask)
+
+
+class Again(nn.Module):
+    """Calls a linear twice, and others on the same input as the first or the second time."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order = order
+        self.twice, self.x_too, self.x_also, self.y_too = (nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        for step in self.order.split():
+            module, which = step.split(":")
+            getattr(self, module)(x if which == "x" else y)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "twice:x x_too:x x_also:x twice:y y_too:y",
+        "x_too:x twice:x x_also:x twice:y y_too:y",
+        "x_too:x twice:x twice:y x_also:x y_too:y",
+        "y_too:y x_too:x x_also:x twice:x twice:y",
+        "twice:x twice:y x_too:x x_also:x y_too:y",
+    ],
+)
+def test_a_linear_that_is_called_twice_shares_its_inputs_with_none_that_is_not(order: str) -> None:
+    block = Again(order)
+    linears = dict(block.named_children())
+    found: dict[str, Any] = {}
+    collector = InputCollector(lambda _: linears, found.__setitem__, lambda _: True)
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(3, 2, 5, 6, generator=generator) for _ in range(2))
+    collector.enter("block", block)
+    for batch in range(3):
+        collector.start_batch(torch.ones(2, 5, dtype=torch.bool))
+        block(x[batch], y[batch])
+    collector.leave("block", block)
+    grams = {name: each.flatten(0, 2).T @ each.flatten(0, 2) for name, each in (("x", x), ("y", y))}
+    expected = {"twice": grams["x"] + grams["y"], "x_too": grams["x"], "x_also": grams["x"], "y_too": grams["y"]}
+    for name, key in found["block"].input_key.items():
+        assert_gram_close(full_gram(found["block"].inputs[key]), expected[name].double())
+        assert found["block"].inputs[key].tokens == (60 if name == "twice" else 30)

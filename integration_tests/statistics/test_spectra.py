@@ -100,10 +100,6 @@ def test_spectra_that_lack_a_linear_are_computed_again() -> None:
 
 def test_errors_name_the_linear() -> None:
     model = tiny("llama")
-    model.model.layers[1].post_attention_layernorm.weight.data.zero_()
-    store = collect(model, tokens(2, 16))
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.gate_proj: .* every calibration input"):
-        compute_spectra(find_layout(model), FACTORIZATIONS.get("svd_llm_v2"), store, None)
     with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj: .* needs calibration statistics"):
         compute_spectra(find_layout(model), FACTORIZATIONS.get("svd_llm_v2"), None, None)
     fewer = collect(model, tokens(2, 16), exclude=["v_proj"])

@@ -44,6 +44,11 @@ def allocate_globally(
     for options in budget.options.values():
         check_spectrum(options.target, spectra, "global")
     scores = {name: spectra[name].detach().cpu().double().square() for name in budget.options}
+    if scores and not any(bool(each.any()) for each in scores.values()):
+        raise ValueError(
+            "no matrix has an importance score above zero, so that there is nothing to allocate bytes by: the "
+            "calibration text excites none of them; calibrate on other text, or choose a method that reads none (svd)"
+        )
     return allocate_by_importance(budget, scores, losses)
 
 

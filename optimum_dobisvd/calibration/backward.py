@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .loss import NextTokenLoss
 from .runner import BlockRunner, check_finite, one_by_one
-from .temporarily import differentiating, frozen, in_float32, on_device, replaced_forward, weights_device
+from .temporarily import differentiable, frozen, in_float32, on_device, replaced_forward, weights_device
 from .visitor import BlockVisitor
 
 
@@ -77,6 +77,9 @@ class BackwardRunner(BlockRunner):
     def _walk_forward(self, first: int, progress: tqdm) -> dict[str, list[Tensor]]:
         """Return the inputs of every block from the `first` on (on the CPU); `_hidden` is left at the last outputs."""
         self._record(self._batches)
+        if any(hidden.shape[:2] != ids.shape for hidden, (ids, _) in zip(self._hidden, self._batches, strict=True)):
+            self._batches = one_by_one(self._batches)
+            self._record(self._batches)
         boundaries: dict[str, list[Tensor]] = {}
         for position, (name, block) in enumerate(self._blocks.items()):
             if position >= first:
@@ -101,7 +104,7 @@ class BackwardRunner(BlockRunner):
                 parts = hidden.split(1) if len(ids) > 1 else [hidden]
                 for window, keep, states in zip(ids.split(1), mask.split(1), parts, strict=True):
                     leaf = (states.detach().float() if widens else states.detach()).requires_grad_(True)
-                    with differentiating(self._model), replaced_forward(self._skipping_blocks(leaf)):
+                    with torch.enable_grad(), replaced_forward(self._skipping_blocks(leaf)):
                         loss.of(self._model, window, keep).backward()
                     windows.append(_gradient_of(leaf).to("cpu", hidden.dtype))
                     progress.update()
@@ -129,8 +132,8 @@ class BackwardRunner(BlockRunner):
         leaf = hidden.to(weights_device(block) if self._device is None else self._device).requires_grad_(True)
         # Around both: the backward pass reads the weights, too.
         widens = self._in_float32(block, leaf.device, leaf.dtype)
-        with in_float32(block) if widens else contextlib.nullcontext(), differentiating(block):
-            output = self._through(name, block, index, leaf)
+        with in_float32(block) if widens else contextlib.nullcontext(), torch.enable_grad():
+            output = differentiable(block, lambda: self._through(name, block, index, leaf))
             output.backward(gradient.to(output))
         return _gradient_of(leaf).cpu()
 
@@ -149,7 +152,7 @@ class BackwardRunner(BlockRunner):
                     hooks.callback(block.register_forward_pre_hook(ask_for_gradients, with_kwargs=True).remove)
                 for ids, mask in tqdm(self._batches, desc=description, unit="batch"):
                     visitor.start_batch(mask)
-                    with differentiating(self._model):
+                    with torch.enable_grad():
                         loss.of(self._model, ids, mask).backward()
             loss.check_seen()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from .model_inputs import inputs_of, next_tokens, predicted_tokens
-from .temporarily import weights_device
+from .temporarily import differentiable, weights_device
 
 Fisher = Literal["empirical", "sampled"]
 
@@ -80,7 +80,8 @@ class NextTokenLoss:
 
     def of(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
         """Run a forward pass over a batch and return its summed loss; ValueError if the model gives no logits."""
-        return self._summed(logits_of(model, ids, mask), *predicted_tokens(model, ids, mask))
+        logits = differentiable(model, lambda: logits_of(model, ids, mask))
+        return self._summed(logits, *predicted_tokens(model, ids, mask))
 
     def _summed(self, logits: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
         rows = logits[:, : labels.shape[1]][wanted.to(logits.device)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .loss import NextTokenLoss, forward_pass
 from .model_inputs import NO_LABEL, own_labels
-from .temporarily import differentiating, evaluating, frozen, weights_device, without_cache
+from .temporarily import differentiable, evaluating, frozen, weights_device, without_cache
 from .tokens import token_places
 
 _TOKENS = 32
@@ -143,9 +143,9 @@ def _gradient_energies(model: Any, ids: Tensor, half: int) -> Tensor | None:
         return output + leaf
 
     hook = model.get_input_embeddings().register_forward_hook(add_leaf)
-    with torch.inference_mode(False), frozen(model), differentiating(model):
+    with torch.inference_mode(False), torch.enable_grad(), frozen(model):
         try:
-            found = _logits(model, ids)
+            found = differentiable(model, lambda: _logits(model, ids))
         finally:
             hook.remove()
         if found is not None:

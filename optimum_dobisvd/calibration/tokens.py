@@ -47,9 +47,9 @@ def text_rows(name: str, shape: torch.Size, mask: Tensor | None) -> Tensor | Non
         return None
     places = token_places(shape, mask)
     if places is None:
+        rows = f"{shape.numel()} rows ({' x '.join(map(str, shape))})"
         raise ValueError(
-            f"{name} is given {shape.numel()} rows ({' x '.join(map(str, shape))}) where the window has "
-            f"{mask.numel()} tokens, so padding cannot be told from text; calibrate on windows without padding, or "
-            "list it in modules_to_not_convert"
+            f"{name} is given {rows} where the window has {mask.numel()} tokens, so padding cannot be told from text; "
+            "calibrate on windows without padding, or list it in modules_to_not_convert"
         )
     return places[mask.reshape(-1).cpu()].flatten()

@@ -75,7 +75,7 @@ class PreparedInputs:
             raise ValueError(
                 "there are no gradients of it: it was excluded when they were collected; use another folder"
             )
-        tokens = statistics.inputs[input_key].tokens
+        tokens = max(statistics.inputs[input_key].tokens, 1)  # none where the block does without it: `H` is zero
         return full_gram(self._gradients[linear]).to(self._device) / (2 * tokens * self._gradient_tokens)
 
     def _found(self, linear: str) -> tuple[BlockStatistics, str]:

@@ -54,6 +54,11 @@ class IncrementalBasis:
             left, sigma, _ = torch.linalg.svd(stacked, full_matrices=False)
         self._weighted = left[:, : self._rank] * sigma[: self._rank]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether every sample so far was zero."""
+        return self._weighted is None
+
     def basis(self) -> Tensor:
         """The orthonormal basis found so far, `m x k`; columns beyond the directions that were seen are zero."""
         if self._weighted is None:

@@ -20,7 +20,7 @@ DAMPING = 0.01
 
 @dataclass(frozen=True)
 class OutputRoot:
-    """`root` is lower triangular, `m x m`, with `root root^T = G + damping`."""
+    """`root` is lower triangular, `m x m`, with `root root^T = G + damping`; zero if `G` is."""
 
     root: Tensor
 
@@ -32,13 +32,18 @@ class OutputRoot:
         """`root^-T L`."""
         return torch.linalg.solve_triangular(self.root.T, left, upper=True)
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether the loss does not feel the outputs at all."""
+        return not bool(self.root.any())
+
 
 def output_root(gram: Tensor, damping: float = DAMPING) -> OutputRoot:
-    """Cholesky root of the damped gradient Gram `G` (`m x m`). ValueError if it is zero."""
+    """Cholesky root of the damped gradient Gram `G` (`m x m`); zero if that is."""
     gram = gram.double()
     mean = gram.diagonal().mean()
     if not float(mean) > 0:
-        raise ValueError("the gradient Gram is zero: the loss does not feel this linear's output")
+        return OutputRoot(torch.zeros_like(gram))
     damped = (gram + gram.T) / 2
     damped.diagonal().add_(damping * mean)
     return OutputRoot(torch.linalg.cholesky(damped))
@@ -48,9 +53,13 @@ def kfac(weight: Tensor, metric: tuple[Tensor, OutputRoot]) -> Decomposition:
     """Minimizes `||G^1/2 (W - W') H^1/2||_F` at every rank.
 
     `output_pca` of `root^T W` (`m x n`), with the root undone on the left: an eigendecomposition of the smaller side,
-    and no root or inverse of `H`. `metric` is `H` (`n x n`), and the root of `G` (`m x m`).
+    and no root or inverse of `H`. `metric` is `H` (`n x n`), and the root of `G` (`m x m`). Where that is zero and all
+    ranks cost the same nothing, the directions are those of `output_pca`.
     """
     gram, root = metric
+    if root.is_zero:
+        found = output_pca(weight, gram)
+        return Decomposition(found.left, found.right, torch.zeros_like(found.singular_values))
     found = output_pca(root.apply(weight), gram)
     return Decomposition(root.undo(found.left), found.right, found.singular_values)
 

@@ -53,15 +53,14 @@ class SampleBasisVisitor(LinearsVisitor):
         factors, linears = {}, self._linears_of(block)
         pooled = {name for members in pools(block, dict.fromkeys(linears, 0)).values() for name in members}
         for linear, module in linears.items():
-            try:
-                basis = self._sums.pop(linear).basis()
-            except ValueError as error:
-                if linear in pooled and linear not in self._seen:
-                    basis = sample_basis(dense_weight(module).T, self._ranks[linear])
-                    factors[linear] = project(dense_weight(module), basis)
-                    continue
-                raise ValueError(f"{linear}: {error}; list it in modules_to_not_convert") from error
-            factors[linear] = project(dense_weight(module), basis)
+            sums, weight = self._sums.pop(linear), dense_weight(module)
+            if linear in pooled and linear not in self._seen:
+                basis = sample_basis(weight.T, self._ranks[linear])
+            elif sums.is_empty:  # outputs that are always zero have no directions: those of the weight are as good
+                basis = torch.linalg.svd(weight.double())[0][:, : self._ranks[linear]]
+            else:
+                basis = sums.basis()
+            factors[linear] = project(weight, basis)
         return factors
 
     def _observe(self, linear: str, bias: Tensor | None, _module: nn.Module, _args: tuple, output: Tensor) -> None:

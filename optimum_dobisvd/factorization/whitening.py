@@ -20,11 +20,13 @@ EIGENVALUE_FLOOR = 1e-12
 class Whitening:
     """`root` is `n x r` with `root root^T = H` on the range of `H`; `inverse` (`r x n`) undoes it there.
 
-    A diagonal whitening stores both as vectors of length `n`.
+    A diagonal whitening stores both as vectors of length `n`. `is_silent`: the inputs are always zero, and the
+    whitening is the identity.
     """
 
     root: Tensor
     inverse: Tensor
+    is_silent: bool = False
 
     def apply(self, weight: Tensor) -> Tensor:
         """`W S`, `m x r`."""
@@ -39,7 +41,7 @@ def channel_scaling(abs_mean: Tensor, alpha: float = 0.5) -> Whitening:
     """ASVD (Yuan et al. 2023): `S = diag(mean|x_j|^alpha)`, `n x n`. Channels that are always zero get no weight."""
     scale = abs_mean.double().clamp_min(0) ** alpha
     if not bool((scale > 0).any()):
-        raise ValueError("every input channel is zero over the calibration tokens; use other calibration text")
+        return silent_whitening(scale)
     return Whitening(scale, torch.where(scale > 0, 1 / scale.where(scale > 0, 1), 0))
 
 
@@ -48,6 +50,8 @@ def cholesky_whitening(gram: Tensor) -> Whitening:
 
     The repair adds `(-lambda_min + 1e-6) I`. It can still fail; V2 has no such weak point.
     """
+    if not bool(gram.any()):
+        return silent_whitening(gram.diagonal())
     gram = _symmetric(gram)
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     root, failed = torch.linalg.cholesky_ex(gram)
@@ -72,17 +76,23 @@ def eigen_whitening(gram: Tensor, floor: float = EIGENVALUE_FLOOR) -> Whitening:
 
     Directions whose eigenvalue is below `floor` times the largest, and channels that are always zero, were never
     excited by the calibration text; they are left out of the basis, hence projected out of the compressed weight.
-    `gram` is `H`, `n x n`; singular ones are welcome. ValueError if it is zero.
+    `gram` is `H`, `n x n`; singular ones are welcome.
     """
+    if not bool(gram.any()):
+        return silent_whitening(gram.diagonal())
     gram = _symmetric(gram)
     scale = gram.diagonal().clamp_min(0).sqrt()
     inverse_scale = torch.where(scale > 0, 1 / scale.where(scale > 0, 1), 0)
     values, vectors = torch.linalg.eigh(gram * inverse_scale * inverse_scale[:, None])
     keep = values > floor * values[-1].clamp_min(0)
-    if not bool(keep.any()):
-        raise ValueError("the Gram matrix is zero: every calibration input of this linear was zero")
     root, vectors = values[keep].sqrt(), vectors[:, keep]
     return Whitening(scale[:, None] * vectors * root, (vectors / root).T * inverse_scale)
+
+
+def silent_whitening(like: Tensor) -> Whitening:
+    """Return that of inputs which are zero on every calibration token; `like` has their number."""
+    ones = torch.ones_like(like, dtype=torch.float64)
+    return Whitening(ones, ones, is_silent=True)
 
 
 def _symmetric(gram: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from ..calibration.tokens import token_places, token_rows
 from ..calibration.visitor import LinearsVisitor
 from ..model.experts import ROUTED_ROWS, RoutedRows
 from ..model.linears import weight_matrix
-from .packing import add_to_upper_triangle, pack
+from .packing import add_to_upper_triangle, pack, packed_length
 from .pooling import borrowers, pool_name, pools
 
 
@@ -23,6 +24,7 @@ class InputStatistics:
     """Statistics of one input of `size` (`n`) features over `tokens` tokens, shared by the linears that read it.
 
     `abs_mean` is `mean |x_j|`, `n` values; `gram` the packed upper triangle of `H = X X^T`, `n(n+1)/2`; both float32.
+    Without tokens, of a block that hands its input on, they are zero.
     """
 
     size: int
@@ -112,13 +114,19 @@ class InputCollector(LinearsVisitor):
         super().__init__(linears_of, finished, wanted)
         self._weights_of = weights_of
         self.needs_token_order = weights_of is not None
+        self._run: set[str] = set()  # blocks
+        self._called: set[str] = set()  # linears, in the pass under way
         self._input_key: dict[str, str] = {}
         # block -> input key -> its input in the pass under way, and its version then
         self._current: dict[str, dict[str, tuple[Tensor, int]]] = {}
 
+    def enter(self, name: str, block: nn.Module) -> None:
+        super().enter(name, block)
+        self._hooks.callback(block.register_forward_pre_hook(lambda *_: self._run.add(name)).remove)
+
     def start_batch(self, mask: Tensor) -> None:
         super().start_batch(mask)
-        self._current = {}
+        self._current, self._called = {}, set()
 
     def _hook(self, block: str, linear: str, module: nn.Module) -> RemovableHandle:
         return module.register_forward_pre_hook(partial(self._observe, block, linear), with_kwargs=True)
@@ -126,19 +134,39 @@ class InputCollector(LinearsVisitor):
     def _observe(self, block: str, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
         current = self._current.setdefault(block, {})
+        again = name in self._called
+        if again:
+            self._share_no_more(name, current)
+        self._called.add(name)
         if name not in self._input_key:
             self._input_key[name] = next((key for key, seen in current.items() if _is_same(x, seen)), name)
         input_key = self._input_key[name]
         if input_key != name:
             if input_key not in current or not _is_same(x, current[input_key]):
-                raise ValueError(f"{name} and {input_key} shared their input in one batch and not in another")
+                raise _differs(name, input_key)
             return
-        current[name] = x, _version(x)
+        if not again:
+            current[name] = x, _version(x)
         if name not in self._sums:
             self._sums[name] = _Accumulator(weight_matrix(module).shape[1], x.device)
         routed = ROUTED_ROWS.get()
         rows = token_rows(name, x.detach(), self._mask, routed)
         self._sums[name].add(rows, self._row_weights(x.shape[:-1], routed))
+
+    def _share_no_more(self, name: str, current: dict[str, tuple[Tensor, int]]) -> None:
+        """Give a linear that a pass calls again a sum of its own: the inputs are no longer those of the others."""
+        shared = self._input_key[name]
+        others = [other for other, key in self._input_key.items() if key == shared and other != name]
+        seen = current.pop(name, None)  # and nobody else is to share what it reads by and by
+        if not others:
+            return
+        leaving = others if shared == name else [name]
+        if not set(leaving) <= self._called:  # their sum has what they have not read yet
+            raise _differs(leaving[0], shared)
+        self._sums[leaving[0]] = copy.deepcopy(self._sums[shared])  # equal so far
+        self._input_key |= dict.fromkeys(leaving, leaving[0])
+        if shared == name and seen is not None:
+            current[leaving[0]] = seen
 
     def _row_weights(self, shape: torch.Size, routed: RoutedRows | None) -> Tensor | None:
         """Return how many tokens each row of `token_rows` counts as, of an input of this shape; None is one each.
@@ -163,6 +191,10 @@ class InputCollector(LinearsVisitor):
         keys = {name: key for name, key in self._input_key.items() if name in linears}  # in the order of the calls
         for name in keys:
             del self._input_key[name]
+        if not keys and block in self._run:  # the block hands its input on
+            return BlockStatistics(
+                {name: _nothing(module) for name, module in linears.items()}, {n: n for n in linears}
+            )
         sums = {key: self._sums.pop(key) for name, key in keys.items() if key == name}
         pooled = self._borrow(block, keys, sums)
         unseen = [name for name in linears if name not in keys]
@@ -196,6 +228,18 @@ class InputCollector(LinearsVisitor):
     def abandon(self) -> None:
         super().abandon()
         self._input_key, self._current = {}, {}
+
+
+def _nothing(linear: nn.Module) -> InputStatistics:
+    """Return the statistics of a linear that its block does without."""
+    size = weight_matrix(linear).shape[1]
+    return InputStatistics(size, 0, torch.zeros(size), torch.zeros(packed_length(size)))
+
+
+def _differs(one: str, other: str) -> ValueError:
+    return ValueError(
+        f"{one} and {other} shared their input in one batch and not in another: list them in modules_to_not_convert"
+    )
 
 
 def _is_same(x: Tensor, seen: tuple[Tensor, int]) -> bool:

@@ -78,16 +78,14 @@ class _Sums:
         return scaled
 
     def result(self, name: str) -> GradientStatistics:
-        """Return the statistics. ValueError, naming the linear, if a value is not finite or all are zero."""
+        """Return the statistics. ValueError, naming the linear, if a value is not finite.
+
+        All may be zero: the loss does not feel the linear, so that nothing of it is worth a byte.
+        """
         if not bool(torch.isfinite(self.scalars).all() and torch.isfinite(self.gram.diagonal()).all()):
             raise ValueError(
                 f"{name}: the loss gradients at its output have NaN or infinite values. Load the model in float32 or "
                 "bfloat16 (float16 overflows)"
-            )
-        if not self.tokens or not float(self.gram.diagonal().sum()) > 0:
-            raise ValueError(
-                f"{name}: the loss gradient at its output is zero on every calibration token, so its directions have "
-                "no importance scores: calibrate on more text, or list it in modules_to_not_convert"
             )
         values = dict(zip(SCALARS, self.scalars.tolist(), strict=True))
         return GradientStatistics(len(self.gram), self.tokens, pack(self.gram.cpu()), **values)
@@ -128,9 +126,9 @@ class GradientCollector(LinearsVisitor):
         return output.clone()
 
     def _result(self, block: str) -> dict[str, GradientStatistics]:
-        unseen = _Sums(1, torch.device("cpu"))
-        linears = self._linears_of(block)
-        sums: dict[str, _Sums] = {name: self._sums.pop(name, unseen) for name in linears}
+        linears, sums = self._linears_of(block), {}
+        for name, module in linears.items():
+            sums[name] = self._sums.pop(name, None) or _Sums(weight_matrix(module).shape[0], torch.device("cpu"))
         sums |= self._borrowed(block, sums)
         return {linear: sums[linear].result(linear) for linear in linears}
 
