@@ -60,7 +60,8 @@ class DobiSVDConfig(QuantizationConfigMixin):
         dataset: calibration text: a name (`wikitext2`, `c4`, `ptb`), a path to .txt/.jsonl/.parquet (gz too), a list
             of strings, or token tensors. Not needed by `svd`.
         tokenizer: a tokenizer, its name or path; by default the model's own.
-        nsamples, seqlen, seed: that many windows of that many tokens, drawn with that seed.
+        nsamples, seqlen, seed: that many windows of that many tokens, drawn with that seed; by default 2048 tokens, or
+            as many positions as the model has.
         gradient_nsamples: of these windows, how many the loss is taken back through by methods that weigh outputs by
             its gradient (`global`); by default half of them.
         fisher: whose labels that loss has: `empirical`, the text's own, or `sampled`, drawn from the model.
@@ -93,7 +94,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
     dataset: Any = field(default=None, repr=False, compare=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
     nsamples: int = 128
-    seqlen: int = 2048
+    seqlen: int | None = None
     seed: int = 0
     gradient_nsamples: int | None = None
     fisher: Literal["empirical", "sampled"] = "empirical"
@@ -124,8 +125,8 @@ class DobiSVDConfig(QuantizationConfigMixin):
         self.overrides = dict(self.overrides or {})
         self.training = dict(self.training or {})
         self.modules_to_not_convert = list(self.modules_to_not_convert or [])
-        optional = () if self.rank_multiple is None else ("rank_multiple",)
-        for name in ("nsamples", "seqlen", "batch_size", *optional, "min_rank"):
+        optional = [name for name in ("seqlen", "rank_multiple") if getattr(self, name) is not None]
+        for name in ("nsamples", "batch_size", *optional, "min_rank"):
             _check_integer(name, getattr(self, name), at_least=1)
         _check_integer("seed", self.seed, at_least=0)
         if not 0 <= self.min_coverage <= 1:
@@ -223,9 +224,16 @@ class DobiSVDConfig(QuantizationConfigMixin):
         return RankTraining.from_dict(self.training)
 
     @property
-    def draw(self) -> dict[str, int]:
-        """How windows are drawn from a text: how many, how long, with which seed."""
+    def draw(self) -> dict[str, Any]:
+        """How windows are drawn from a text: how many, how long (once that is settled), with which seed."""
         return {"nsamples": self.nsamples, "seqlen": self.seqlen, "seed": self.seed}
+
+    @property
+    def window_length(self) -> int:
+        """Tokens in a window, which `pipeline.windows.with_seqlen` settles. ValueError before that."""
+        if self.seqlen is None:
+            raise ValueError("seqlen follows the model, and none was looked at yet: give one")
+        return self.seqlen
 
     @property
     def gradient_windows(self) -> int:

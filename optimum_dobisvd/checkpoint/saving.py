@@ -34,7 +34,7 @@ def without_safe_save(model: Any) -> None:
     """Undo `with_safe_save`: a dense model again, with transformers' own save and nothing of ours in its config."""
     for name in ("save_pretrained", "dobisvd_is_new", *DOCUMENTS):
         model.__dict__.pop(name, None)
-    forget_bundled_loader(model)
+    forget_bundled_loader(model.config)
 
 
 def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:

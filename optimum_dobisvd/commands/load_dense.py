@@ -59,9 +59,12 @@ def load_meta_model(source: ModelSource, *, dtype: str = "auto", trust_remote_co
     """The same model on the meta device, built from its config alone: shapes and dtypes, no memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from ..checkpoint.loading import forget_bundled_loader
+
     gguf = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     with _named(source):
         config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **gguf)
+    forget_bundled_loader(config)  # which loads weights; here the architecture's own class is wanted
     wanted = _dtype(dtype)
     if wanted == "auto":
         wanted = getattr(config, "dtype", None) or torch.float32

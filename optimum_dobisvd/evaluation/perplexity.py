@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..model.input_limits import require_positions, require_tokens
+
 _POSITIONS_AT_ONCE = 256
 
 
-@torch.inference_mode()
 def perplexity(
     model: nn.Module,
     tokenizer: Any,
@@ -36,10 +37,18 @@ def perplexity(
         progress: words beside a progress bar; None shows none.
 
     Raises:
-        ValueError: the text is shorter than one window, a number is out of range, or a window's loss is not finite
-            (names the window).
+        ValueError: the text is shorter than one window, a number is out of range, the model has too few positions or
+            no embedding for a token, or a window's loss is not finite (names the window).
     """
     ids = window_ids(tokenizer, text, seqlen=seqlen, windows=windows)
+    check_readable(model, ids)
+    return perplexity_of(model, ids, progress)
+
+
+@torch.inference_mode()
+def perplexity_of(model: nn.Module, ids: Tensor, progress: str | None = None) -> float:
+    """`perplexity` on windows of token ids, `N x seqlen`, that `window_ids` gave and `check_readable` passed."""
+    seqlen = ids.shape[1]
     was_training = model.training
     model.eval()
     total = 0.0
@@ -72,6 +81,12 @@ def window_ids(tokenizer: Any, text: str, *, seqlen: int, windows: int | None = 
             "or a shorter seqlen"
         )
     return ids[: available * seqlen].view(available, seqlen)[:windows]
+
+
+def check_readable(model: Any, ids: Tensor, name: str = "the text") -> None:
+    """Raise ValueError if the model, which may be on meta, cannot read these windows; `name` is what they are from."""
+    require_positions(model, ids.shape[1], f"windows of seqlen={ids.shape[1]} were asked for")
+    require_tokens(model, int(ids.max()), name)
 
 
 def _summed_loss(model: nn.Module, window: Tensor) -> float:

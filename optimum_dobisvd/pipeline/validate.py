@@ -12,9 +12,8 @@ from torch import nn
 
 from ..allocation.budget import Budget, BudgetRequest, open_budget
 from ..allocation.plan import Plan
-from ..calibration.dataset import CalibrationWindows, load_windows
+from ..calibration.dataset import CalibrationWindows
 from ..calibration.loss import require_labels
-from ..calibration.tokenizer import TokenizerSource
 from ..config import DobiSVDConfig
 from ..encodings.base import Encoding
 from ..model.layout import Layout, find_layout
@@ -22,6 +21,7 @@ from ..model.linears import require_finite
 from ..model.patterns import resolve_overrides
 from ..structures.base import is_compressed
 from .job import Job
+from .windows import calibration_windows, check_windows, quantization_windows, tokenizer_of, with_seqlen
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +39,15 @@ def prepare(
     """
     layout = check_model(model, config)
     check_encoding(config.encoding, layout, config.min_coverage)
+    config = with_seqlen(config, model)
     plan = given_plan(config, layout)
     job = Job(config, layout, None if plan is not None else budget_of(config, layout), plan)
-    named = next((each for each in (tokenizer, config.tokenizer) if each is not None), None)
-    named = TokenizerSource.of(model) if named is None else named
+    named = tokenizer_of(model, config, tokenizer)
     learns = plan is None and job.method.learns
     if windows is None:
-        windows = _load_windows(config, named, config.rank_training.held_out if learns else 0)
+        windows = calibration_windows(model, config, named, config.rank_training.held_out if learns else 0)
+    else:
+        check_windows(model, windows)
     held_out = None
     if windows is not None and learns:
         windows, held_out = windows.split(config.rank_training.held_out)
@@ -55,6 +57,8 @@ def prepare(
         require_labels(windows.attention_mask, "the windows that ranks are learned on")
         require_labels(held_out.attention_mask, "the held-out windows")
     rounded_on = quantization_windows(config.encoding, windows, config, named)
+    if rounded_on is not None and rounded_on is not windows:
+        check_windows(model, rounded_on)
     return replace(job, windows=windows, held_out=held_out, quantization_windows=rounded_on)
 
 
@@ -217,42 +221,3 @@ def refuse_offloaded(modules: Mapping[str, nn.Module], why: str = _QUANTIZING) -
     for name, module in modules.items():
         if any(parameter.is_meta for parameter in module.parameters()):
             raise ValueError(f"{name} is offloaded, and {why}")
-
-
-_HOW_TO_GIVE_TEXT = "pass GPTQConfig(dataset=[...texts]), or dataset= of the DobiSVDConfig"
-
-
-def quantization_windows(
-    encoding: Encoding, windows: CalibrationWindows | None, config: DobiSVDConfig, tokenizer: Any
-) -> CalibrationWindows | None:
-    """Return what quantization is calibrated on: text of its own if its settings name some, else the compression's.
-
-    Without windows of a compression in this process they are drawn from the config's text. Encodings that can do
-    without then do without: nobody expects a calibration of bitsandbytes when a checkpoint is loaded. ValueError where
-    there is no text.
-    """
-    if not encoding.needs_text:
-        return windows if encoding.uses_text else None
-    own = encoding.own_text
-    if own is None and windows is not None:
-        return windows
-    text = {"c4-new": "c4"}.get(own, own) if isinstance(own, str) else own if own is not None else config.dataset
-    if text is None:
-        raise ValueError(f"{encoding.name} needs calibration text: {_HOW_TO_GIVE_TEXT}")
-    try:
-        return load_windows(text, encoding.own_tokenizer or tokenizer, **config.draw)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{encoding.name} needs calibration text: {error}; {_HOW_TO_GIVE_TEXT}") from error
-
-
-def _load_windows(config: DobiSVDConfig, tokenizer: Any, held_out: int) -> CalibrationWindows | None:
-    if config.dataset is not None:
-        return load_windows(config.dataset, tokenizer, held_out=held_out, **config.draw)
-    needs_data = config.resolved_method().needs_data
-    if needs_data or (config.encoding.needs_text and config.encoding.own_text is None):
-        reader = f"method {config.method!r}" if needs_data else config.encoding.name
-        raise ValueError(
-            f"{reader} needs calibration text: pass dataset= (a name such as 'wikitext2', a file, a list of strings, "
-            "or token tensors), or use method='svd', which needs none"
-        )
-    return None
