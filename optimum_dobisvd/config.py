@@ -72,7 +72,8 @@ class DobiSVDConfig(QuantizationConfigMixin):
             `RankTraining` has them, e.g. `{"steps": 24, "windows": 2}`.
         overrides: per-module settings by name or `re:` pattern, e.g. `{"re:.*down_proj": {"ratio": 0.9}}`; they count
             against the same byte budget. With `mixed` such matrices take the encoding of `quantization`, or `int8`.
-        modules_to_not_convert: names or `re:` patterns of linears to leave alone. They do not count as targets.
+        modules_to_not_convert: names or `re:` patterns of linears to leave alone. They do not count as targets. What
+            is none anyway may be named, too (`lm_head`).
         rank_multiple: ranks are multiples of this; by default what the encoding's kernels like (1, in 8 bits 16).
         min_rank: no matrix gets a smaller rank.
         min_coverage: smallest accepted share of the blocks' weights that can be compressed at all (mixture-of-experts
@@ -124,7 +125,8 @@ class DobiSVDConfig(QuantizationConfigMixin):
             self.ratio = _checked_ratio(0.8 if self.ratio is None else self.ratio)
         self.overrides = dict(self.overrides or {})
         self.training = dict(self.training or {})
-        self.modules_to_not_convert = list(self.modules_to_not_convert or [])
+        left = self.modules_to_not_convert or []
+        self.modules_to_not_convert = [left] if isinstance(left, str) else list(left)
         optional = [name for name in ("seqlen", "rank_multiple") if getattr(self, name) is not None]
         for name in ("nsamples", "batch_size", *optional, "min_rank"):
             _check_integer(name, getattr(self, name), at_least=1)

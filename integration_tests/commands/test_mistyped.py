@@ -1,7 +1,10 @@
 """What a person may get wrong on the command line: one sentence that says what it is."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from transformers import PreTrainedModel
 from integration_tests.commands.cli_in_process import dobisvd
 from integration_tests.commands.conftest import COMPRESS
 from integration_tests.tiny_models import tiny
+from optimum_dobisvd import commands
 
 
 def error_of(capsys: Any, *arguments: str) -> str:
@@ -97,3 +101,55 @@ def test_tokens_of_another_model_are_told_before_weights(
         error = error_of(capsys, *command)
         assert "text.txt" in error
         assert "the embedding of LlamaForCausalLM has 90 rows: the tokenizer belongs to another model" in error
+
+
+# --- the command line itself ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "took"),
+    [
+        ((*COMPRESS, "--eval-dataset", "held-out.txt", "out"), "--eval-dataset took held-out.txt out"),
+        ((*COMPRESS, "--modules-to-not-convert", "q_proj", "out"), "--modules-to-not-convert took q_proj out"),
+        (("eval", "--dataset", "held-out.txt", "small"), "--dataset took held-out.txt small"),
+        (("run", "--set", "a=1", "recipe.yaml"), "--set took a=1 recipe.yaml"),
+    ],
+)
+def test_an_option_that_took_out_as_a_value_is_told(
+    work: Path, capsys: Any, command: tuple[str, ...], took: str
+) -> None:
+    assert dobisvd(*command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    flag, _, values = took.partition(" took ")
+    assert f"{flag} takes all that follows it, and took {values}: put" in " ".join(error.split())
+
+
+def test_a_device_that_is_not_there_is_told(work: Path, capsys: Any) -> None:
+    for command in (
+        ("eval", "small", "--dataset", "held-out.txt", "--device", "cuda:99"),
+        ("plan", "--model", "dense", "--device", "cuda:99"),
+        (*COMPRESS, "out", "--device-map", "cuda:99"),
+    ):
+        assert "device='cuda:99' cannot be used" in error_of(capsys, *command)
+
+
+def test_a_terminal_that_knows_only_ascii_is_no_error(work: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(Path(commands.__file__).parents[2])
+    text = work / "häuser.txt"
+    text.write_text((work / "text.txt").read_text())
+    arguments = [part if part != "text.txt" else text.name for part in COMPRESS]
+    for command in (
+        [*arguments, "süß"],
+        ["inspect", "süß"],
+        ["eval", "süß", "--dataset", text.name, "--windows", "2"],
+    ):
+        code = (
+            "import sys; from integration_tests.commands.cli_in_process import dobisvd\n"
+            "sys.exit(dobisvd(*sys.argv[1:]))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, *command], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.isascii()

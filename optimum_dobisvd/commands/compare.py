@@ -64,7 +64,6 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
 
     if options["picture"] is not None:
         require_matplotlib()
-    text = text_of(options["dataset"], "test")
     found_dense = dense_source(options["outs"][0], options["dense"])
     if found_dense.source is None:
         raise ValueError(f"{found_dense.note}: pass --dense")
@@ -72,6 +71,7 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     sources = {"dense": found_dense.source, **{out: model_source(out) for out in options["outs"]}}
     trust = options["trust_remote_code"]
     tokenizers = {name: load_tokenizer(source, trust_remote_code=trust) for name, source in sources.items()}
+    text = text_of(options["dataset"], "test", tokenizers["dense"])
     seqlen = evaluation_seqlen(found_dense.source, options["seqlen"], trust_remote_code=trust)
     options = {**options, "seqlen": seqlen}
     windows = {

@@ -114,9 +114,8 @@ def _compress_into(folder: Path, config: Any, options: dict[str, Any]) -> tuple[
     from ..quantizer import DobiSVDQuantizer
     from ..report.write import write_beside
     from .load_dense import load_dense, load_tokenizer
-    from .sources import model_source
+    from .sources import model_source, text_of
 
-    texts = _evaluation_texts(options)
     quantizer = DobiSVDQuantizer(config)
     source = model_source(options["model"], options["gguf_file"])
     trust = options["trust_remote_code"]
@@ -124,6 +123,7 @@ def _compress_into(folder: Path, config: Any, options: dict[str, Any]) -> tuple[
     with stages.stage("total"):
         with stages.stage("loading"):
             tokenizer = load_tokenizer(source, trust_remote_code=trust)
+            texts = {name: text_of(name, "test", tokenizer) for name in options["eval_dataset"]}
             evaluated = _evaluation_windows(source, tokenizer, texts, options)
             model = load_dense(
                 source, dtype=options["dtype"], device_map=options["device_map"], trust_remote_code=trust
@@ -145,13 +145,6 @@ def _compress_into(folder: Path, config: Any, options: dict[str, Any]) -> tuple[
     write_beside(folder, model.dobisvd_plan, report, model.dobisvd_training)
     settled = {"dtype": str(model.dtype).removeprefix("torch."), "seqlen": model.config.quantization_config.seqlen}
     return report, settled
-
-
-def _evaluation_texts(options: dict[str, Any]) -> dict[str, str]:
-    """The texts by name, read before anything long is begun."""
-    from .sources import text_of
-
-    return {name: text_of(name, "test") for name in options["eval_dataset"]}
 
 
 def _evaluation_windows(

@@ -89,13 +89,15 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     from ..evaluation.mean_accuracy import compare_means
     from .dense_source import dense_source
     from .evaluation_windows import evaluation_seqlen
+    from .load_dense import load_tokenizer
     from .sources import model_source, text_of
 
     source, trust = model_source(options["out"]), options["trust_remote_code"]
     options = {**options, "batch_size": 1 if options["batch_size"] is None else options["batch_size"]}
     if options["dataset"]:
         options["seqlen"] = evaluation_seqlen(source, options["seqlen"], trust_remote_code=trust)
-    texts = {name: text_of(name, "test") for name in options["dataset"]}
+    tokenizer = load_tokenizer(source, trust_remote_code=trust)
+    texts = {name: text_of(name, "test", tokenizer) for name in options["dataset"]}
     tasks = _load_tasks(options)
     found_dense = dense_source(options["out"], options["dense"])
     dense, note = found_dense.source, found_dense.note

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..model.device import require_device
 from .sources import ModelSource
 
+_PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # by accelerate, whatever devices there are
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -30,6 +32,8 @@ def load_dense(
     """
     from transformers import AutoModelForCausalLM
 
+    if isinstance(device_map, str) and device_map not in _PLACEMENTS:
+        require_device(device_map)
     with _named(source):
         model = AutoModelForCausalLM.from_pretrained(
             source.location,

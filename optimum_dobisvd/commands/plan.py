@@ -42,6 +42,7 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
         Refused: the machine cannot do it; the message has the numbers and a remedy.
         ValueError: a model, plan or setting that cannot work.
     """
+    from ..model.device import require_device
     from ..model.footprint import model_bytes
     from ..pipeline.job import Job
     from ..pipeline.validate import budget_of, check_encoding, check_model, given_plan
@@ -58,6 +59,8 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     meta_model = load_meta_model(source, dtype=options["dtype"], trust_remote_code=options["trust_remote_code"])
     layout = check_model(meta_model, config)
     check_encoding(config.encoding, layout, config.min_coverage)
+    if config.device is not None:
+        require_device(config.device)
     config = with_seqlen(config, meta_model)
     _check_text(meta_model, config, source, options)
     given = given_plan(config, layout)

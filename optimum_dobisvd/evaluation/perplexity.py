@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..calibration.token_ids import token_ids
 from ..model.input_limits import require_positions, require_tokens
 
 _POSITIONS_AT_ONCE = 256
@@ -73,7 +74,7 @@ def window_ids(tokenizer: Any, text: str, *, seqlen: int, windows: int | None = 
         raise ValueError(f"seqlen must be at least 2, so that there is a token to predict, got {seqlen}")
     if windows is not None and windows < 1:
         raise ValueError(f"windows must be at least 1, or None for all of the text, got {windows}")
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    ids = token_ids(tokenizer, text, at_most=None if windows is None else windows * seqlen)
     available = len(ids) // seqlen
     if available == 0:
         raise ValueError(

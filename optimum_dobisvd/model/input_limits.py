@@ -85,8 +85,8 @@ def position_limit(model: Any, length: int) -> int | None:
 
     Not every model that declares a number of positions ends there: rotary ones compute beyond. So the model's own
     code is run, on a copy of which only shapes exist, token ids and positions being numbers; the lookup of a position
-    that is not in a table fails, and so does a mask that is too small. Where the code cannot be run like that (it reads
-    values of activations, or wants other inputs), nothing is known, and None is returned.
+    that is not in a table fails, and so does a mask that is too small. Where the code cannot be run like that (it
+    reads values of activations, or wants other inputs), nothing is known, and None is returned.
     """
     declared = declared_positions(model)
     if declared is not None and length + _OFFSETS <= declared:

@@ -101,7 +101,8 @@ def find_layout(model: nn.Module, modules_to_not_convert: Iterable[str] = (), mi
             for parameter in module.parameters(recurse=False):
                 if parameter.dim() >= 2 and parameter.numel() > 0:
                     left.append(LeftDense(name, parameter.numel(), reason))
-    excluded = select(modules_to_not_convert, eligible)
+    # Everyone names lm_head, whatever the head is called here: like every other module it may be named, if in vain.
+    excluded = select(modules_to_not_convert, [*eligible, *(name for name, _ in model.named_modules()), "lm_head"])
     left += [LeftDense(name, weight_matrix(eligible[name]).numel(), EXCLUDED) for name in eligible if name in excluded]
     linears = {name: module for name, module in eligible.items() if name not in excluded}
     target_bytes = sum(tensor_bytes(module.weight) for module in linears.values())

@@ -16,9 +16,11 @@ from ..calibration.dataset import CalibrationWindows
 from ..calibration.loss import require_labels
 from ..config import DobiSVDConfig
 from ..encodings.base import Encoding
+from ..model.device import require_device
 from ..model.layout import Layout, find_layout
 from ..model.linears import require_finite
 from ..model.patterns import resolve_overrides
+from ..model.wrapped import refuse_wrapped
 from ..structures.base import is_compressed
 from .job import Job
 from .windows import calibration_windows, check_windows, quantization_windows, tokenizer_of, with_seqlen
@@ -39,6 +41,8 @@ def prepare(
     """
     layout = check_model(model, config)
     check_encoding(config.encoding, layout, config.min_coverage)
+    if config.device is not None:
+        require_device(config.device)
     config = with_seqlen(config, model)
     plan = given_plan(config, layout)
     job = Job(config, layout, None if plan is not None else budget_of(config, layout), plan)
@@ -69,6 +73,7 @@ def check_model(model: Any, config: DobiSVDConfig) -> Layout:
         ValueError: already compressed; no eligible linear; coverage; patterns or overrides that match nothing; NaN or
             infinite weights (names the module).
     """
+    refuse_wrapped(model)
     if is_compressed(model):
         raise ValueError("the model is compressed already; load the dense model to compress it differently")
     if any(hasattr(module, "base_layer") for module in model.modules()):
@@ -93,8 +98,8 @@ def check_model(model: Any, config: DobiSVDConfig) -> Layout:
 
 def check_weights(model: Any, config: DobiSVDConfig, layout: Layout) -> None:
     """Raise ValueError for weights that cannot be worked with; those on meta are not looked at."""
-    for name, module in layout.linears.items():
-        require_finite(name, module)
+    for name, parameter in model.named_parameters():
+        require_finite(name, parameter)
     if config.resolved_method().needs_gradients and any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError(
             f"{type(model).__name__} was loaded under torch.inference_mode, so no gradient can be taken through it, "
