@@ -21,7 +21,7 @@ _TO_A_WORD = 200  # characters in which a cell looks for the beginning of a word
 
 @dataclass(frozen=True)
 class Drawn:
-    """Windows, `N x seqlen`, in the order of the draw, how many there were to draw from, and the sha256 of the text."""
+    """Windows (`N x seqlen`) in the order of the draw, how many there were to draw from, the sha256 of the text."""
 
     input_ids: Tensor
     available: int
@@ -31,8 +31,8 @@ class Drawn:
 def draw(text: Text, tokenizer: Any, counts: tuple[int, int], seqlen: int, seed: int) -> Drawn:
     """Draw windows to calibrate on and to hold out (`counts`).
 
-    A text of up to 32 million characters is tokenized whole, cut into consecutive windows that do not overlap,
-    and `torch.randperm` with a CPU generator seeded by `seed` orders them: the draw that papers use.
+    A text of up to 32 million characters is tokenized whole and cut into consecutive windows that do not overlap, and
+    `torch.randperm` with a CPU generator seeded by `seed` orders them: the draw that papers use.
 
     A longer text is read twice and never held in memory. It is cut into cells of 16 characters for every token of a
     window; the same permutation orders the cells, and the first tokens of each are a window. Cells with too few tokens

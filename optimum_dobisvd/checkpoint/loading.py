@@ -20,10 +20,18 @@ BUNDLED_ENTRY = "DobiSVD"
 """What the classes in the bundled file are called that `auto_map` names, followed by the auto class."""
 
 
+OWN_CODE = "Dense"
+"""Put before the auto class in `auto_map`: the model's own code, where the architecture is none of transformers'."""
+
+
 def forget_bundled_loader(config: Any) -> None:
     """Take the bundled loader out of a configuration's `auto_map`: a dense model is saved without it."""
     auto_map = getattr(config, "auto_map", None) or {}
-    kept = {key: value for key, value in auto_map.items() if f".{BUNDLED_ENTRY}Auto" not in str(value)}
+    kept = {
+        key.removeprefix(OWN_CODE): value
+        for key, value in auto_map.items()
+        if f".{BUNDLED_ENTRY}Auto" not in str(value)
+    }
     if kept:
         config.auto_map = kept
     elif auto_map:

@@ -114,6 +114,7 @@ def _compress_into(folder: Path, config: Any, options: dict[str, Any]) -> tuple[
     from ..quantizer import DobiSVDQuantizer
     from ..report.write import write_beside
     from .load_dense import load_dense, load_tokenizer
+    from .processor_files import copy_processor_files
     from .sources import model_source, text_of
 
     quantizer = DobiSVDQuantizer(config)
@@ -138,6 +139,7 @@ def _compress_into(folder: Path, config: Any, options: dict[str, Any]) -> tuple[
         with stages.stage("saving"):
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            copy_processor_files(source, folder)
     report.perplexity = {name: {"dense": dense[name], "compressed": compressed[name]} for name in texts}
     unused = set() if texts else {"perplexity, dense", "perplexity, compressed"}
     _add_stages(report.seconds, stages.seconds, unused)

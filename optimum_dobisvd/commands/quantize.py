@@ -177,6 +177,7 @@ def _quantize_into(
     from ..checkpoint.convert import convert
     from ..model.footprint import checkpoint_bytes
     from .load_dense import load_dense
+    from .processor_files import copy_processor_files
     from .sources import model_source
 
     model = load_dense(
@@ -191,4 +192,5 @@ def _quantize_into(
     convert(model, encoding.settings or encoding.name, windows=windows)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    copy_processor_files(model_source(options["model"]), folder)
     return before, checkpoint_bytes(model)
