@@ -21,14 +21,22 @@ BUNDLED_ENTRY = "DobiSVD"
 """What the classes in the bundled file are called that `auto_map` names, followed by the auto class."""
 
 
-def forget_bundled_loader(model: Any) -> None:
-    """Take the bundled loader out of `auto_map`: a dense model is saved without it."""
-    auto_map = getattr(model.config, "auto_map", None) or {}
-    kept = {key: value for key, value in auto_map.items() if f".{BUNDLED_ENTRY}Auto" not in str(value)}
+OWN_CODE = "Dense"
+"""Put before the auto class in `auto_map`: the model's own code, where the architecture is none of transformers'."""
+
+
+def forget_bundled_loader(config: Any) -> None:
+    """Take the bundled loader out of a configuration's `auto_map`: a dense model is saved without it."""
+    auto_map = getattr(config, "auto_map", None) or {}
+    kept = {
+        key.removeprefix(OWN_CODE): value
+        for key, value in auto_map.items()
+        if f".{BUNDLED_ENTRY}Auto" not in str(value)
+    }
     if kept:
-        model.config.auto_map = kept
+        config.auto_map = kept
     elif auto_map:
-        del model.config.auto_map
+        del config.auto_map
 
 
 def adapted_modules(model: Any) -> list[str]:
@@ -167,7 +175,7 @@ class CompressedLoader(HfQuantizer):
         for encoding in self.encodings.values():
             encoding.forget(model)
         model.__dict__.pop("quantization_method", None)
-        forget_bundled_loader(model)
+        forget_bundled_loader(model.config)
         if isinstance(dtype, str):  # config.dtype, which save_pretrained leaves as a name
             dtype = getattr(torch, dtype)
         return model if dtype is None else model.to(dtype)

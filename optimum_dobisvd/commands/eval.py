@@ -33,7 +33,12 @@ _GROUPS = {
             default=[],
             metavar="TEXT",
         ),
-        Option("seqlen", "tokens in a window (default: 1024)", kind=int, metavar="N"),
+        Option(
+            "seqlen",
+            "tokens in a window (default: 1024, or as many positions as the model has)",
+            kind=int,
+            metavar="N",
+        ),
         Option("windows", "at most so many windows of each text (default: all)", kind=int, metavar="N"),
     ),
     "tasks": (
@@ -83,11 +88,16 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     """
     from ..evaluation.mean_accuracy import compare_means
     from .dense_source import dense_source
+    from .evaluation_windows import evaluation_seqlen
+    from .load_dense import load_tokenizer
     from .sources import model_source, text_of
 
-    for key, usual in (("seqlen", 1024), ("batch_size", 1)):
-        options = {**options, key: usual if options[key] is None else options[key]}
-    texts = {name: text_of(name, "test") for name in options["dataset"]}
+    source, trust = model_source(options["out"]), options["trust_remote_code"]
+    options = {**options, "batch_size": 1 if options["batch_size"] is None else options["batch_size"]}
+    if options["dataset"]:
+        options["seqlen"] = evaluation_seqlen(source, options["seqlen"], trust_remote_code=trust)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust)
+    texts = {name: text_of(name, "test", tokenizer) for name in options["dataset"]}
     tasks = _load_tasks(options)
     found_dense = dense_source(options["out"], options["dense"])
     dense, note = found_dense.source, found_dense.note
@@ -101,7 +111,7 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
             if options["dense"] is not None:
                 raise
             note = f"the dense model {dense.typed} could not be evaluated: {' '.join(str(error).split())[:300]}"
-    measured["compressed"] = _measure(model_source(options["out"]), texts, tasks, options)
+    measured["compressed"] = _measure(source, texts, tasks, options)
 
     found = {name: {which: each.perplexity[name] for which, each in measured.items()} for name in texts}
     figures = {
@@ -177,23 +187,15 @@ def _measure(
 ) -> _Measured:
     """Measure everything of one model; it is gone from memory afterwards."""
     from ..evaluation.harness import evaluate
-    from ..evaluation.perplexity import perplexity
+    from ..evaluation.perplexity import perplexity_of
+    from .evaluation_windows import evaluation_windows
     from .load_dense import load_dense, load_tokenizer
 
     trust = options["trust_remote_code"]
     tokenizer = load_tokenizer(source, trust_remote_code=trust)
+    windows = evaluation_windows(source, tokenizer, texts, options)
     model = load_dense(source, dtype=options["dtype"], device_map=options["device"], trust_remote_code=trust)
-    perplexities = {
-        name: perplexity(
-            model,
-            tokenizer,
-            text,
-            seqlen=options["seqlen"],
-            windows=options["windows"],
-            progress=f"{source.typed} on {name}",
-        )
-        for name, text in texts.items()
-    }
+    perplexities = {name: perplexity_of(model, ids, f"{source.typed} on {name}") for name, ids in windows.items()}
     if tasks is None:
         return _Measured(perplexities, {})
     settings = {key: options[key] for key in ("limit", "num_fewshot", "batch_size")}

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from ..checkpoint.auto_classes import auto_class_of
+from ..model.device import require_device
 from .sources import ModelSource
 
+_PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # by accelerate, whatever devices there are
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _KEPT_BYTES = 1 << 30
 """Up to this size a model from a GGUF file stays in memory for the next steps of a recipe: unpacking takes longer than
@@ -37,6 +39,8 @@ def load_dense(
     """
     from ..model.footprint import checkpoint_bytes
 
+    if isinstance(device_map, str) and device_map not in _PLACEMENTS:
+        require_device(device_map)
     key = (source.location, source.gguf_file, dtype)
     if key in _unpacked and device_map in (None, "cpu"):
         return copy.deepcopy(_unpacked[key])
@@ -88,8 +92,11 @@ def _tokenizer(source: ModelSource, **arguments: Any) -> Any:
 
 def load_meta_model(source: ModelSource, *, dtype: str = "auto", trust_remote_code: bool = False) -> nn.Module:
     """The same model on the meta device, built from its config alone: shapes and dtypes, no memory."""
+    from ..checkpoint.loading import forget_bundled_loader
+
     with _named(source):
         config = _config(source, trust_remote_code)
+    forget_bundled_loader(config)  # which loads weights; here the architecture's own class is wanted
     wanted = _dtype(dtype)
     if wanted == "auto":
         wanted = getattr(config, "dtype", None) or torch.float32

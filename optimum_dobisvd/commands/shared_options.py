@@ -113,7 +113,9 @@ CALIBRATION = (
         metavar="TEXT",
     ),
     Option("nsamples", "windows of text", kind=int, from_config=True, metavar="N"),
-    Option("seqlen", "tokens in a window", kind=int, from_config=True, metavar="N"),
+    Option(
+        "seqlen", "tokens in a window (default: 2048, or as many positions as the model has)", kind=int, metavar="N"
+    ),
     Option("seed", "of the draw of the windows", kind=int, from_config=True, metavar="N"),
     Option(
         "gradient_nsamples",

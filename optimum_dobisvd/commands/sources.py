@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ..calibration.text import HUB_TEXTS, read_text
 
@@ -93,21 +94,21 @@ def text_paths(option: str, sources: Iterable[str | None]) -> list[tuple[str, Pa
     return found
 
 
-def text_of(source: str, split: str = "train", *, streamed_characters: int = 4_000_000) -> str:
-    """The text of a dataset's name, a file, a glob, or files inside a package; several are joined by blank lines.
+def text_of(source: str, split: str = "train", tokenizer: Any = None) -> str:
+    """The text of a dataset's name, a file or folder, a glob, or files inside a package, joined by blank lines.
 
-    Raises what `text_files` and `read_text` raise.
+    Chats are written out by the tokenizer's template. Raises what `text_files` and `read_text` raise.
     """
     files = text_files(source)
     if files is None:
-        return read_text(source, split, streamed_characters=streamed_characters)
-    return "\n\n".join(read_text(file) for file in files)
+        return read_text(source, split, tokenizer=tokenizer)
+    return "\n\n".join(read_text(file, tokenizer=tokenizer) for file in files)
 
 
-def calibration_dataset(source: str | None) -> str | list[str] | None:
-    """Return what `DobiSVDConfig.dataset` takes for a source: the name or path itself, or a list of texts."""
+def calibration_dataset(source: str | None) -> str | list[Path] | None:
+    """Return what `DobiSVDConfig.dataset` takes for a source: the name or path itself, or a list of files."""
     files = text_files(source) if source is not None else None
-    return source if files is None else [read_text(file) for file in files]
+    return source if files is None else [Path(file) for file in files]
 
 
 def _package_path(source: str) -> Path:

@@ -11,7 +11,7 @@ from ..calibration.tokenizer import TokenizerSource
 from ..checkpoint.convert import convert
 from ..checkpoint.hf_quantizer import DobiSVDHfQuantizer
 from ..config import DobiSVDConfig
-from ..pipeline.validate import quantization_windows
+from ..pipeline.windows import check_windows, quantization_windows, with_seqlen
 from ..quantizer import DobiSVDQuantizer
 
 
@@ -50,7 +50,10 @@ class CompressOnLoadQuantizer(DobiSVDHfQuantizer):
                 self._job = self._quantizer.prepare(model, tokenizer)
             elif self.is_to_be_converted:
                 self.encoding.require()
-                self._windows = quantization_windows(self.encoding, None, self._config, tokenizer)
+                config = with_seqlen(self._config, model)
+                self._windows = quantization_windows(self.encoding, None, config, tokenizer)
+                if self._windows is not None:
+                    check_windows(model, self._windows)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

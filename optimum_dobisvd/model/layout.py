@@ -129,7 +129,8 @@ def find_layout(
             eligible[name] = module
         else:
             left += [LeftDense(name, count, reason) for count in _matrices(module)]
-    excluded = select(modules_to_not_convert, eligible)
+    # Everyone names lm_head, whatever the head is called here: like every other module it may be named, if in vain.
+    excluded = select(modules_to_not_convert, [*eligible, *(name for name, _ in model.named_modules()), "lm_head"])
     left += [
         LeftDense(name, count, EXCLUDED)
         for name in eligible

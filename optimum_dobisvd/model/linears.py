@@ -50,10 +50,9 @@ def dense_linear(weight: Tensor, bias: Tensor | None, conv1d: bool) -> nn.Module
     return new
 
 
-def require_finite(name: str, module: Any) -> None:
-    """Raise ValueError, naming it, if a weight in memory has NaN or infinite values."""
-    weight = weight_matrix(module)
-    if weight.device.type != "meta" and not bool(torch.isfinite(weight).all()):
-        raise ValueError(
-            f"{name}.weight has NaN or infinite values; the checkpoint is damaged, or its dtype too small"
-        )
+def require_finite(name: str, parameter: Tensor) -> None:
+    """Raise ValueError, naming it, if a parameter in memory has NaN or infinite values."""
+    if parameter.device.type == "meta" or not parameter.is_floating_point() or parameter.numel() == 0:
+        return
+    if parameter.element_size() > 1 and not bool(torch.isfinite(torch.stack(torch.aminmax(parameter.detach()))).all()):
+        raise ValueError(f"{name} has NaN or infinite values; the checkpoint is damaged, or its dtype too small")

@@ -17,17 +17,19 @@ from ..calibration.dataset import CalibrationWindows
 from ..calibration.loss import require_labels
 from ..calibration.model_inputs import SampleIds, inputs_of
 from ..calibration.objective import WITHOUT_GRADIENTS, require_next_token_model, require_own_loss
-from ..calibration.processor_batches import draw_windows, first_processor_batch
-from ..calibration.tokenizer import TokenizerSource
+from ..calibration.processor_batches import first_processor_batch
 from ..config import DobiSVDConfig
 from ..encodings.base import Encoding
+from ..model.device import require_device
 from ..model.experts import fuse, linearize
 from ..model.layout import Layout, find_layout
 from ..model.linears import require_finite
 from ..model.patterns import resolve_overrides
 from ..model.trial import is_encoder_decoder, model_inputs, takes_text
+from ..model.wrapped import refuse_wrapped
 from ..structures.base import is_compressed
 from .job import Job
+from .windows import calibration_windows, check_windows, quantization_windows, tokenizer_of, with_seqlen
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +56,17 @@ def prepare(
 def _prepared(model: Any, config: DobiSVDConfig, tokenizer: Any, windows: CalibrationWindows | None) -> Job:
     layout = check_model(model, config)
     check_encoding(config.encoding, layout, config.min_coverage)
+    if config.device is not None:
+        require_device(config.device)
+    config = with_seqlen(config, model)
     plan = given_plan(config, layout)
     job = Job(config, layout, None if plan is not None else budget_of(config, layout), plan)
-    named = next((each for each in (tokenizer, config.tokenizer) if each is not None), None)
-    named = TokenizerSource.of(model) if named is None else named
+    named = tokenizer_of(model, config, tokenizer)
     learns = plan is None and job.method.learns
     if windows is None:
-        windows = _load_windows(config, named, config.rank_training.held_out if learns else 0)
+        windows = calibration_windows(model, config, named, config.rank_training.held_out if learns else 0)
+    else:
+        check_windows(model, windows)
     held_out = None
     if windows is not None and learns:
         windows, held_out = windows.split(config.rank_training.held_out)
@@ -70,6 +76,8 @@ def _prepared(model: Any, config: DobiSVDConfig, tokenizer: Any, windows: Calibr
         require_labels(windows.attention_mask, "the windows that ranks are learned on")
         require_labels(held_out.attention_mask, "the held-out windows")
     rounded_on = quantization_windows(config.encoding, windows, config, named)
+    if rounded_on is not None and rounded_on is not windows:
+        check_windows(model, rounded_on)
     return replace(job, windows=windows, held_out=held_out, quantization_windows=rounded_on)
 
 
@@ -80,6 +88,7 @@ def check_model(model: Any, config: DobiSVDConfig) -> Layout:
         ValueError: already compressed; no eligible linear; coverage; patterns or overrides that match nothing; NaN or
             infinite weights (names the module).
     """
+    refuse_wrapped(model)
     if is_compressed(model):
         raise ValueError("the model is compressed already; load the dense model to compress it differently")
     if any(hasattr(module, "base_layer") for module in model.modules()):
@@ -141,8 +150,8 @@ def check_inputs(model: Any, config: DobiSVDConfig) -> Mapping[str, Any] | None:
 
 def check_weights(model: Any, config: DobiSVDConfig, layout: Layout) -> None:
     """Raise ValueError for weights that cannot be worked with; those on meta are not looked at."""
-    for name, module in layout.linears.items():
-        require_finite(name, module)
+    for name, parameter in model.named_parameters():
+        require_finite(name, parameter)
     if config.resolved_method().needs_gradients and any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError(
             f"{type(model).__name__} was loaded under torch.inference_mode, so no gradient can be taken through it, "
@@ -283,42 +292,3 @@ def refuse_offloaded(modules: Mapping[str, nn.Module], why: str = _QUANTIZING) -
     for name, module in modules.items():
         if any(parameter.is_meta for parameter in module.parameters()):
             raise ValueError(f"{name} is offloaded, and {why}")
-
-
-_HOW_TO_GIVE_TEXT = "pass GPTQConfig(dataset=[...texts]), or dataset= of the DobiSVDConfig"
-
-
-def quantization_windows(
-    encoding: Encoding, windows: CalibrationWindows | None, config: DobiSVDConfig, tokenizer: Any
-) -> CalibrationWindows | None:
-    """Return what quantization is calibrated on: text of its own if its settings name some, else the compression's.
-
-    Without windows of a compression in this process they are drawn from the config's text. Encodings that can do
-    without then do without: nobody expects a calibration of bitsandbytes when a checkpoint is loaded. ValueError where
-    there is no text.
-    """
-    if not encoding.needs_text:
-        return windows if encoding.uses_text else None
-    own = encoding.own_text
-    if own is None and windows is not None:
-        return windows
-    text = {"c4-new": "c4"}.get(own, own) if isinstance(own, str) else own if own is not None else config.dataset
-    if text is None:
-        raise ValueError(f"{encoding.name} needs calibration text: {_HOW_TO_GIVE_TEXT}")
-    try:
-        return draw_windows(text, encoding.own_tokenizer or tokenizer, **config.draw)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{encoding.name} needs calibration text: {error}; {_HOW_TO_GIVE_TEXT}") from error
-
-
-def _load_windows(config: DobiSVDConfig, tokenizer: Any, held_out: int) -> CalibrationWindows | None:
-    if config.dataset is not None:
-        return draw_windows(config.dataset, tokenizer, held_out=held_out, **config.draw)
-    needs_data = config.resolved_method().needs_data
-    if needs_data or (config.encoding.needs_text and config.encoding.own_text is None):
-        reader = f"method {config.method!r}" if needs_data else config.encoding.name
-        raise ValueError(
-            f"{reader} needs calibration text: pass dataset= (a name such as 'wikitext2', a file, a list of strings, "
-            "or token tensors), or use method='svd', which needs none"
-        )
-    return None
