@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
 import optimum_dobisvd
@@ -329,9 +328,9 @@ def main() -> None:
             print(
                 name, row.get("not_made") or f"{row['methods']} {row.get('exact')} {row.get('coverage')}", flush=True
             )
+            args.out.write_text(markdown(list(rows.values())), encoding="utf-8")
     args.out.write_text(markdown(list(rows.values())), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    AutoConfig  # noqa: B018
     main()
