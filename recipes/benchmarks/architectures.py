@@ -39,8 +39,8 @@ KINDS = {
     "AutoModelForImageClassification": "image encoder",
 }
 METHODS = ("svd", "svd_llm_v2", "global")
-LARGEST = 5_000_000
-"""Parameters of a model that counts as tiny; a larger one was not made so by its sizes."""
+LARGEST, WIDEST = 5_000_000, 1024
+"""Parameters of a model that counts as tiny, and inputs of its linears; a larger one was not made so by its sizes."""
 SECONDS = 60
 
 # Sizes by the names that configurations have for them. What a configuration lacks is not set.
@@ -142,9 +142,11 @@ def tiny_model(auto: str, config_class: Any) -> Any:
     config = config_class(**tiny_settings(config_class()))
     auto_class = getattr(transformers, auto)
     with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in auto_class.from_config(config).parameters())
-    if count > LARGEST:
-        raise ValueError(f"{count:,} parameters: its sizes have other names")
+        shapes = auto_class.from_config(config)
+    count = sum(parameter.numel() for parameter in shapes.parameters())
+    width = max((each.in_features for each in shapes.modules() if isinstance(each, nn.Linear)), default=0)
+    if count > LARGEST or width > WIDEST:
+        raise ValueError(f"{count:,} parameters, linears of up to {width:,} inputs: its sizes have other names")
     torch.manual_seed(0)
     model = auto_class.from_config(config).eval().float()
     with torch.no_grad():
