@@ -124,8 +124,10 @@ class CompressedLoader(HfQuantizer):
             )
         modules = self.quantization_config.modules  # type: ignore[attr-defined]
         if lacks_modules(model, list(modules)):  # experts, of which each matrix is one of its own
-            for experts in linearize(model).values():
+            for name, experts in linearize(model).items():
                 experts.release()
+                # What holds them: transformers would draw weights for the stacked ones, which are gone.
+                model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
         names = module_names_in(model, list(modules))
         for listed, name in names.items():
             dense = model.get_submodule(name)

@@ -17,6 +17,7 @@ from .auto_classes import auto_classes
 from .bundle import MODELING_FILE, modeling_source
 from .folder import link_or_copy, staging_folder
 from .loading import BUNDLED_ENTRY, OWN_CODE, adapted_modules, forget_bundled_loader
+from .verify import saved_as_it_is
 
 DOCUMENTS = ("dobisvd_plan", "dobisvd_report", "dobisvd_training", "dobisvd_documents")
 """What a compression in this process left on the model: plan, report, curve, and what writes them into a folder."""
@@ -61,7 +62,8 @@ def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: A
     if not arguments.get("is_main_process", True):
         # It takes part in gathering. Early versions of transformers 5 write the weights on every process all the same.
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.discarded-") as elsewhere:
+        discarded = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.discarded-")
+        with discarded as elsewhere, saved_as_it_is(model):
             original(model, elsewhere, *args, **kwargs)
         return
     push = arguments.pop("push_to_hub", False)
@@ -70,7 +72,8 @@ def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: A
         _declare_bundled_loader(model)
         model.hf_quantizer.state_dict_to_save = arguments.get("state_dict")
         try:
-            original(model, stage, **arguments)
+            with saved_as_it_is(model):
+                original(model, stage, **arguments)
         finally:
             model.hf_quantizer.state_dict_to_save = None
         if not adapter_only:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -131,6 +132,14 @@ def _check_nothing_else_is_missing(model: Any, shapes: dict[str, list[int]]) -> 
     other_class = type(model).__name__ not in (model.config.architectures or ())
     head = [] if getattr(model, model.base_model_prefix, model) is model else [model.base_model_prefix + "."]
     optional = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
+    # Several weights of the model that transformers cuts out of one tensor of the files.
+    conversions = applicable(get_model_conversion_mapping(model), model)
+    optional += [
+        pattern.replace(r"\1", ".*")
+        for entry in conversions
+        if isinstance(entry, WeightConverter) and len(entry.target_patterns) > 1
+        for pattern in entry.target_patterns
+    ]
     for name in model.state_dict():
         may_be_new = other_class and head and not name.startswith(head[0])
         known = name in shapes or name in model.all_tied_weights_keys or may_be_new
@@ -145,18 +154,38 @@ def _problem_with_scale(scale: Tensor) -> str | None:
 
 
 def applicable(conversions: list, model: Any) -> list:
-    """Return transformers' weight conversions but those that would stack the weights of linearized experts on load."""
-    # Private, as are the patterns of conversions: there is no other way to have the experts of one model as linears.
-    stacked = [
+    """Return transformers' weight conversions but those of weights that a compressed model has in another form.
+
+    They would stack the weights of linearized experts on load, or cut and join those of linears (`qkv` to `q`, `k` and
+    `v`) of which some are compressed: these matrices are in the files as the model has them.
+    """
+    # Private, as are the patterns of conversions: there is no other way.
+    names = [
         f"{name}.{parameter}" for name, each in linearized_experts(model).items() for parameter in each.stacked_names
     ]
+    names += [f"{name}.{key}" for name in compressed_linears(model) for key in ("weight", "bias")]
     targets = [
         (entry, "|".join(entry.target_patterns).replace(r"\1", ".*"))
         for entry in conversions
         if isinstance(entry, WeightConverter)
     ]
-    unwanted = {id(entry) for entry, target in targets if any(re.search(target, name) for name in stacked)}
+    unwanted = {id(entry) for entry, target in targets if any(re.search(target, name) for name in names)}
     return [entry for entry in conversions if id(entry) not in unwanted]
+
+
+@contextlib.contextmanager
+def saved_as_it_is(model: Any) -> Iterator[None]:
+    """A context in which transformers undoes no conversion on saving that `applicable` leaves out."""
+    before = getattr(model, "_weight_conversions", None)
+    known = before
+    if known is None:  # as transformers itself does of a model that was not loaded
+        known = get_model_conversion_mapping(model, add_legacy=False)
+        known = [entry for entry in known if type(entry).__name__ != "PrefixChange"]
+    model._weight_conversions = applicable(known, model)
+    try:
+        yield
+    finally:
+        model._weight_conversions = before
 
 
 def with_all_conversions(model: Any) -> None:

@@ -13,7 +13,7 @@ from .blocks import Stack, find_stacks, holds_linears, stacks_beside_embeddings
 from .experts import is_offloaded, router_names
 from .footprint import checkpoint_bytes, tensor_bytes
 from .linears import is_linear, weight_matrix
-from .patterns import select
+from .patterns import pool_name, select
 from .subclasses import computes_like_linear
 from .target import Target
 from .trial import Trial, takes_text, text_window, try_out
@@ -21,6 +21,7 @@ from .trial import Trial, takes_text, text_window, try_out
 EXCLUDED = "excluded by modules_to_not_convert"
 NO_TEXT = "in parts that text does not pass through (nontext_modules=True compresses these, too)"
 READ = "read by the model's code, not called"
+NOT_CALLED = "not called on a text"
 SHARED = "shared with another module"
 OFFLOADED = "in stacked experts that are offloaded (load the model without cpu or disk offload to compress these)"
 OUTSIDE = "outside the repeated blocks"
@@ -158,6 +159,7 @@ class _Passed:
     blocks: dict[str, nn.Module]
     without_text: set[nn.Module]
     read: frozenset[str]
+    called: set[nn.Module] | None
 
     @classmethod
     def through(cls, model: nn.Module, batch: Mapping[str, Any] | None, nontext: bool) -> _Passed:
@@ -182,7 +184,19 @@ class _Passed:
         without = {each for block in others for each in block.modules()}
         if without and text is not None:
             without |= {each for each in model.modules() if each not in text.calls}
-        return cls(blocks, without, frozenset().union(*(trial.read for trial in (text, whole) if trial is not None)))
+        trials = [trial for trial in (text, whole) if trial is not None]
+        called = {each for trial in trials for each in trial.calls} if trials else None
+        return cls(blocks, without, frozenset().union(*(trial.read for trial in trials)), called)
+
+    def not_called(self, block: str) -> set[str]:
+        """Return the linears of a block that are not called though the block is, experts aside: others may be chosen.
+
+        What calls none of its linears (a block that hands its input on) is left as it is: nothing is known of it.
+        """
+        linears = {name: each for name, each in self.blocks[block].named_modules(prefix=block) if is_linear(each)}
+        called = {name for name, module in linears.items() if self.called is None or module in self.called}
+        alike = Counter(pool_name(block, name) for name in linears)
+        return {name for name in linears if called and name not in called and alike[pool_name(block, name)] == 1}
 
 
 def _reached(model: nn.Module, stacks: list[Stack], trial: Trial | None) -> list[Stack]:
@@ -210,6 +224,7 @@ def _sorted_modules(model: nn.Module, passed: _Passed) -> Iterator[tuple[str, nn
     inside: set[nn.Module] = set()
     routers = router_names(model)
     for block_name, block in passed.blocks.items():
+        idle = passed.not_called(block_name)
         for name, module in block.named_modules(prefix=block_name):
             inside.add(module)
             if name in routers:
@@ -220,7 +235,7 @@ def _sorted_modules(model: nn.Module, passed: _Passed) -> Iterator[tuple[str, nn
             elif owners[id(module.weight)] > 1:
                 yield name, module, SHARED
             else:
-                yield name, module, READ if name in passed.read else None
+                yield name, module, READ if name in passed.read else NOT_CALLED if name in idle else None
     for name, module in model.named_modules():
         if is_linear(module) and module not in inside and not _is_head(model, module):
             yield name, module, NO_TEXT if module in passed.without_text else OUTSIDE

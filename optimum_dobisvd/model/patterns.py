@@ -125,3 +125,8 @@ def _parse_override(pattern: str, entry: Mapping[str, Any]) -> Override:
         return Override(**entry)
     except ValueError as error:
         raise ValueError(f"override {pattern!r}: {error}") from error
+
+
+def pool_name(block: str, name: str) -> str:
+    """Return what names of a block have in common that differ by a number alone (experts): `*` for every number."""
+    return block + re.sub(r"(?<=[._])\d+(?=\.|$)", "*", name.removeprefix(block))

@@ -15,8 +15,9 @@ from ..calibration.tokens import token_places, token_rows
 from ..calibration.visitor import LinearsVisitor
 from ..model.experts import ROUTED_ROWS, RoutedRows
 from ..model.linears import weight_matrix
+from ..model.patterns import pool_name
 from .packing import add_to_upper_triangle, pack, packed_length
-from .pooling import borrowers, pool_name, pools
+from .pooling import borrowers, pools
 
 
 @dataclass

@@ -7,17 +7,12 @@ the other experts. Which tokens a router sends where is never changed.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
+
+from ..model.patterns import pool_name
 
 MIN_TOKENS_PER_FEATURE = 1
 """A linear that sees only some of the text keeps its own statistics from this many tokens per feature on."""
-
-
-def pool_name(block: str, name: str) -> str:
-    """Return the name of a linear's pool: its own, with `*` for every number inside the block."""
-    inside = name.removeprefix(block)
-    return block + re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inside)
 
 
 def pools(block: str, sizes: Mapping[str, int]) -> dict[str, list[str]]:
