@@ -1,8 +1,11 @@
 """The tables of architectures and of models that read images are made by commands."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import optimum_dobisvd
 
@@ -30,6 +33,23 @@ def test_the_table_of_architectures_is_made_once(tmp_path: Path) -> None:
     assert "global: ValueError: ViTForImageClassification gives no next-token logits" in vit
     assert run("architectures.py", *where, "llama", "t5", "llava", "vit") == ""  # nothing is made again
     assert out.read_text() == table
+
+
+CONVERTED = ("gte", "hrm_text", "kimi_k25", "jina_embeddings_v3", "nomic_bert", "qwen3_omni_moe_thinker")
+"""Families whose files have q, k and v, or experts, joined, and which transformers takes apart on load."""
+PARTLY_CALLED = ("led", "longformer", "trocr", "nllb-moe")
+"""Families with linears that a text never calls, or that are experts of modeling code's own."""
+
+
+def test_families_of_other_kinds_are_compressed_and_reloaded_exactly(tmp_path: Path) -> None:
+    names = [name for name in (*CONVERTED, *PARTLY_CALLED) if name in CONFIG_MAPPING_NAMES]
+    results = tmp_path / "rows.jsonl"
+    run("architectures.py", "--out", str(tmp_path / "table.md"), "--results", str(results), *names)
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [row["model_type"] for row in rows] == names
+    for row in rows:
+        assert "svd_llm_v2" in row["methods"], row
+        assert row["exact"] is True, row
 
 
 def test_accuracy_and_speed_of_an_action_model_are_measured() -> None:
