@@ -239,9 +239,9 @@ def test_of_an_error_that_given_rows_can_express_all_is_within_and_of_one_they_c
     assert float((whole.within / scale).sum()) == pytest.approx(4), "as many directions as rows"
     if damping is None:
         combined = torch.randn(3, 4, dtype=torch.float64, generator=generator) @ rows
-        torch.testing.assert_close(errors(combined).within, errors(combined).total)
+        torch.testing.assert_close(errors(combined).within, errors(combined).total, rtol=1e-5, atol=0)
         outside = torch.linalg.svd(rows @ gram.matrix)[2][4:]  # H-orthogonal to the rows
-        torch.testing.assert_close(errors(outside).within, torch.zeros(8, dtype=torch.float64), atol=1e-9, rtol=0)
+        torch.testing.assert_close(errors(outside).within, torch.zeros(8, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
 @given(seed=st.integers(0, 99), size=st.integers(1, 12))

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_dobisvd.encodings.error_feedback import ErrorFeedback
+from optimum_dobisvd.encodings.bitsandbytes import CODES
+from optimum_dobisvd.encodings.error_feedback import ErrorFeedback, NearestOfCode
 
 CODE = torch.linspace(-1, 1, 15, dtype=torch.float64)
 
@@ -42,6 +43,17 @@ def test_outputs_are_closer_than_with_the_nearest_values_where_inputs_are_correl
     scales = weight.view(24, 10, 16).abs().amax(-1)
     _, rounded = ErrorFeedback(gram).round(weight, CODE, scales)
     assert lost(rounded - weight, gram) < 0.7 * lost(nearest(weight, scales) - weight, gram)
+
+
+@given(kind=st.sampled_from(["nf4", "fp4"]), fraction=st.floats(0.6, 1.2), seed=st.integers(0, 99))
+def test_a_table_gives_a_value_as_near_as_the_nearest(kind: str, fraction: float, seed: int) -> None:
+    code = torch.tensor(sorted(CODES[kind]))
+    # Up to 1.05: scales in 8 bits are not quite the largest values.
+    units = torch.rand(3, 50, generator=torch.Generator().manual_seed(seed)) * 2.1 - 1.05
+    distances = (units[..., None] - fraction * code).abs()
+    found = NearestOfCode(code)(units, fraction)
+    assert bool(torch.isin(found, fraction * code).all())
+    assert bool(((units - found).abs() <= distances.amin(-1) + 1e-3).all())
 
 
 @given(m=st.integers(1, 9), groups=st.integers(1, 9), size=st.sampled_from([2, 8]), seed=st.integers(0, 99))

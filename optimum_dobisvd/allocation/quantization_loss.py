@@ -27,29 +27,40 @@ def quantization_losses(
     """Return what rounding costs by `Format.key`: one number, or one for every rank from 0 to `min(m, n)`.
 
     Args:
-        formats: to be measured.
+        formats: to be measured. One with a rank is up to that at which it is larger than the matrix whole in the same
+            encoding, if that is among them.
         weight: `m x n`, float64.
         found: its decomposition; None where no format has a rank.
         gram: `H` of its inputs.
         root: `R` (`m x m`) with `R R^T` what the loss feels of its outputs.
     """
-    inputs = InputGram(gram)
+    inputs, root = InputGram(gram), root.float()
     losses = {
-        format.key: torch.tensor(format.quantization_loss(weight, inputs, root), dtype=torch.float64)
+        format.key: torch.tensor(format.quantization_loss(weight.float(), inputs, root), dtype=torch.float64)
         for format in formats
         if not format.structure.has_rank
     }
     ranked = [format for format in formats if format.structure.has_rank]
     if found is None or not ranked:
         return losses
+    # In float32, which is twice as fast and moves the losses by a thousandth.
+    found = Decomposition(found.left.float(), found.right.float(), found.singular_values)
     points = [0]
     while points[-1] < min(weight.shape):
         points.append(min(min(weight.shape), max(_LOWEST_RANK, points[-1] * _RANK_STEP)))
     at_points = {format.key: [0.0] for format in ranked}
-    for rank in points[1:]:
-        factors = found.truncate(rank)
-        for key, loss in _at_rank(ranked, factors, inputs, root).items():
-            at_points[key].append(loss)
+    whole = {format.encoding.name for format in formats if not format.structure.has_rank}
+    for below, rank in pairwise(points):
+        # Past break-even nobody asks: the whole matrix in the same encoding is smaller, and loses less.
+        asked = [
+            format
+            for format in ranked
+            if format.encoding.name not in whole
+            or format.macs(weight.shape[0], weight.shape[1], below) < weight.numel()
+        ]
+        measured = _at_rank(asked, found.truncate(rank), inputs, root)
+        for key, losses_of_ranks in at_points.items():
+            losses_of_ranks.append(measured.get(key, losses_of_ranks[-1]))
     return losses | {key: _interpolated(points, values) for key, values in at_points.items()}
 
 
@@ -63,7 +74,8 @@ def _at_rank(
         alike.setdefault((format.structure, gauge), []).append(format)
     losses = {}
     for (structure, _), group in alike.items():
-        weights = structure.written(factors, group[0].encoding.gauge, torch.float32)
+        written = structure.written(factors, group[0].encoding.gauge, torch.float32)
+        weights = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in written.items()}
         loss = structure.quantization_loss(weights, inputs, root)
         for format in group:
             losses[format.key] = loss(format.rounding_errors(min(len(root), len(inputs.matrix))))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +14,10 @@ from torch import nn
 from .sources import ModelSource
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_KEPT_BYTES = 1 << 30
+"""Up to this size a model from a GGUF file stays in memory for the next steps of a recipe: unpacking takes longer than
+most of them."""
+_unpacked: dict[tuple[Any, ...], Any] = {}
 
 
 def load_dense(
@@ -27,30 +33,52 @@ def load_dense(
         device_map: as in `from_pretrained`.
         trust_remote_code: whether code beside the checkpoint may be run.
     """
+    from ..model.footprint import checkpoint_bytes
+
+    key = (source.location, source.gguf_file, dtype)
+    if key in _unpacked and device_map in (None, "cpu"):
+        return copy.deepcopy(_unpacked[key])
+    model = _from_pretrained(source, dtype, device_map, trust_remote_code)
+    if source.gguf_file is not None:
+        _forget_gguf(model)
+    # What reports call it. The location may be a cache folder of this machine, which means nothing elsewhere.
+    model.name_or_path = source.typed
+    if source.gguf_file is not None and model.device.type == "cpu" and checkpoint_bytes(model) <= _KEPT_BYTES:
+        _unpacked.clear()
+        _unpacked[key] = copy.deepcopy(model)
+    return model
+
+
+def _from_pretrained(source: ModelSource, dtype: str, device_map: Any, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
     with _named(source):
-        model = AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             source.location,
             dtype=_dtype(dtype),
             device_map=device_map,
             trust_remote_code=trust_remote_code,
             **_gguf_arguments(source),
         ).eval()
-    if source.gguf_file is not None:
-        _forget_gguf(model)
-    # What reports call it. The location may be a cache folder of this machine, which means nothing elsewhere.
-    model.name_or_path = source.typed
-    return model
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer."""
+    if source.gguf_file is not None:
+        return _tokenizer_in_gguf(source)
+    return _tokenizer(source, trust_remote_code=trust_remote_code)
+
+
+@functools.lru_cache(1)  # it takes seconds
+def _tokenizer_in_gguf(source: ModelSource) -> Any:
+    return _tokenizer(source, gguf_file=source.gguf_file)
+
+
+def _tokenizer(source: ModelSource, **arguments: Any) -> Any:
     from transformers import AutoTokenizer
 
-    gguf = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     with _named(source):
-        return AutoTokenizer.from_pretrained(source.location, trust_remote_code=trust_remote_code, **gguf)
+        return AutoTokenizer.from_pretrained(source.location, **arguments)
 
 
 def load_meta_model(source: ModelSource, *, dtype: str = "auto", trust_remote_code: bool = False) -> nn.Module:

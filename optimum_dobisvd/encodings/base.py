@@ -68,31 +68,43 @@ class Feedback:
 
 
 class InputGram:
-    """`H = X X^T` (`n x n`) of a linear's inputs, and what an error of its weight comes to under it."""
+    """`H = X X^T` (`n x n`) of a linear's inputs, and what an error of its weight comes to under it.
+
+    Sums of squares are taken in float32, which is twice as fast; what is solved for is solved in float64.
+    """
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
+        self.single = matrix.float()
         self._roots: dict[Feedback, tuple[Tensor, Tensor]] = {}
-        self._seen: tuple[Tensor, Feedback, Tensor] | None = None  # encodings are asked about the same rows in turn
+        # Encodings are asked about the same rows in turn.
+        self._of_rows: tuple[Tensor, Tensor] | None = None
+        self._seen: tuple[Tensor, Feedback, Tensor] | None = None
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """Return `P H P^T` (`k x k`, float64) of rows `P` (`k x n`)."""
+        if self._of_rows is None or self._of_rows[0] is not rows:
+            self._of_rows = rows, rows.double() @ self.matrix.double() @ rows.double().T
+        return self._of_rows[1]
 
     def errors(self, error: Tensor, rows: Tensor | None = None) -> OutputErrors:
         """Return what an uncorrected error (`m x n`) comes to; `rows` (`k x n`) are those of `within`."""
-        seen = error @ self.matrix
-        total = (seen * error).sum(1)
+        seen = error.float() @ self.single
+        total = (seen * error).sum(1).double()
         if rows is None:
             return OutputErrors(total, torch.zeros_like(total))
-        moments = rows @ self.matrix @ rows.T
+        moments = self.of_rows(rows).clone()
         moments.diagonal().add_(1e-9 * moments.diagonal().mean().clamp_min(1e-300))
-        crossed = seen @ rows.T
+        crossed = (seen @ rows.T.float()).double()
         return OutputErrors(total, (torch.linalg.solve(moments, crossed.T).T * crossed).sum(1))
 
     def errors_with_feedback(self, error: Tensor, feedback: Feedback, rows: Tensor | None = None) -> OutputErrors:
         """Return what is left of an error when the inputs after each one make up for it; see `errors`."""
-        variances = self.conditional_variances(feedback)
-        total = error.square() @ variances
+        variances, squares = self.conditional_variances(feedback), error.square().double()
+        total = squares @ variances
         if rows is None:
             return OutputErrors(total, torch.zeros_like(total))
-        return OutputErrors(total, error.square() @ (variances * self._shares(rows, feedback)))
+        return OutputErrors(total, squares @ (variances * self._shares(rows, feedback)))
 
     def conditional_variances(self, feedback: Feedback) -> Tensor:
         """Return the variance of each input given the inputs that are rounded after it, damping added to all.
@@ -107,8 +119,8 @@ class InputGram:
         """Which share of these conditional parts of the inputs the rows see, `n` numbers."""
         if self._seen is None or self._seen[0] is not rows or self._seen[1] != feedback:
             order, root = self._root(feedback)
-            basis = torch.linalg.qr((rows.double()[:, order] @ root).T)[0]
-            self._seen = rows, feedback, basis.square().sum(1)[order.argsort()]
+            basis = torch.linalg.qr((rows.float()[:, order] @ root.float()).T)[0]
+            self._seen = rows, feedback, basis.square().sum(1)[order.argsort()].double()
         return self._seen[2]
 
     def _root(self, feedback: Feedback) -> tuple[Tensor, Tensor]:

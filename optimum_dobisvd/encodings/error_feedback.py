@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,46 @@ _COLUMNS_AT_ONCE = 128
 """Columns whose errors are passed on to all later ones in one product."""
 _FRACTIONS = tuple(0.6 + 0.025 * step for step in range(21))
 """Scales that are tried, over those given. Some are larger, since what is passed on makes later values larger."""
+_CELLS = 4096
+_SPAN = 1.75
+"""The largest number that a scale may leave: 1 over the smallest fraction, and what scales in 8 bits miss."""
+
+
+class NearestOfCode:
+    """The value of a code (ascending, from -1 to 1) that is nearest to each of many numbers, read from a table.
+
+    Twenty times as fast as a search. A number within a thousandth of the middle between two values may get either,
+    which are as far.
+    """
+
+    def __init__(self, code: Tensor) -> None:
+        code, middles = (values.float() for values in _with_middles(code))
+        edges = torch.linspace(-_SPAN, _SPAN, _CELLS + 1, device=code.device)
+        self._values = code[torch.bucketize((edges[1:] + edges[:-1]) / 2, middles)]
+
+    def __call__(self, units: Tensor, fraction: float = 1.0) -> Tensor:
+        """Return them, times the fraction, for a code so much finer (float32, of any shape)."""
+        cells = units.mul(_CELLS / (2 * _SPAN * fraction)).add_(_CELLS / 2).clamp_(0, _CELLS - 1).int()
+        return self._values.index_select(0, cells.flatten()).view_as(units).mul_(fraction)
+
+    def best_fractions(self, units: Tensor, felt: Tensor, fractions: Sequence[float]) -> Tensor:
+        """Return the finer scale with which each row of numbers loses least.
+
+        Args:
+            units: in units of the given scales, `... x g`.
+            felt: what the square of an error counts, as many or broadcast to it.
+            fractions: scales that are tried.
+
+        Returns:
+            One of the fractions for every row, `...`.
+        """
+        best = torch.full(units.shape[:-1], torch.inf, device=units.device)
+        found = torch.ones_like(best)
+        for fraction in fractions:
+            lost = (self(units, fraction).sub_(units).square_().mul_(felt)).sum(-1)
+            found = torch.where(lost < best, fraction, found)
+            best = torch.minimum(lost, best)
+        return found
 
 
 class ErrorFeedback:
@@ -45,16 +87,8 @@ class ErrorFeedback:
         # In float32, which decides between fractions just as well and is several times as fast.
         grouped = weight.float().reshape(m, scales.shape[1], -1)
         felt = (left_over / left_over.mean()).float().view(1, scales.shape[1], -1)
-        code, middles = (values.float() for values in _with_middles(code))
         largest = torch.where(scales > 0, scales, 1).float()[..., None]
-        units = (grouped / largest).contiguous()
-        best = torch.full(scales.shape, torch.inf, device=weight.device)
-        found = torch.ones_like(best)
-        for fraction in _FRACTIONS:
-            error = units - code[torch.bucketize(units, fraction * middles)] * fraction
-            lost = (error.square_().mul_(felt)).sum(-1)
-            found = torch.where(lost < best, fraction, found)
-            best = torch.minimum(lost, best)
+        found = NearestOfCode(code).best_fractions(grouped / largest, felt, _FRACTIONS)
         return found.double() * scales.double()
 
     def round(self, weight: Tensor, code: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from ..calibration.tokens import token_places, token_rows
 from ..calibration.visitor import LinearsVisitor
 from ..model.linears import weight_matrix
-from .packing import pack, packed_length
+from .packing import add_to_upper_triangle, pack, packed_length
 
 
 @dataclass
@@ -55,7 +55,7 @@ class _Accumulator:
         x = x if x.dtype == torch.float64 else x.float()
         self.tokens += len(x)
         self.abs_sum += x.abs().sum(0)
-        self.gram += x.T @ (x if weights is None else weights[:, None].to(x) * x)
+        add_to_upper_triangle(self.gram, x, x if weights is None else weights[:, None].to(x) * x)
 
     def result(self, name: str) -> InputStatistics:
         """Return the statistics. ValueError, naming the linear, if there was no token or a value is not finite."""

@@ -14,7 +14,7 @@ from ..calibration.tokens import token_rows
 from ..calibration.visitor import LinearsVisitor
 from ..model.linears import weight_matrix
 from ..model.offloaded import dense_bias
-from .packing import pack
+from .packing import add_to_upper_triangle, pack
 
 SCALARS = ("energy", "joint_energy", "first_order", "second_order")
 
@@ -57,7 +57,7 @@ class _Sums:
         """Add a batch: `input_energy` is `||x||^2` of every token, `y` and `gradient` are `tokens x m`."""
         y, gradient = _precise(y), _precise(gradient)
         self.tokens += len(gradient)
-        self.gram += gradient.T @ gradient
+        add_to_upper_triangle(self.gram, gradient, gradient)
         energy, scaled = gradient.square().sum(1), (gradient * y).sum(1)
         found = [energy.sum(), (energy * input_energy).sum(), scaled.sum(), scaled.square().sum()]
         self.scalars += torch.stack(found).double().cpu()

@@ -35,7 +35,7 @@ class DenseLinear(CompressedLinear):
 
     @classmethod
     def quantization_loss(cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor) -> QuantizationLoss:
-        felt = root.square().sum(1)
+        felt = root.square().sum(1).double()
         return lambda rounding_errors: float(felt @ rounding_errors(weights["linear"], gram, None).total)
 
     @classmethod

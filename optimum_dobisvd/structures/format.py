@@ -114,7 +114,8 @@ class Format:
 
         def errors(weight: Tensor, gram: InputGram, rows: Tensor | None) -> OutputErrors:
             if not weight.numel():
-                return OutputErrors(weight.new_zeros(len(weight)), weight.new_zeros(len(weight)))
+                none = weight.new_zeros(len(weight), dtype=torch.float64)
+                return OutputErrors(none, none)
             return self.encoding.rounding_errors(weight, full_rank, gram, rows)
 
         return errors

@@ -37,12 +37,13 @@ class LowRankLinear(CompressedLinear):
     @classmethod
     def quantization_loss(cls, weights: Mapping[str, Tensor], gram: InputGram, root: Tensor) -> QuantizationLoss:
         first, second = weights["first"], weights["second"]
-        inner = InputGram(cls.input_gram("second", gram.matrix, weights))
-        felt_of_ranks, felt = (root.T @ second).square().sum(0), root.square().sum(1)
+        inner = InputGram(cls.input_gram("second", gram.single, weights))
+        felt_of_ranks = (root.T @ second).square().sum(0).double()
+        felt_of_outputs = root.square().sum(1).double()
 
         def loss(rounding_errors: RoundingErrors) -> float:
             in_first, in_second = rounding_errors(first, gram, None).total, rounding_errors(second, inner, None).total
-            return float(felt_of_ranks @ in_first + felt @ in_second)
+            return float(felt_of_ranks @ in_first + felt_of_outputs @ in_second)
 
         return loss
 

@@ -91,16 +91,16 @@ class PivotedLinear(CompressedLinear):
         """
         pivots, other = weights["first"], weights["second"]
         at_pivots, at_rest = (root[rows] for rows in weights[PERMUTATION].long().tensor_split([len(pivots)]))
-        moments, felt = cls.input_gram("second", gram.matrix, weights), at_rest.T @ other
+        moments, felt = gram.of_rows(pivots), at_rest.T @ other
         felt_in_rest = 2 * at_pivots @ felt + felt.T @ felt
-        felt_of_pivots, felt_of_rest = at_pivots.square().sum(1), at_rest.square().sum(1)
+        felt_of_pivots, felt_of_rest = (rows.square().sum(1).double() for rows in (at_pivots, at_rest))
         damping = _REFIT_DAMPING * moments.diagonal().mean().clamp_min(1e-300)
 
         def loss(rounding_errors: RoundingErrors) -> float:
             found = rounding_errors(pivots, gram, pivots)
             noise = (found.total - found.within).clamp_min(0)
-            kept = torch.linalg.solve(moments + torch.diag(noise + damping), moments).T
-            in_rest = (felt_in_rest * kept.T).sum(1) @ noise
+            kept = torch.linalg.solve(moments + torch.diag(noise + damping), moments).T.to(other)
+            in_rest = (felt_in_rest * kept.T).sum(1).double() @ noise
             inner = InputGram(moments + torch.diag(found.total))
             in_second = felt_of_rest @ rounding_errors(other @ kept, inner, None).total
             return float(felt_of_pivots @ found.total + in_rest + in_second)
