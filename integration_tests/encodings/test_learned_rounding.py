@@ -32,7 +32,7 @@ def test_rounding_begins_as_the_nearest_on_gptqs_grid(m, groups, bits, symmetric
     # Steps are rounded to float16, which may take a value that lies between two codes to the other one.
     off = (found - expected).abs() / step
     assert float(off.max()) < 1.1
-    assert float((off > 0.2).float().mean()) < 0.05
+    assert int((off > 0.2).sum()) <= 1 + 0.05 * off.numel()
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -41,6 +41,9 @@ ENCODINGS: dict[str, list[tuple[str, int | None]]] = {
 """What matrices become by turns: encodings of the settings and of our own, at which rank (None: not factorized)."""
 
 
+_BY_GPTQ = ("gptq", "gptq_desc_act", "autoround")
+
+
 def marked(*keys: str) -> list[Any]:
     """Those settings as parameters of a test, each skipped where its library is missing."""
     return [

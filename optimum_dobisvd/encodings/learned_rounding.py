@@ -58,7 +58,7 @@ class LearnableLinear(nn.Module):
     _groups: Tensor
 
     def grid(self) -> tuple[Tensor, Tensor]:
-        """Return step (as it is stored, in float16) and zero point (a whole number) of every group, `m x groups x 1`."""
+        """Return step (in float16, as it is stored) and zero point (a whole number) of every group."""
         if self.symmetric:
             reach = self._groups.abs().amax(-1, keepdim=True) * self.highest
             below, above = -reach, reach
