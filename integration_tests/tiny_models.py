@@ -109,10 +109,78 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 
+_MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": _CONFIGS["mixtral"],
+    "qwen3_moe": (
+        "qwen3_moe",
+        {**_LLAMA_LIKE, "head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    # Its first block has no experts; the others have a shared one, too.
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **_LLAMA_LIKE,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 24,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+    ),
+    # Transposed weights, gate and up interleaved, biases.
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **_LLAMA_LIKE,
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+    # Transposed weights; experts are given all tokens, those of others as zeros.
+    "llama4_text": (
+        "llama4_text",
+        {
+            **_LLAMA_LIKE,
+            "head_dim": 8,
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 1,
+        },
+    ),
+    # Experts without a gate, among blocks of other kinds.
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            **_LLAMA_LIKE,
+            "head_dim": 8,
+            "layers_block_type": ["attention", "moe", "attention"],
+            "moe_intermediate_size": 24,
+            "moe_shared_expert_intermediate_size": 24,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "mlp_hidden_act": "relu2",
+        },
+    ),
+    # Rows sorted by expert, for a stack of one matrix each; in the attention, too.
+    "jetmoe": ("jetmoe", {**_LLAMA_LIKE, "kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+
 UNUSUAL = ("gemma3n_text",)
 """Models whose blocks have more than attention and a feed-forward part."""
 
 MODEL_TYPES = tuple(name for name in _CONFIGS if name not in UNUSUAL)
+MIXTURE_TYPES = tuple(_MIXTURES)
 
 
 def tiny(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
@@ -122,14 +190,16 @@ def tiny(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
     weights and zero biases, a block that ignored half its inputs would give much the same outputs.
 
     Args:
-        model_type: one of `MODEL_TYPES`, or of `UNUSUAL`.
+        model_type: one of `MODEL_TYPES`, `MIXTURE_TYPES` or `UNUSUAL`.
         seed: of the weights.
         dtype: of the weights; they are drawn in float32 and rounded.
         overrides: fields of the configuration, by transformers' names.
     """
-    name, settings = _CONFIGS[model_type]
+    name, settings = (_CONFIGS | _MIXTURES)[model_type]
     config = AutoConfig.for_model(name, **{**settings, **overrides})
-    model = AutoModelForCausalLM.from_config(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # some models draw vectors, too
+        model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in dict.fromkeys(model.parameters()):

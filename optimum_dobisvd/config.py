@@ -60,7 +60,8 @@ class DobiSVDConfig(QuantizationConfigMixin):
         dataset: calibration text: a name (`wikitext2`, `c4`, `ptb`), a path to .txt/.jsonl/.parquet (gz too), a list
             of strings, or token tensors. Not needed by `svd`.
         tokenizer: a tokenizer, its name or path; by default the model's own.
-        nsamples, seqlen, seed: that many windows of that many tokens, drawn with that seed.
+        nsamples, seqlen, seed: that many windows of that many tokens, drawn with that seed; by default 2048 tokens, or
+            as many positions as the model has.
         gradient_nsamples: of these windows, how many the loss is taken back through by methods that weigh outputs by
             its gradient (`global`); by default half of them.
         fisher: whose labels that loss has: `empirical`, the text's own, or `sampled`, drawn from the model.
@@ -71,11 +72,14 @@ class DobiSVDConfig(QuantizationConfigMixin):
             `RankTraining` has them, e.g. `{"steps": 24, "windows": 2}`.
         overrides: per-module settings by name or `re:` pattern, e.g. `{"re:.*down_proj": {"ratio": 0.9}}`; they count
             against the same byte budget. With `mixed` such matrices take the encoding of `quantization`, or `int8`.
-        modules_to_not_convert: names or `re:` patterns of linears to leave alone. They do not count as targets.
+        modules_to_not_convert: names or `re:` patterns of linears to leave alone. They do not count as targets. What
+            is none anyway may be named, too (`lm_head`).
+        nontext_modules: compress what text does not pass through, too (the vision tower of a multimodal model, its
+            projector); methods that read data then need batches of a processor as `dataset`.
         rank_multiple: ranks are multiples of this; by default what the encoding's kernels like (1, in 8 bits 16).
         min_rank: no matrix gets a smaller rank.
-        min_coverage: smallest accepted share of the blocks' weights that can be compressed at all (mixture-of-experts
-            models keep theirs in fused tensors that are not linears); below it the run is refused.
+        min_coverage: smallest accepted share of the linears' weights that can be compressed at all; below it the run
+            is refused. What is left dense on purpose (routers, `modules_to_not_convert`) counts neither way.
         device: where calibration and factorization compute, e.g. `cuda`; by default where the weights are. (Rank
             training always runs where the weights are: load the model there.)
         modules: set by `with_plan`: structure, rank and encoding of every compressed matrix. What a loader reads.
@@ -93,7 +97,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
     dataset: Any = field(default=None, repr=False, compare=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
     nsamples: int = 128
-    seqlen: int = 2048
+    seqlen: int | None = None
     seed: int = 0
     gradient_nsamples: int | None = None
     fisher: Literal["empirical", "sampled"] = "empirical"
@@ -103,9 +107,10 @@ class DobiSVDConfig(QuantizationConfigMixin):
     training: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     modules_to_not_convert: list[str] = field(default_factory=list)
+    nontext_modules: bool = False
     rank_multiple: int | None = None
     min_rank: int = 1
-    min_coverage: float = 0.5
+    min_coverage: float = 0.9
     device: str | None = None
     modules: dict[str, dict[str, Any]] | None = None
     format_version: int = FORMAT_VERSION
@@ -123,9 +128,10 @@ class DobiSVDConfig(QuantizationConfigMixin):
             self.ratio = _checked_ratio(0.8 if self.ratio is None else self.ratio)
         self.overrides = dict(self.overrides or {})
         self.training = dict(self.training or {})
-        self.modules_to_not_convert = list(self.modules_to_not_convert or [])
-        optional = () if self.rank_multiple is None else ("rank_multiple",)
-        for name in ("nsamples", "seqlen", "batch_size", *optional, "min_rank"):
+        left = self.modules_to_not_convert or []
+        self.modules_to_not_convert = [left] if isinstance(left, str) else list(left)
+        optional = [name for name in ("seqlen", "rank_multiple") if getattr(self, name) is not None]
+        for name in ("nsamples", "batch_size", *optional, "min_rank"):
             _check_integer(name, getattr(self, name), at_least=1)
         _check_integer("seed", self.seed, at_least=0)
         if not 0 <= self.min_coverage <= 1:
@@ -223,9 +229,16 @@ class DobiSVDConfig(QuantizationConfigMixin):
         return RankTraining.from_dict(self.training)
 
     @property
-    def draw(self) -> dict[str, int]:
-        """How windows are drawn from a text: how many, how long, with which seed."""
+    def draw(self) -> dict[str, Any]:
+        """How windows are drawn from a text: how many, how long (once that is settled), with which seed."""
         return {"nsamples": self.nsamples, "seqlen": self.seqlen, "seed": self.seed}
+
+    @property
+    def window_length(self) -> int:
+        """Tokens in a window, which `pipeline.windows.with_seqlen` settles. ValueError before that."""
+        if self.seqlen is None:
+            raise ValueError("seqlen follows the model, and none was looked at yet: give one")
+        return self.seqlen
 
     @property
     def gradient_windows(self) -> int:

@@ -16,14 +16,23 @@ from .checkpoint.hf_quantizer import attach
 from .config import DobiSVDConfig
 from .learning.curve import TrainingCurve
 from .learning.learn import learn_ranks
+from .model.experts import linearize, settle
 from .model.footprint import checkpoint_bytes, macs_per_token, resident_bytes
 from .pipeline.allocate import allocate, measure_losses, predicted_increase
-from .pipeline.collect import collect, quantization_runner
+from .pipeline.collect import borrowed_by, collect, quantization_runner
 from .pipeline.factorize import Replacement, factorize
 from .pipeline.job import Job
 from .pipeline.quantize import quantize
 from .pipeline.stages import Stages
-from .pipeline.validate import LEARNING, check_basis, check_loss, check_weights, prepare, refuse_offloaded
+from .pipeline.validate import (
+    LEARNING,
+    check_basis,
+    check_loss,
+    check_weights,
+    layout_of,
+    prepare,
+    refuse_offloaded,
+)
 from .report.report import CompressionReport, module_report
 from .report.write import write_beside
 from .statistics.fingerprint import fingerprint
@@ -90,13 +99,21 @@ class DobiSVDQuantizer:
     def run(self, model: Any, job: Job, undo_on_error: bool = True) -> Any:
         """Do a job that `prepare` made for this model, which may have been on meta then. As `quantize_model`."""
         with torch.inference_mode(False), torch.no_grad():  # parameters made in inference mode could never be trained
-            check_weights(model, job.config, job.layout)
-            check_loss(model, job)
-            if job.config.encoding.settings is not None:
-                refuse_offloaded(job.layout.linears)
-            if job.held_out is not None:
-                refuse_offloaded(job.layout.linears, LEARNING)
-            return self._compress(model, job, undo_on_error)
+            experts = linearize(model)
+            try:
+                if experts:  # their linears are others than those that were checked
+                    job = replace(job, layout=layout_of(model, job.config))
+                check_weights(model, job.config, job.layout)
+                check_loss(model, job)
+                if job.config.encoding.settings is not None:
+                    refuse_offloaded(job.layout.linears)
+                if job.held_out is not None:
+                    refuse_offloaded(job.layout.linears, LEARNING)
+                for module in experts.values():
+                    module.release()
+                return self._compress(model, job, undo_on_error)
+            finally:
+                settle(model)
 
     def _compress(self, model: Any, job: Job, undo_on_error: bool) -> Any:
         stages, config, layout, before = Stages(), job.config, job.layout, _footprint(model, "dense")
@@ -137,6 +154,7 @@ class DobiSVDQuantizer:
             seconds=stages.seconds,
             peak_bytes=stages.peak_bytes,
             predicted_increase=predicted_increase(plan, store, job.method.factorization, losses),
+            borrowed=borrowed_by(layout, store) if job.method.statistics else [],
         )
         self.plan, self.report = plan, report
         self._attach(model, job, plan, report)

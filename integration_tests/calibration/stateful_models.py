@@ -163,7 +163,6 @@ STATEFUL = (
     OverwritesState,
     AddsBetweenBlocks,
     RunsBlocksTwice,
-    RunsBackwards,
     ReturnsDictionary,
     OtherArgumentName,
     SkipsABlock,

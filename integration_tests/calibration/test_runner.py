@@ -9,7 +9,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import Tensor, nn
 
-from integration_tests.calibration.stateful_models import STATEFUL, Plain, RemembersItself, make
+from integration_tests.calibration.stateful_models import STATEFUL, Plain, RemembersItself, RunsBackwards, make
 from integration_tests.statistics.tiny_model_statistics import (
     assert_gram_close,
     collect,
@@ -104,8 +104,9 @@ def test_blocks_that_cannot_be_replayed_run_in_full(caplog: pytest.LogCaptureFix
     assert FALLBACK in caplog.text
 
 
-def test_a_model_that_passes_none_runs_block_by_block(caplog: pytest.LogCaptureFixture) -> None:
-    model = make(Plain)
+@pytest.mark.parametrize("kind", [Plain, RunsBackwards])
+def test_a_model_that_passes_none_runs_block_by_block(kind: type[Plain], caplog: pytest.LogCaptureFixture) -> None:
+    model = make(kind)
     ids = tokens(5, 10)
     layout = find_layout(model)
     with caplog.at_level(logging.WARNING):

@@ -1,5 +1,7 @@
 """Text from files and by name: every kind of file gives the same text, and every misuse says what to do about it."""
 
+import copy
+import csv
 import gzip
 import json
 import os
@@ -34,11 +36,35 @@ def write_jsonl(path: Path, rows: list) -> Path:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["c.txt.gz", "c.jsonl", "c.jsonl.gz", "c.json", "c.json.gz", "c.parquet", "C.TXT"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("c.txt.gz", "c.jsonl", "c.jsonl.gz", "c.json", "c.json.gz", "c.parquet", "C.TXT", "bom.jsonl", "bom.txt"),
+        *("array.json", "strings.json", "indented.json.gz", "c.csv", "c.tsv.gz", "folder"),
+    ],
+)
 def test_every_kind_of_file_gives_the_same_windows(tiny_tokenizer, tmp_path, name):
     path = tmp_path / name
-    if "json" in name:
-        write_jsonl(path, [{"id": i, "text": document} for i, document in enumerate(DOCUMENTS)])
+    rows = [{"id": i, "text": document} for i, document in enumerate(DOCUMENTS)]
+    opener = gzip.open if name.endswith(".gz") else open
+    if name == "folder":
+        (path / "deeper").mkdir(parents=True)
+        write_jsonl(path / "a.jsonl", rows[:10])
+        (path / "deeper" / "b.txt").write_text("\n\n".join(DOCUMENTS[10:]), encoding="utf-8")
+        (path / "notes.md").write_text("not read")
+    elif name.startswith("bom"):
+        write_jsonl(path, rows) if name.endswith("l") else path.write_text(TEXT, encoding="utf-8")
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    elif name.startswith(("array", "strings", "indented")):
+        with opener(path, "wt", encoding="utf-8") as handle:
+            json.dump(DOCUMENTS if "strings" in name else rows, handle, indent=1 if "indented" in name else None)
+    elif ".csv" in name or ".tsv" in name:
+        with opener(path, "wt", encoding="utf-8", newline="") as handle:
+            writer = csv.DictWriter(handle, ["id", "text"], delimiter="\t" if ".tsv" in name else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif "json" in name:
+        write_jsonl(path, rows)
     elif name.endswith(".parquet"):
         pyarrow.parquet.write_table(pyarrow.table({"id": range(len(DOCUMENTS)), "text": DOCUMENTS}), path)
     else:
@@ -94,9 +120,19 @@ def malformed(tmp_path: Path, name: str, content: bytes) -> Path:
         ("c.jsonl", b'{"text": "a"}\n{"text": ', r"c\.jsonl, line 2: not JSON"),
         ("c.jsonl", b'{"text": "a"}\n["b"]', r"c\.jsonl, line 2: a JSON list; one object a line"),
         ("c.jsonl", b'{"body": "a", "url": "b"}', r"line 1: needs a column 'text' of strings; found: body, url"),
-        ("c.jsonl", b'{"text": 3}', r"line 1: needs a column 'text' of strings; found: text"),
+        ("c.jsonl", b'{"text": 3}', r"line 1: the column 'text' holds a int, not a string"),
+        (
+            "c.jsonl",
+            b'{"text": "a"}\n{"text": null}',
+            r"line 2: the column 'text' holds a NoneType \(null\).*drop the row",
+        ),
+        ("c.jsonl", b'{"text": "a \\ud83d b"}', r"line 1: character 3 of the text is a lone surrogate"),
+        ("c.json", b'[{"text": "a"}, {"text": null}]', r"c\.json, item 2: the column 'text' holds a NoneType"),
+        ("c.json", b'[{"text": "a"}, {"text"', r"c\.json, item 2: not JSON"),
+        ("c.csv", b"body,url\na,b", r"c\.csv: needs a column 'text' of strings; found: body, url"),
+        ("c.jsonl", b'{"messages": []}', r"line 1: the column 'messages' holds chats, and the tokenizer has no chat"),
         ("c.parquet", b"PAR1 or not", r"c\.parquet: not a parquet file"),
-        ("c.csv", b"text\na", r"c\.csv: cannot read this kind of file; pass one of \.txt"),
+        ("c.docx", b"text\na", r"c\.docx: cannot read this kind of file; pass one of \.txt"),
     ],
 )
 def test_a_malformed_file_is_named(tiny_tokenizer, tmp_path, name, content, message):
@@ -134,7 +170,8 @@ def test_an_unknown_name_lists_the_known_ones(source):
     assert len(str(e.value)) < 500
 
 
-def test_a_folder_is_refused(tmp_path):
+def test_a_folder_without_text_is_refused(tmp_path):
+    (tmp_path / "picture.png").write_bytes(b"")
     with pytest.raises(ValueError, match="is a folder: pass a file"):
         read_text(tmp_path)
 
@@ -210,3 +247,90 @@ def test_named_texts_load_from_the_real_hub(name):
     except OSError as error:
         pytest.skip(f"the Hugging Face hub cannot be reached: {error}")
     assert len(read_text(name, split="test", streamed_characters=10_000)) >= 10_000
+
+
+# --- rows in memory -------------------------------------------------------------------------------------------------
+
+
+def same_as_the_list(dataset, tokenizer):
+    found = load_windows(dataset, tokenizer, nsamples=4, seqlen=16)
+    assert found.sha256() == load_windows(DOCUMENTS, tokenizer, nsamples=4, seqlen=16).sha256()
+
+
+def test_rows_and_files_in_a_list_are_its_texts(tiny_tokenizer, text_file):
+    same_as_the_list([{"text": document} for document in DOCUMENTS], tiny_tokenizer)
+    same_as_the_list([text_file], tiny_tokenizer)
+
+
+def test_a_dataset_object_is_read(tiny_tokenizer):
+    rows = datasets.Dataset.from_dict({"text": DOCUMENTS, "id": range(len(DOCUMENTS))})
+    same_as_the_list(rows, tiny_tokenizer)
+    windows = load_windows(rows.to_iterable_dataset(), tiny_tokenizer, nsamples=4, seqlen=16)
+    assert windows.input_ids.shape == (4, 16)
+    assert windows.description["windows_available"] < 80  # of its first rows
+    with pytest.raises(
+        ValueError, match=r"the DatasetDict has the splits train, test: pass one of .* dataset\['train'\]"
+    ):
+        load_windows(datasets.DatasetDict(train=rows, test=rows), tiny_tokenizer)
+    with pytest.raises(ValueError, match="row 1 of the dataset: needs a column 'text' of strings; found: body"):
+        load_windows(rows.rename_column("text", "body").remove_columns("id"), tiny_tokenizer)
+
+
+def test_an_endless_dataset_is_read_no_further_than_needed(tiny_tokenizer):
+    read = []
+
+    def rows():
+        for number in range(10**9):
+            read.append(number)
+            yield {"text": DOCUMENTS[number % 40]}
+
+    windows = load_windows(datasets.IterableDataset.from_generator(rows), tiny_tokenizer, nsamples=4, seqlen=32)
+    assert windows.input_ids.shape == (4, 32)
+    assert len(read) < 60
+
+
+def test_a_dataset_of_tokens_is_taken_in_order(tiny_tokenizer):
+    rows = datasets.Dataset.from_dict(
+        {"input_ids": [[5, 6, 7], [8, 9]], "attention_mask": [[1, 1, 1], [1, 1]], "id": [0, 1]}
+    )
+    for dataset in (rows, rows.to_iterable_dataset(), rows.with_format("torch")):
+        windows = load_windows(dataset, None, nsamples=2)
+        assert windows.input_ids.tolist() == [[5, 6, 7], [8, 9, 0]]
+        assert windows.attention_mask.tolist() == [[True] * 3, [True, True, False]]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (["a", None], "text 2 of the list is None: drop it"),
+        ([None], "text 1 of the list is None"),
+        (["a", "b \ud800"], r"text 2 of the list: character 3 of the text is a lone surrogate \('\\ud800'\)"),
+        ([{"text": "a"}, {"text": None}], r"text 2 of the list: the column 'text' holds a NoneType \(null\)"),
+    ],
+)
+def test_a_part_of_a_list_that_is_no_text_is_named(tiny_tokenizer, dataset, message):
+    with pytest.raises(ValueError, match=message):
+        load_windows(dataset, tiny_tokenizer, nsamples=1, seqlen=1)
+
+
+CHATS = [
+    [{"role": "user", "content": f"How many mice are {i}?"}, {"role": "assistant", "content": f"As many as {i * i}."}]
+    for i in range(40)
+]
+
+
+def test_chats_are_written_out_by_the_template(tiny_tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
+    path = write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat} for chat in CHATS])
+    texts = [f"<user> How many mice are {i}?\n<assistant> As many as {i * i}.\n" for i in range(40)]
+    assert read_text(path, tokenizer=tokenizer) == "\n\n".join(texts)
+    expected = load_windows(texts, tokenizer, nsamples=4, seqlen=16).sha256()
+    for dataset in (path, datasets.Dataset.from_dict({"messages": CHATS}), [{"messages": chat} for chat in CHATS]):
+        assert load_windows(dataset, tokenizer, nsamples=4, seqlen=16).sha256() == expected
+    with pytest.raises(ValueError, match="line 1: the column 'messages' holds chats, and no tokenizer was given"):
+        read_text(path)
+    write_jsonl(path, [{"messages": [{"role": "user"}]}])
+    tokenizer.chat_template = "{{ raise_exception('no content') }}"
+    with pytest.raises(ValueError, match="line 1: the tokenizer's chat template cannot write its 'messages'"):
+        read_text(path, tokenizer=tokenizer)

@@ -37,7 +37,7 @@ def test_a_command_line_is_parsed_without_torch(tmp_path: Path) -> None:
         "parser = argparse.ArgumentParser(); options.add_options(parser, run.STEPS['compress'])\n"
         "parser.parse_args(['out', '--model', 'm', '--nsamples', '3'])\n"
         "print([name for name in ('torch', 'transformers', 'matplotlib') if name in sys.modules])\n"
-        "print('(default: 2048)' in parser.format_help())"
+        "print('(default: 128)' in parser.format_help())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:2] == ["[]", "True"]
@@ -50,7 +50,7 @@ def test_every_command_tells_its_options(command: str, tmp_path: Path) -> None:
     assert done.stdout.startswith(f"usage: optimum-cli dobisvd {command}")
     assert "examples:" in done.stdout
     if command in ("compress", "plan"):
-        for default in (DobiSVDConfig.method, DobiSVDConfig.nsamples, DobiSVDConfig.seqlen, DobiSVDConfig.fisher):
+        for default in (DobiSVDConfig.method, DobiSVDConfig.nsamples, DobiSVDConfig.fisher):
             assert f"(default: {default})" in " ".join(done.stdout.split())
 
 

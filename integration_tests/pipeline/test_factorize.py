@@ -1,11 +1,14 @@
 """Factors in the place of linears: equal for equivalent factorizers, finite where inputs are deficient."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from integration_tests.pipeline.tiny_model_compression import compress, done, logits, refused, relative
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd import METHODS
+from optimum_dobisvd.pipeline.factorize import Replacement
 from optimum_dobisvd.structures.pivoted import PivotedLinear
 
 
@@ -48,10 +51,16 @@ def test_dead_channels_and_silent_linears_are_no_trouble() -> None:
         assert torch.isfinite(logits(copy)).all()
 
 
-def test_an_error_half_way_leaves_the_model_dense() -> None:
+def test_an_error_half_way_leaves_the_model_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model with some factors and no mark of them would be saved as one that cannot be loaded."""
-    model = tiny("llama")
-    model.model.layers[2].input_layernorm.weight.data.zero_()
+    model, put = tiny("llama"), Replacement.put
+
+    def fails(replacement: Replacement, name: str, *args: Any) -> None:
+        put(replacement, name, *args)
+        if name == "model.layers.2.self_attn.q_proj":
+            raise ValueError(f"{name}: its factors would be zero")
+
+    monkeypatch.setattr(Replacement, "put", fails)
     for method in ("svd_llm_v2", "dobi_ipca"):
         refused(model, r"model\.layers\.2\.self_attn\.q_proj: .*zero", method=method, allocation="uniform")
 

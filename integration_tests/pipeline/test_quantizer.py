@@ -24,6 +24,7 @@ from integration_tests.statistics.tiny_model_statistics import inputs_by_linear
 from integration_tests.tiny_models import MODEL_TYPES, tiny
 from optimum_dobisvd import METHODS, DobiSVDConfig, DobiSVDQuantizer
 from optimum_dobisvd.calibration.dataset import tokenizer_identity
+from optimum_dobisvd.model.experts import linearize
 from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.model.linears import weight_matrix
 from optimum_dobisvd.structures.base import compressed_linears
@@ -67,6 +68,7 @@ def test_the_reports_figures_are_what_the_model_shows(model_type: str) -> None:
     model, dense = tiny(model_type), tiny(model_type)
     overrides = {"re:.*0.*(down_proj|fc2|c_proj|o_proj)": {"dense": True}}
     plan, report = done(compress(model, method="svd_llm_v2", overrides=overrides))
+    linearize(dense)
     targets = find_layout(dense).linears
     found = compressed_linears(model)
 

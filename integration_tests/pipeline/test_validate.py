@@ -12,6 +12,7 @@ from integration_tests.pipeline.tiny_model_compression import DOWN2, Q0, compres
 from integration_tests.tiny_models import tiny
 from optimum_dobisvd import METHODS, DobiSVDQuantizer, Plan
 from optimum_dobisvd.allocation.plan import PlannedModule
+from optimum_dobisvd.config import default_of
 from optimum_dobisvd.model.layout import find_layout
 
 
@@ -83,8 +84,13 @@ def test_settings_that_cannot_be_met_are_refused(settings: dict[str, Any], match
     refused(tiny("llama"), match, **settings)
 
 
-def test_a_mixture_of_experts_is_refused_by_default() -> None:
-    refused(tiny("mixtral"), r"only 14\.2% of the weights .* parameters in MixtralExperts", min_coverage=0.5)
+def test_a_mixture_whose_experts_are_no_linears_is_refused_by_default() -> None:
+    model = tiny("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.experts.scale = nn.Parameter(torch.ones(4))  # of unknown meaning
+    refused(
+        model, r"only 14\.2% of the weights .* parameters in MixtralExperts", min_coverage=default_of("min_coverage")
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from integration_tests.tiny_models import tokens
 from optimum_dobisvd import METHODS, DobiSVDQuantizer, Plan
+from optimum_dobisvd.model.experts import linearize
 from optimum_dobisvd.model.linears import weight_matrix
 from optimum_dobisvd.report.report import CompressionReport
 from optimum_dobisvd.structures.base import compressed_linears
@@ -44,8 +45,9 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def assert_as_planned(model: nn.Module, dense: nn.Module, plan: Plan) -> None:
-    """Every target is what the plan says, every other tensor is what it was."""
+    """Every target is what the plan says, every other tensor is what it was. The experts of `dense` become linears."""
     found = compressed_linears(model)
+    linearize(dense)
     assert found.keys() == {name for name, entry in plan.modules.items() if not entry.leaves_as_is}
     for name, module in found.items():
         entry, old = plan.modules[name], dense.get_submodule(name)

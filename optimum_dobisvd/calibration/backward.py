@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .loss import NextTokenLoss
 from .runner import BlockRunner, check_finite, one_by_one
-from .temporarily import differentiating, frozen, in_float32, on_device, replaced_forward, weights_device
+from .temporarily import differentiable, frozen, in_float32, on_device, replaced_forward, weights_device
 from .visitor import BlockVisitor
 
 
@@ -104,7 +104,7 @@ class BackwardRunner(BlockRunner):
                 parts = hidden.split(1) if len(ids) > 1 else [hidden]
                 for window, keep, states in zip(ids.split(1), mask.split(1), parts, strict=True):
                     leaf = (states.detach().float() if widens else states.detach()).requires_grad_(True)
-                    with differentiating(self.model), replaced_forward(self._skipping_blocks(leaf)):
+                    with torch.enable_grad(), replaced_forward(self._skipping_blocks(leaf)):
                         loss.of(self.model, window, keep).backward()
                     windows.append(_gradient_of(leaf).to("cpu", hidden.dtype))
                     progress.update()
@@ -132,8 +132,8 @@ class BackwardRunner(BlockRunner):
         leaf = hidden.to(weights_device(block) if self._device is None else self._device).requires_grad_(True)
         # Around both: the backward pass reads the weights, too.
         widens = self._in_float32(block, leaf.device, leaf.dtype)
-        with in_float32(block) if widens else contextlib.nullcontext(), differentiating(block):
-            output = self._through(name, block, index, leaf)
+        with in_float32(block) if widens else contextlib.nullcontext(), torch.enable_grad():
+            output = differentiable(block, lambda: self._through(name, block, index, leaf))
             output.backward(gradient.to(output))
         return _gradient_of(leaf).cpu()
 
@@ -152,7 +152,7 @@ class BackwardRunner(BlockRunner):
                     hooks.callback(block.register_forward_pre_hook(ask_for_gradients, with_kwargs=True).remove)
                 for ids, mask in tqdm(self._batches, desc=description, unit="batch"):
                     visitor.start_batch(mask)
-                    with differentiating(self.model):
+                    with torch.enable_grad():
                         loss.of(self.model, ids, mask).backward()
             loss.check_seen()
 

@@ -1,30 +1,26 @@
-"""From calibration text to windows of token ids.
-
-The draw is the published one: the whole text is tokenized at once and cut into consecutive windows that do not
-overlap; `torch.randperm` with a CPU generator seeded by `seed` orders them, and the first `nsamples` are taken.
-"""
+"""From calibration text to windows of token ids (how they are drawn: `draw`)."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .text import HUB_TEXTS, read_text, require_text
+from .draw import draw
+from .rows import COLUMNS
+from .text import HUB_TEXTS, Text, first_rows, open_text, read_text, text_of_list, text_of_rows
+from .tokenizer import TokenizerSource, text_tokenizer, tokenizer_identity
 
 __all__ = ["CalibrationWindows", "load_windows", "read_text", "tokenizer_identity"]
 
 # A token of English is four to five characters, so this much streamed text is about twice what the windows need.
 _STREAMED_CHARACTERS_PER_TOKEN = 8
-_IDENTITY_PROBE = "The 3 quick foxes' café\n\n\tdef f(x): return x**2  # 模型 🙂"
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,13 +88,17 @@ def load_windows(
     Args:
         dataset: what to draw from, one of
             - a name: "wikitext2", "c4" or "ptb" (train split, from the hub);
-            - a path to a .txt, .jsonl, .json (one object a line) or .parquet file; .gz of the first three;
-            - a list of strings, joined by blank lines;
+            - a path to a .txt, .jsonl, .json (objects, one a line or in an array), .csv, .tsv or .parquet file, .gz
+              of all but the last, or to a folder of such files;
+            - a list of strings, of rows or of paths (`Path`), joined by blank lines;
+            - a `datasets.Dataset`, or an `IterableDataset`, of which as many rows are read as are needed;
+            (rows have a column `text`, or `messages`: chats, which the tokenizer's template writes out)
             - tokens: an integer tensor `N x seqlen`, a list of 1-D or 2-D ones, or what a tokenizer returns (a mapping
               with `input_ids` and perhaps `attention_mask`, or a list of them). They are taken as given and in order:
               the first `nsamples` rows, or all if there are fewer; `seqlen` and `seed` have no effect, and shorter
-              rows are padded on the right to the longest.
-        tokenizer: a tokenizer, the name or path of one, or None if `dataset` is tokens.
+              rows are padded on the right to the longest. A Dataset with a column `input_ids` is tokens, too.
+        tokenizer: a tokenizer, a processor that has one, the name or path of one, or where one lies; None if `dataset`
+            is tokens.
         nsamples, seqlen, seed: how many windows to take, tokens in each, and the seed of the draw.
         held_out: how many more windows to take; `split` separates them from the others.
 
@@ -114,28 +114,21 @@ def load_windows(
     if isinstance(dataset, (list, tuple)) and len(dataset) == 0:
         raise ValueError("the calibration dataset is an empty list: pass texts, or token ids")
 
-    if isinstance(dataset, (str, os.PathLike)):
-        tokenizer = _text_tokenizer(tokenizer)  # before a long download
-        source = os.fspath(dataset)
-        kind, name = ("dataset", source) if source in HUB_TEXTS else ("file", Path(source).name)
-        text = read_text(source, streamed_characters=nsamples * seqlen * _STREAMED_CHARACTERS_PER_TOKEN)
-    elif isinstance(dataset, (list, tuple)) and all(isinstance(part, str) for part in dataset):
-        tokenizer = _text_tokenizer(tokenizer)
-        kind = name = "texts"
-        text = require_text("\n\n".join(dataset), "the list of texts")
-    else:
-        return _windows_from_tokens(dataset, tokenizer, nsamples + held_out)
-
-    input_ids, available = _draw(text, name, tokenizer, (nsamples, held_out), seqlen, seed)
+    text = _text_of(dataset, nsamples * seqlen * _STREAMED_CHARACTERS_PER_TOKEN)
+    if text is None:
+        return _windows_from_tokens(_as_tokens(dataset, nsamples + held_out), tokenizer, nsamples + held_out)
+    tokenizer = text_tokenizer(tokenizer)  # before a long download
+    opened = text(tokenizer)
+    drawn = draw(opened, tokenizer, (nsamples, held_out), seqlen, seed)
     return CalibrationWindows(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids, dtype=torch.bool),
+        input_ids=drawn.input_ids,
+        attention_mask=torch.ones_like(drawn.input_ids, dtype=torch.bool),
         description={
-            "kind": kind,
-            "dataset": name,
-            "sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "nsamples": len(input_ids),
-            "windows_available": available,
+            "kind": opened.kind,
+            "dataset": opened.name,
+            "sha256": drawn.sha256,
+            "nsamples": len(drawn.input_ids),
+            "windows_available": drawn.available,
             "seqlen": seqlen,
             "seed": seed,
             "tokenizer": tokenizer_identity(tokenizer),
@@ -143,47 +136,41 @@ def load_windows(
     )
 
 
-def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
-    """Return class name, vocabulary size, and a sha256 that changes when the tokenization does, as JSON values.
+def _text_of(dataset: Any, streamed_characters: int) -> Callable[[Any], Text] | None:
+    """Return what opens the text with a tokenizer; None where the dataset is token ids."""
+    if isinstance(dataset, (str, os.PathLike)):
+        return lambda tokenizer: open_text(dataset, streamed_characters=streamed_characters, tokenizer=tokenizer)
+    if hasattr(dataset, "column_names"):  # of the library `datasets`
+        if isinstance(dataset, Mapping):
+            raise ValueError(
+                f"the {type(dataset).__name__} has the splits {', '.join(map(str, dataset))}: pass one of them, "
+                f"dataset[{next(iter(dataset), 'train')!r}]"
+            )
+        names = dataset.column_names or list(first_rows(dataset, 1)[0])
+        if not set(COLUMNS) & set(names) and "input_ids" in names:
+            return None
+        return lambda tokenizer: text_of_rows(dataset, tokenizer, streamed_characters)
+    if isinstance(dataset, (list, tuple)) and all(_holds_text(part) for part in dataset):
+        return lambda tokenizer: text_of_list(dataset, tokenizer)
+    return None
 
-    For a fast tokenizer the digest is over its serialized pipeline (vocabulary, merges, normalizer, special tokens);
-    its padding and truncation are left out, because ordinary calls change them. For a Python tokenizer it is over the
-    vocabulary and the ids of a short probe text. TypeError if it is no tokenizer.
-    """
-    if not callable(tokenizer) or not hasattr(tokenizer, "get_vocab"):
-        raise TypeError(f"expected a transformers tokenizer, its name or its path, got {type(tokenizer).__name__}")
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        pipeline = json.loads(backend.to_str())
-        content = {key: value for key, value in pipeline.items() if key not in ("padding", "truncation")}
-    else:
-        probed = tokenizer(_IDENTITY_PROBE, verbose=False)["input_ids"]
-        content = {"vocab": tokenizer.get_vocab(), "probe": probed}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return {"class": type(tokenizer).__name__, "vocab_size": len(tokenizer), "sha256": digest}
+
+def _holds_text(part: Any) -> bool:
+    is_row = isinstance(part, Mapping) and "input_ids" not in part and any(column in part for column in COLUMNS)
+    return part is None or is_row or isinstance(part, (str, os.PathLike))
 
 
-def _draw(text: str, name: str, tokenizer: Any, counts: tuple[int, int], seqlen: int, seed: int) -> tuple[Tensor, int]:
-    """Draw windows to calibrate on and to hold out (`counts`); returns `input_ids`, and how many there were."""
-    (nsamples, held_out), wanted = counts, sum(counts)
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-    available = len(ids) // seqlen
-    if available < wanted:
-        remedy = f"nsamples={available - held_out}, " if available > held_out else ""
-        more = f" and {held_out} more to evaluate learned ranks on" if held_out else ""
-        raise ValueError(
-            f"{name!r} has {len(ids)} tokens, which is {available} windows of seqlen={seqlen}, but nsamples="
-            f"{nsamples} were asked for{more}: use {remedy}a shorter seqlen (up to {len(ids) // wanted}), or a longer "
-            "text"
-        )
-    windows = ids[: available * seqlen].view(available, seqlen)
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
-    return windows[order[:wanted]], available
+def _as_tokens(dataset: Any, count: int) -> Any:
+    """Return token ids as `_token_rows` takes them: of a `datasets.Dataset` the first `count` rows."""
+    if not hasattr(dataset, "column_names"):
+        return dataset
+    keys = ("input_ids", "attention_mask")
+    return [{key: row[key] for key in keys if key in row} for row in first_rows(dataset, count)]
 
 
 def _windows_from_tokens(dataset: Any, tokenizer: Any, nsamples: int) -> CalibrationWindows:
     """Take the first `nsamples` rows as they are, padded on the right to the longest."""
-    by_name = isinstance(tokenizer, (str, os.PathLike))  # not worth loading: nothing is tokenized
+    by_name = isinstance(tokenizer, (str, os.PathLike, TokenizerSource))  # not worth loading: nothing is tokenized
     rows = _token_rows(dataset)
     taken = rows[:nsamples]
     for index, (ids, mask) in enumerate(taken):
@@ -203,7 +190,7 @@ def _windows_from_tokens(dataset: Any, tokenizer: Any, nsamples: int) -> Calibra
             "windows_available": len(rows),
             "seqlen": input_ids.shape[1],
             "seed": None,
-            "tokenizer": None if tokenizer is None or by_name else tokenizer_identity(tokenizer),
+            "tokenizer": None if tokenizer is None or by_name else tokenizer_identity(text_tokenizer(tokenizer)),
         },
     )
 
@@ -247,21 +234,6 @@ def _flatten(value: Any, what: str) -> list[Tensor]:
     if tensor.dim() not in (1, 2):
         raise ValueError(f"{what} must be [seqlen] or [N, seqlen], got the shape {tuple(tensor.shape)}")
     return list(tensor.long()) if tensor.dim() == 2 else [tensor.long()]
-
-
-def _text_tokenizer(tokenizer: Any) -> Any:
-    """Return the tokenizer, loaded if it is a name. Called for text only, since token ids need none."""
-    if tokenizer is None:
-        raise TypeError("calibrating on text needs a tokenizer: pass one, its name or its path, or pass token ids")
-    if not isinstance(tokenizer, (str, os.PathLike)):
-        return tokenizer
-    from transformers import AutoTokenizer
-
-    name = os.fspath(tokenizer)
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"could not load the tokenizer {name!r}: pass a tokenizer, or its folder. {error}") from error
 
 
 def _require_positive(name: str, value: Any) -> None:

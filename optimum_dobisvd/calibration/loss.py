@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .temporarily import weights_device
+from .model_inputs import inputs_of, next_tokens, predicted_tokens
+from .temporarily import differentiable, weights_device
 
 Fisher = Literal["empirical", "sampled"]
 
 
 def labeled(mask: Tensor) -> Tensor:
     """Return which positions have a label, `batch x (seqlen - 1)`: tokens of text that a token of text follows."""
-    return mask[:, 1:] & mask[:, :-1]
+    return next_tokens(mask, mask)[1]
 
 
 def require_labels(mask: Tensor, what: str) -> None:
@@ -27,16 +28,16 @@ def require_labels(mask: Tensor, what: str) -> None:
 def forward_pass(model: Any, ids: Tensor, mask: Tensor, *, head: bool) -> Any:
     """Run a forward pass of a transformers model, with or without its head; `ids`, `mask`: `batch x seqlen`."""
     device = weights_device(model)
-    # An all-ones mask says nothing, and without it attention can take its fast path.
-    attention = {} if bool(mask.all()) else {"attention_mask": mask.long().to(device)}
+    inputs = {name: tensor.to(device) for name, tensor in inputs_of(model, ids, mask).items()}
     body = model if head else getattr(model, "base_model", model)
-    return body(input_ids=ids.to(device), use_cache=False, **attention)
+    return body(**inputs, use_cache=False)
 
 
 def logits_of(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """Return a model's next-token logits, `batch x seqlen x vocabulary`; ValueError if it gives none."""
+    """Return a model's logits of the tokens it predicts, `batch x positions x vocabulary`; ValueError if none."""
     logits: Tensor | None = getattr(forward_pass(model, ids, mask, head=True), "logits", None)
-    if logits is None or logits.shape[:2] != ids.shape:
+    places = predicted_tokens(model, ids, mask)[0].shape
+    if logits is None or logits.dim() != 3 or not 0 <= logits.shape[1] - places[1] <= 1 or len(logits) != places[0]:
         raise ValueError(
             f"{type(model).__name__} gives no next-token logits, and gradients are those of the next-token loss: load "
             "it as a causal language model, or choose a method that reads no gradients and learns nothing (svd_llm_v2)"
@@ -75,15 +76,22 @@ class NextTokenLoss:
         `logits` is `batch x seqlen x vocabulary`; `ids` and `mask` (bool, False for padding) are `batch x seqlen`, and
         may be on another device. NotFiniteError if the loss is NaN or infinite.
         """
-        wanted = labeled(mask)
-        rows = logits[:, :-1][wanted.to(logits.device)]
+        return self._summed(logits, *next_tokens(ids, mask))
+
+    def of(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        """Run a forward pass over a batch and return its summed loss; ValueError if the model gives no logits."""
+        logits = differentiable(model, lambda: logits_of(model, ids, mask))
+        return self._summed(logits, *predicted_tokens(model, ids, mask))
+
+    def _summed(self, logits: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
+        rows = logits[:, : labels.shape[1]][wanted.to(logits.device)]
         rows = rows if rows.dtype == torch.float64 else rows.float()
         if not bool(torch.isfinite(rows.detach()).all()):
             self._refuse("nan")
         if self._fisher == "sampled":
             labels = torch.multinomial(rows.detach().softmax(-1).cpu(), 1, generator=self._generator).squeeze(-1)
         else:
-            labels = ids[:, 1:][wanted]
+            labels = labels[wanted]
         loss = cross_entropy(rows, labels.to(rows.device), reduction="sum")
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -91,10 +99,6 @@ class NextTokenLoss:
         self.total += value
         self.tokens += len(rows)
         return loss
-
-    def of(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-        """Run a forward pass over a batch and return its summed loss; ValueError if the model gives no logits."""
-        return self(logits_of(model, ids, mask), ids, mask)
 
     def _refuse(self, what: str) -> None:
         raise NotFiniteError(

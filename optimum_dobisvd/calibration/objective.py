@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .loss import NextTokenLoss, forward_pass
-from .temporarily import differentiating, evaluating, frozen, weights_device, without_cache
+from .model_inputs import NO_LABEL, own_labels
+from .temporarily import differentiable, evaluating, frozen, weights_device, without_cache
 from .tokens import token_places
 
 _TOKENS = 32
@@ -20,11 +21,39 @@ _TOKENS = 32
 _ROUNDING = 1e-7
 """What a gradient may be that is zero, as a share of the others."""
 
-_NO_LABEL = -100
-"""What transformers takes for a place without a label."""
+_ROUGH = 2e-2
+"""By how much of itself two computations of a loss may differ in 16 bits."""
 
 AS_CAUSAL_MODEL = "load it as a causal language model"
 WITHOUT_GRADIENTS = f"{AS_CAUSAL_MODEL}, or choose a method that reads no gradients and learns nothing (svd_llm_v2)"
+
+
+@torch.no_grad()
+def require_own_loss(model: Any, ids: Tensor, mask: Tensor, *, why: str, remedy: str) -> None:
+    """Raise ValueError unless the loss of the tokens that a model predicts is its own, where it gives one for labels.
+
+    For encoder-decoders, and models that read a processor's batch. Arguments as `require_next_token_model`; the ids
+    are one window, or one row of such a batch (`SampleIds`).
+    """
+    ours = NextTokenLoss()
+    with evaluating(model), without_cache(model):
+        try:
+            ours.of(model, ids, mask)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model says that wants more
+            text = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"{type(model).__name__} has no loss on the calibration data ({type(error).__name__}: {text}), and "
+                f"{why}: {remedy}"
+            ) from error
+        own = _own_loss(model, **own_labels(model, ids, mask))
+    found = ours.total / max(ours.tokens, 1)
+    if own is not None and ours.tokens and abs(own - found) > _ROUGH * max(1.0, found):
+        raise ValueError(
+            f"the loss of {type(model).__name__} on the calibration data is {own:.4g}, that of its tokens would be "
+            f"{found:.4g}, and {why}: {remedy}"
+        )
 
 
 def require_next_token_model(model: Any, ids: Tensor, mask: Tensor, *, why: str, remedy: str) -> None:
@@ -62,11 +91,13 @@ def _problem(model: Any, ids: Tensor) -> str | None:
             return "it gives no logits for every token"
         loss = float(NextTokenLoss()(logits, ids, mask)) / (ids.shape[1] - 1)
         tolerance = _tolerance(logits)
-        own = _own_loss(model, ids, ids)
+        own = _own_loss(model, input_ids=ids, labels=ids)
         same = own is None or abs(own - loss) <= tolerance * max(1.0, loss)
         if not same and not reads_ahead:
             # Some (the decoders of BART and its kin) want the labels where they are predicted, one place earlier.
-            earlier = _own_loss(model, ids, torch.nn.functional.pad(ids[:, 1:], (0, 1), value=_NO_LABEL))
+            earlier = _own_loss(
+                model, input_ids=ids, labels=torch.nn.functional.pad(ids[:, 1:], (0, 1), value=NO_LABEL)
+            )
             same = earlier is not None and abs(earlier - loss) <= tolerance * max(1.0, loss)
     if same and not reads_ahead:
         return None
@@ -112,9 +143,9 @@ def _gradient_energies(model: Any, ids: Tensor, half: int) -> Tensor | None:
         return output + leaf
 
     hook = model.get_input_embeddings().register_forward_hook(add_leaf)
-    with torch.inference_mode(False), frozen(model), differentiating(model):
+    with torch.inference_mode(False), torch.enable_grad(), frozen(model):
         try:
-            found = _logits(model, ids)
+            found = differentiable(model, lambda: _logits(model, ids))
         finally:
             hook.remove()
         if found is not None:
@@ -130,11 +161,11 @@ def _tolerance(logits: Tensor) -> float:
     return 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
 
 
-def _own_loss(model: Any, ids: Tensor, labels: Tensor) -> float | None:
+def _own_loss(model: Any, **inputs: Tensor) -> float | None:
     """Return the mean loss that a model gives itself with these labels; None if it gives none that compares."""
     device = weights_device(model)
     try:
-        output = model(input_ids=ids.to(device), labels=labels.to(device), use_cache=False)
+        output = model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # it takes no labels, or others

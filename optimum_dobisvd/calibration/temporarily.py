@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..model.compute import WIDENED_FOR_SPEED, has_bf16_products
+from ..model.states import evaluating as evaluating
+from ..model.states import replaced_forward as replaced_forward
+
+R = TypeVar("R")
 
 
 def is_dispatched(module: nn.Module) -> bool:
@@ -69,34 +73,6 @@ def in_float32(module: nn.Module, without: Iterable[nn.Module] = ()) -> Iterator
 
 
 @contextlib.contextmanager
-def replaced_forward(forwards: dict[nn.Module, Any]) -> Iterator[None]:
-    """Replace the `forward` of module instances, as Accelerate's hooks do, and restore it afterwards."""
-    previous = {module: module.__dict__.get("forward") for module in forwards}
-    for module, forward in forwards.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module, old in previous.items():
-            if old is None:
-                del module.__dict__["forward"]
-            else:
-                module.forward = old
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and restore each module's own; modules added meanwhile get the model's."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in model.modules():
-            module.training = modes.get(module, modes[model])
-
-
-@contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Turn off the gradients of all parameters, so that a backward pass computes those of the activations only."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -109,20 +85,34 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-@contextlib.contextmanager
-def differentiating(module: nn.Module) -> Iterator[None]:
-    """A context for forward and backward passes through a module that may change its tensors in place.
+def differentiable(module: nn.Module, forward: Callable[[], R]) -> R:
+    """Return what a forward pass gives, to be differentiated, though the module may change its tensors in place.
 
-    What the backward pass reads is kept as copies, which the forward pass cannot change; but for the weights. (What
-    torch has for this, `allow_mutation_on_saved_tensors`, gives wrong gradients where views are changed.)
+    Where it has changed what the backward pass reads it is run once more, and that is kept as copies, but for the
+    weights. (What torch has for this, `allow_mutation_on_saved_tensors`, gives wrong gradients where views are
+    changed.)
     """
+    seen: list[tuple[Tensor, int]] = []
+
+    def noted(tensor: Tensor) -> Tensor:
+        seen.append((tensor, tensor._version))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(noted, _itself):
+        found = forward()
+    if all(tensor._version == version for tensor, version in seen):
+        return found
     weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
 
     def kept(tensor: Tensor) -> Tensor:
         return tensor if tensor.untyped_storage().data_ptr() in weights else tensor.clone()
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
-        yield
+    with torch.autograd.graph.saved_tensors_hooks(kept, _itself):
+        return forward()
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @contextlib.contextmanager

@@ -1,17 +1,17 @@
-"""Text by name or from a file: what calibration draws from and what perplexity is measured on."""
+"""Text by name, from files or from rows in memory: what calibration draws from and what perplexity is measured on."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-FILE_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+from .files import FILE_SUFFIXES, file_pieces
+from .rows import joined, row_text
+
 _SPLITS = {split: split for split in ("train", "validation", "test")}
 
 
@@ -40,40 +40,112 @@ HUB_TEXTS = {
 }
 
 
-def read_text(source: str | os.PathLike[str], split: str = "train", *, streamed_characters: int = 4_000_000) -> str:
+@dataclass(frozen=True)
+class Text:
+    """A text that is read in pieces, any number of times.
+
+    `kind` is "dataset", "file" or "texts", `name` what it is remembered by, `where` what errors call it; `pieces()`
+    yields strings that are the text when they are joined.
+    """
+
+    kind: str
+    name: str
+    where: str
+    pieces: Callable[[], Iterator[str]]
+
+
+def read_text(
+    source: str | os.PathLike[str],
+    split: str = "train",
+    *,
+    streamed_characters: int = 4_000_000,
+    tokenizer: Any = None,
+) -> str:
     """Read the text of a benchmark dataset ("wikitext2", "c4", "ptb") or of a file, documents joined by blank lines.
 
     Args:
-        source: the name, or the path; a name wins over a file called the same.
+        source: the name, or the path of a file or of a folder of files; a name wins over a file called the same.
         split: "train", "validation" or "test" of a named text. A file has no splits: all of it is read.
         streamed_characters: C4 is streamed, and its first documents are read until they hold this many characters.
+        tokenizer: writes out chats (rows of `messages`) by its template.
 
     Raises:
         ValueError: an unknown name, split or suffix, a malformed file, or no text.
         FileNotFoundError: the path leads to no file.
         ConnectionError: the hub could not provide the named text.
     """
+    text = open_text(source, split, streamed_characters=streamed_characters, tokenizer=tokenizer)
+    return require_text("".join(text.pieces()), text.where)
+
+
+def open_text(
+    source: str | os.PathLike[str],
+    split: str = "train",
+    *,
+    streamed_characters: int = 4_000_000,
+    tokenizer: Any = None,
+) -> Text:
+    """Return the text of `read_text`, unread yet. Raises FileNotFoundError, and ValueError for an unknown name."""
     name = os.fspath(source)
     if name in HUB_TEXTS:
-        return require_text(_read_hub(name, split, streamed_characters), f"the {split} split of {name!r}")
+
+        def pieces() -> Iterator[str]:
+            return joined(_hub_documents(name, split, streamed_characters))
+
+        return Text("dataset", name, f"the {split} split of {name!r}", pieces)
     path = Path(os.path.expanduser(name))
-    if not os.path.isfile(path):  # unlike Path.is_file, it takes a whole text passed by mistake
-        known = ", ".join(HUB_TEXTS)
-        if os.path.isdir(path):
-            raise ValueError(f"{name!r} is a folder: pass a file ({', '.join(FILE_SUFFIXES)}), or one of: {known}")
-        if path.suffix or len(path.parts) > 1:
-            raise FileNotFoundError(
-                f"no file {_shorten(name)}: check the path (relative ones start from the working directory), "
-                f"or pass one of the known names: {known}"
-            )
-        raise ValueError(
-            f"{_shorten(name)} is neither a known dataset nor a file. Known names: {known}. Pass the path of a file "
-            f"({', '.join(FILE_SUFFIXES)}) otherwise; to calibrate on a text itself, pass it in a list"
+    if os.path.isdir(path) or os.path.isfile(path):  # unlike Path's own, they take a whole text passed by mistake
+        called = "folder" if os.path.isdir(path) else "file"
+        return Text("file", path.name, f"the {called} {name!r}", lambda: file_pieces(path, tokenizer))
+    known = ", ".join(HUB_TEXTS)
+    if path.suffix or len(path.parts) > 1:
+        raise FileNotFoundError(
+            f"no file {_shorten(name)}: check the path (relative ones start from the working directory), "
+            f"or pass one of the known names: {known}"
         )
-    return require_text(_read_file(path), f"the file {name!r}")
+    raise ValueError(
+        f"{_shorten(name)} is neither a known dataset nor a file. Known names: {known}. Pass the path of a file "
+        f"({', '.join(FILE_SUFFIXES)}) otherwise; to calibrate on a text itself, pass it in a list"
+    )
 
 
-def _read_hub(name: str, split: str, streamed_characters: int) -> str:
+def text_of_list(parts: Iterable[Any], tokenizer: Any) -> Text:
+    """Return the text of a list of strings, of rows (mappings with `text` or `messages`), or of files (paths).
+
+    ValueError names the part that is something else.
+    """
+    parts = list(parts)
+
+    def documents() -> Iterator[str]:
+        for number, part in enumerate(parts, start=1):
+            where = f"text {number} of the list"
+            if part is None:
+                raise ValueError(f"{where} is None: drop it")
+            if isinstance(part, os.PathLike):
+                yield "".join(open_text(part, tokenizer=tokenizer).pieces())
+            else:
+                yield row_text(part, where, tokenizer)
+
+    return Text("texts", "texts", "the list of texts", lambda: joined(documents()))
+
+
+def text_of_rows(rows: Any, tokenizer: Any, streamed_characters: int) -> Text:
+    """Return the text of a `datasets.Dataset`; of one without a length, the first rows of so many characters."""
+    endless = not hasattr(rows, "__len__")
+
+    def documents() -> Iterator[str]:
+        texts = (row_text(row, f"row {number} of the dataset", tokenizer) for number, row in enumerate(rows, start=1))
+        return _first(texts, streamed_characters) if endless else texts
+
+    return Text("texts", "texts", f"the {type(rows).__name__}", lambda: joined(documents()))
+
+
+def first_rows(rows: Any, count: int) -> list[Mapping[str, Any]]:
+    """Return the first rows of a dataset, as many as there are up to `count`."""
+    return list(islice(iter(rows), count))
+
+
+def _hub_documents(name: str, split: str, streamed_characters: int) -> Iterator[str]:
     text = HUB_TEXTS[name]
     if split not in text.splits:
         raise ValueError(f"{name!r} has no split {split!r}; it has: {', '.join(text.splits)}")
@@ -82,14 +154,9 @@ def _read_hub(name: str, split: str, streamed_characters: int) -> str:
     try:
         rows = load_dataset(**text.load, split=text.splits[split])
         if not text.load.get("streaming"):
-            return "\n\n".join(rows[text.column])
-        documents, characters = [], 0
-        for row in rows:
-            documents.append(row[text.column])
-            characters += len(documents[-1])
-            if characters >= streamed_characters:
-                break
-        return "\n\n".join(documents)
+            yield from rows[text.column]
+        else:
+            yield from _first((row[text.column] for row in rows), streamed_characters)
     except Exception as error:  # the hub's client, its HTTP library and `datasets` raise a family of errors each
         raise ConnectionError(
             f"could not load {name!r} ({text.load['path']}) from the Hugging Face hub: "
@@ -98,52 +165,14 @@ def _read_hub(name: str, split: str, streamed_characters: int) -> str:
         ) from error
 
 
-def _read_file(path: Path) -> str:
-    suffix = next((s for s in FILE_SUFFIXES if path.name.lower().endswith(s)), None)
-    if suffix is None:
-        raise ValueError(f"{path}: cannot read this kind of file; pass one of {', '.join(FILE_SUFFIXES)}")
-    try:
-        if suffix == ".parquet":
-            return "\n\n".join(_parquet_texts(path))
-        opener = gzip.open if suffix.endswith(".gz") else open
-        with opener(path, "rt", encoding="utf-8") as handle:
-            return handle.read() if suffix.startswith(".txt") else "\n\n".join(_json_texts(path, handle))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}); convert the file") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not a whole gzip file ({error}); copy it again") from error
-
-
-def _json_texts(path: Path, lines: Iterable[str]) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}); one object a line is expected") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: a JSON {type(row).__name__}; one object a line is expected")
-        if not isinstance(row.get("text"), str):
-            raise ValueError(f"{path}, line {number}: needs a column 'text' of strings; found: {', '.join(row)}")
-        yield row["text"]
-
-
-def _parquet_texts(path: Path) -> list[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        columns = pyarrow.parquet.read_schema(path).names
-        if "text" not in columns:
-            raise ValueError(f"{path}: needs a column 'text' of strings; found: {', '.join(columns)}")
-        texts = pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a parquet file ({error})") from error
-    for number, text in enumerate(texts, start=1):
-        if not isinstance(text, str):
-            raise ValueError(f"{path}, row {number}: the column 'text' holds a {type(text).__name__}, not a string")
-    return texts
+def _first(documents: Iterable[str], characters: int) -> Iterator[str]:
+    """Yield documents until they hold so many characters."""
+    found = 0
+    for document in documents:
+        yield document
+        found += len(document)
+        if found >= characters:
+            return
 
 
 def require_text(text: str, where: str) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..model.experts import RoutedRows
+
 
 def token_places(shape: torch.Size, mask: Tensor) -> Tensor | None:
     """Return the row numbers of every token in activations that are flattened to `rows x features`.
@@ -26,13 +28,15 @@ def token_places(shape: torch.Size, mask: Tensor) -> Tensor | None:
     return rows.reshape(-1, 1) if shape == mask.shape and windows != length else None
 
 
-def token_rows(name: str, activations: Tensor, mask: Tensor | None) -> Tensor:
+def token_rows(name: str, activations: Tensor, mask: Tensor | None, routed: RoutedRows | None = None) -> Tensor:
     """Return the rows of a linear's input or output (`... x features`) that are no padding, `rows x features`.
 
-    `mask` (`batch x seqlen`) is True for those; None is all. ValueError, naming the linear, if there is padding and
-    the rows cannot be told apart.
+    `mask` (`batch x seqlen`) is True for those; None is all. `routed` says which tokens the rows are, where they are
+    not all of them in order. ValueError, naming the linear, if there is padding and the rows cannot be told apart.
     """
     flat = activations.reshape(-1, activations.shape[-1])
+    if routed is not None and mask is not None and routed.total == mask.numel():
+        return flat[mask.reshape(-1).to(flat.device)[routed.tokens]]
     rows = text_rows(name, activations.shape[:-1], mask)
     return flat if rows is None else flat[rows.to(flat.device)]
 

@@ -55,25 +55,31 @@ class LinearsVisitor(ABC):
         self._linears_of, self._finished, self._wanted = linears_of, finished, wanted
         self._mask: Tensor | None = None
         self._sums: dict[str, Any] = {}  # by linear
+        self._tokens: dict[str, int] = {}  # of text, by open block
         self._hooks = ExitStack()
 
     def wants(self, name: str) -> bool:
         return self._wanted(name)
 
     def enter(self, name: str, block: nn.Module) -> None:
+        self._tokens[name] = 0
         for linear, module in self._linears_of(name).items():
             self._hooks.callback(self._hook(name, linear, module).remove)
 
     def start_batch(self, mask: Tensor) -> None:
         self._mask = mask
+        for name in self._tokens:
+            self._tokens[name] += int(mask.sum())
 
     def leave(self, name: str, block: nn.Module) -> None:
         self._hooks.close()  # blocks that are open together have all had their last batch
         self._finished(name, self._result(name))
+        del self._tokens[name]
 
     def abandon(self) -> None:
         self._hooks.close()
         self._sums.clear()
+        self._tokens.clear()
 
     @abstractmethod
     def _hook(self, block: str, linear: str, module: nn.Module) -> RemovableHandle:

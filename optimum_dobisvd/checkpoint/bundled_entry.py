@@ -12,7 +12,7 @@ import transformers
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .loading import CompressedLoader
+from .loading import OWN_CODE, CompressedLoader
 
 SUPPORTED_FORMAT = 2
 
@@ -46,12 +46,26 @@ class _Entry:
 
     @classmethod
     def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
-        """`from_pretrained` of that auto class, this time with transformers' own model class."""
+        """`from_pretrained` of that auto class, this time with transformers' own model class, or the repository's."""
         known = AUTO_QUANTIZER_MAPPING.get("dobi_svd")
         # The package's own reads all checkpoints. One of another checkpoint may be older than what this one holds.
         if known is None or known.__name__ == CompressedLoader.__name__:
             AUTO_QUANTIZATION_CONFIG_MAPPING["dobi_svd"] = CheckpointConfig
             AUTO_QUANTIZER_MAPPING["dobi_svd"] = CompressedLoader
+        own = (getattr(kwargs.get("config"), "auto_map", None) or {}).get(f"{OWN_CODE}{cls.auto_class.__name__}")
+        if own is not None:  # a model whose architecture is code of its own, which the user has trusted to get here
+            from transformers.dynamic_module_utils import get_class_from_dynamic_module
+            from transformers.models.auto import auto_factory
+
+            known_files = ("cache_dir", "token", "revision", "code_revision", "local_files_only", "force_download")
+            where = {key: kwargs[key] for key in known_files if key in kwargs}
+            model_class: Any = get_class_from_dynamic_module(own, name, **where)
+            # What transformers does with remote code itself; private, and absent from some versions.
+            with_generation = getattr(auto_factory, "add_generation_mixin_to_remote_model", lambda given: given)
+            model_class.register_for_auto_class(cls.auto_class.__name__)  # or its code is not saved with it again
+            # transformers has put this entry down for the configuration's class; from_config wants the model's.
+            cls.auto_class.register(type(kwargs["config"]), model_class, exist_ok=True)
+            return with_generation(model_class).from_pretrained(name, *args, **kwargs)
         kwargs["trust_remote_code"] = False
         return cls.auto_class.from_pretrained(name, *args, **kwargs)
 

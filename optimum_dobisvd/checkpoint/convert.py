@@ -61,7 +61,7 @@ def convert(
     encoding.require()
     if encoding.needs_text and windows is None:
         raise ValueError(f"{encoding.name} needs calibration text: pass windows")
-    blocks = find_blocks(model)
+    blocks = find_blocks(model, nontext=config.nontext_modules)
     with torch.inference_mode(False), torch.no_grad():
         _rewrite(model, encoding, wanted, config)
         size = config.batch_size if encoding.learned is None else encoding.learned.batch_size
@@ -141,14 +141,14 @@ def _reason_against(module: CompressedLinear | None, encoding: Encoding, shape: 
 
 def untouched_linears(model: Any, config: DobiSVDConfig) -> Mapping[str, nn.Module]:
     """Return the linears of the blocks that a compression left as they were, but for those that were to stay so."""
-    if not find_blocks(model):
+    if not find_blocks(model, nontext=config.nontext_modules):
         return {}  # nothing but linears in 8 bits
     wrappers = tuple(f"{name}." for name in compressed_linears(model))
     # A model may have been loaded without its head, and its linears then lack the first part of their names.
     prefix = getattr(model, "base_model_prefix", "")
     return {
         name: module
-        for name, module in find_layout(model).linears.items()
+        for name, module in find_layout(model, nontext=config.nontext_modules).linears.items()
         if not name.startswith(wrappers)
         and not any(_was_to_stay(known, config) for known in (name, f"{prefix}.{name}"))
     }

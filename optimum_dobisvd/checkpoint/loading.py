@@ -10,24 +10,33 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..encodings.base import Encoding
 from ..encodings.registry import encoding_named, encoding_of
-from ..model.linears import is_dense_linear, weight_matrix
+from ..model.experts import align, fuse, linearize, linearized_experts
+from ..model.linears import is_linear, weight_matrix
 from ..structures.base import CompressedLinear, compressed_linears, to_dense
 from ..structures.format import Format
 from ..structures.registry import STRUCTURES
-from .verify import check_tensors, module_names_in
+from .verify import applicable, check_tensors, lacks_modules, module_names_in, with_all_conversions
 
 BUNDLED_ENTRY = "DobiSVD"
 """What the classes in the bundled file are called that `auto_map` names, followed by the auto class."""
 
 
-def forget_bundled_loader(model: Any) -> None:
-    """Take the bundled loader out of `auto_map`: a dense model is saved without it."""
-    auto_map = getattr(model.config, "auto_map", None) or {}
-    kept = {key: value for key, value in auto_map.items() if f".{BUNDLED_ENTRY}Auto" not in str(value)}
+OWN_CODE = "Dense"
+"""Put before the auto class in `auto_map`: the model's own code, where the architecture is none of transformers'."""
+
+
+def forget_bundled_loader(config: Any) -> None:
+    """Take the bundled loader out of a configuration's `auto_map`: a dense model is saved without it."""
+    auto_map = getattr(config, "auto_map", None) or {}
+    kept = {
+        key.removeprefix(OWN_CODE): value
+        for key, value in auto_map.items()
+        if f".{BUNDLED_ENTRY}Auto" not in str(value)
+    }
     if kept:
-        model.config.auto_map = kept
+        config.auto_map = kept
     elif auto_map:
-        del model.config.auto_map
+        del config.auto_map
 
 
 def adapted_modules(model: Any) -> list[str]:
@@ -95,9 +104,10 @@ class CompressedLoader(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list, *model: Any) -> list:
         # transformers 5.8 to 5.17 call it without the model, 5.23 with; 5.0 to 5.4 ask get_weight_conversions alone.
+        kept = applicable(weight_conversions, *model) if model else weight_conversions
         if self._reader is not None:
-            return self._reader.update_weight_conversions(weight_conversions, *model)
-        return super().update_weight_conversions(weight_conversions, *model)
+            return self._reader.update_weight_conversions(kept, *model)
+        return super().update_weight_conversions(kept, *model)
 
     @property
     def is_to_be_converted(self) -> bool:
@@ -113,10 +123,13 @@ class CompressedLoader(HfQuantizer):
                 "needs the package: pip install optimum-dobisvd"
             )
         modules = self.quantization_config.modules  # type: ignore[attr-defined]
+        if lacks_modules(model, list(modules)):  # experts, of which each matrix is one of its own
+            for experts in linearize(model).values():
+                experts.release()
         names = module_names_in(model, list(modules))
         for listed, name in names.items():
             dense = model.get_submodule(name)
-            if not is_dense_linear(dense):
+            if not is_linear(dense):  # subclasses that compute the same are compressed, too
                 raise ValueError(
                     f"config.json lists {listed} as compressed, and in {type(model).__name__} it is a "
                     f"{type(dense).__name__}: the checkpoint belongs to another architecture"
@@ -139,6 +152,7 @@ class CompressedLoader(HfQuantizer):
                         module.set_submodule(child, loaded)
         for encoding in self.encodings.values():
             encoding.loaded_model(model)
+        align(model)
         if self._kinds & self.encodings.keys():
             self.quantization_config.quantization = self.encoding.as_applied()  # type: ignore[attr-defined]
         return model
@@ -155,10 +169,13 @@ class CompressedLoader(HfQuantizer):
                 raise ValueError(f"{name} is offloaded; load the model without cpu or disk offload to dequantize it")
         for name, module in compressed.items():
             model.set_submodule(name, to_dense(module))
+        if linearized_experts(model):
+            fuse(model)
+            with_all_conversions(model)
         for encoding in self.encodings.values():
             encoding.forget(model)
         model.__dict__.pop("quantization_method", None)
-        forget_bundled_loader(model)
+        forget_bundled_loader(model.config)
         if isinstance(dtype, str):  # config.dtype, which save_pretrained leaves as a name
             dtype = getattr(torch, dtype)
         return model if dtype is None else model.to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import os
 import re
 import shutil
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..structures.base import compressed_linears, restore_tensors
+from .auto_classes import auto_classes
 from .bundle import MODELING_FILE, modeling_source
 from .folder import link_or_copy, staging_folder
-from .loading import BUNDLED_ENTRY, adapted_modules, forget_bundled_loader
+from .loading import BUNDLED_ENTRY, OWN_CODE, adapted_modules, forget_bundled_loader
 
 DOCUMENTS = ("dobisvd_plan", "dobisvd_report", "dobisvd_training", "dobisvd_documents")
 """What a compression in this process left on the model: plan, report, curve, and what writes them into a folder."""
@@ -34,7 +36,7 @@ def without_safe_save(model: Any) -> None:
     """Undo `with_safe_save`: a dense model again, with transformers' own save and nothing of ours in its config."""
     for name in ("save_pretrained", "dobisvd_is_new", *DOCUMENTS):
         model.__dict__.pop(name, None)
-    forget_bundled_loader(model)
+    forget_bundled_loader(model.config)
 
 
 def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -72,6 +74,7 @@ def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: A
         finally:
             model.hf_quantizer.state_dict_to_save = None
         if not adapter_only:
+            _put_before_own_code(stage)
             (stage / MODELING_FILE).write_text(modeling_source(), encoding="utf-8")
             write_documents = getattr(model, "dobisvd_documents", None)
             if write_documents is not None:
@@ -105,14 +108,24 @@ def _by_name(original: Any, model: Any, target: Path, args: tuple, kwargs: dict[
 
 def _declare_bundled_loader(model: Any) -> None:
     """Name the bundled loader in config.json for every auto class that could load this architecture."""
-    from transformers.models.auto import modeling_auto
-
     auto_map = dict(getattr(model.config, "auto_map", None) or {})
-    for name, auto_class in vars(modeling_auto).items():
-        mapping = getattr(auto_class, "_model_mapping", None)
-        if name.startswith("AutoModel") and mapping is not None and type(model.config) in mapping:
-            auto_map[name] = f"{MODELING_FILE.removesuffix('.py')}.{BUNDLED_ENTRY}{name}"
+    for auto_class, _ in auto_classes(model.config):
+        name = auto_class.__name__
+        auto_map[name] = f"{MODELING_FILE.removesuffix('.py')}.{BUNDLED_ENTRY}{name}"
     model.config.auto_map = auto_map
+
+
+def _put_before_own_code(folder: Path) -> None:
+    """Have the loader called before the model's own code, which transformers names in config.json while it saves."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    auto_map, loader = values.get("auto_map") or {}, MODELING_FILE.removesuffix(".py")
+    own = [key for key in auto_map if key.startswith("AutoModel") and not str(auto_map[key]).startswith(f"{loader}.")]
+    if own:
+        for key in own:
+            auto_map[f"{OWN_CODE}{key}"] = auto_map[key]
+            auto_map[key] = f"{loader}.{BUNDLED_ENTRY}{key}"
+        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _carry_over(old: Path, new: Path, written: set[str], variant: str | None) -> None:

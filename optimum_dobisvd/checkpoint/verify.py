@@ -15,6 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..encodings.base import Encoding
+from ..model.experts import linearized_experts
 from ..model.linears import is_dense_linear
 from ..structures.base import CompressedLinear, compressed_linears, matrix_shape
 from ..structures.format import Format
@@ -27,11 +28,8 @@ def module_names_in(model: Any, names: list[str]) -> dict[str, str]:
     then the base model's prefix comes off or on. ValueError names a module that is nowhere.
     """
     present = dict(model.named_modules())
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     mapped = {}
-    for name in names:
-        candidates = (name, name.removeprefix(prefix), prefix + name)
-        found = next((candidate for candidate in candidates if candidate in present), None)
+    for name, found in _present_names(model, names, present).items():
         if found is None:
             near = difflib.get_close_matches(name, present, n=1)
             hint = f" (nearest: {near[0]})" if near else ""
@@ -41,6 +39,17 @@ def module_names_in(model: Any, names: list[str]) -> dict[str, str]:
             )
         mapped[name] = found
     return mapped
+
+
+def lacks_modules(model: Any, names: list[str]) -> bool:
+    """Whether one of these names of config.json is nowhere in the model."""
+    return None in _present_names(model, names, dict(model.named_modules())).values()
+
+
+def _present_names(model: Any, names: list[str], present: Mapping[str, Any]) -> dict[str, str | None]:
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    candidates = {name: (name, name.removeprefix(prefix), prefix + name) for name in names}
+    return {name: next((each for each in tried if each in present), None) for name, tried in candidates.items()}
 
 
 def check_tensors(model: Any, files: list[str], encodings: Mapping[str, Encoding]) -> None:
@@ -135,6 +144,39 @@ def _problem_with_scale(scale: Tensor) -> str | None:
     return "holds a scale that is zero, negative or not finite"
 
 
+def applicable(conversions: list, model: Any) -> list:
+    """Return transformers' weight conversions but those that would stack the weights of linearized experts on load."""
+    # Private, as are the patterns of conversions: there is no other way to have the experts of one model as linears.
+    stacked = [
+        f"{name}.{parameter}" for name, each in linearized_experts(model).items() for parameter in each.stacked_names
+    ]
+    targets = [
+        (entry, "|".join(entry.target_patterns).replace(r"\1", ".*"))
+        for entry in conversions
+        if isinstance(entry, WeightConverter)
+    ]
+    unwanted = {id(entry) for entry, target in targets if any(re.search(target, name) for name in stacked)}
+    return [entry for entry in conversions if id(entry) not in unwanted]
+
+
+def with_all_conversions(model: Any) -> None:
+    """Have a model with stacked experts again be saved as the dense one, conversions that were left out included."""
+    used = getattr(model, "_weight_conversions", None)
+    if used is not None:  # else transformers takes them all
+        known = get_model_conversion_mapping(model, add_legacy=False)
+        model._weight_conversions = [*used, *(each for each in known if isinstance(each, WeightConverter))]
+
+
+def renamed_for(model: Any) -> Callable[[str], str]:
+    """Return what tells the name in the model of a tensor by its name in the files."""
+    # Private, all of it, but only transformers knows how this architecture's keys are renamed on load.
+    conversions = applicable(get_model_conversion_mapping(model), model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    present = model.state_dict()
+    return lambda key: rename_source_key(key, renamings, converters, model.base_model_prefix, present)[0]
+
+
 def _headers_by_model_name(
     model: Any,
     files: list[str],
@@ -146,17 +188,13 @@ def _headers_by_model_name(
     Those in `read` are read, too: their function says what is wrong with the values. ValueError if anything is, or one
     of them is not as `expected`.
     """
-    # Private, all of it, but only transformers knows how this architecture's keys are renamed on load.
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    present = model.state_dict()
+    model_name = renamed_for(model)
     found: dict[str, tuple[list[int], str]] = {}
     for file in files:
         # Older releases of transformers call this under torch.device("meta"); these are read for their values.
         with torch.device("cpu"), safe_open(file, framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict
-                name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, present)
+                name = model_name(key)
                 header = handle.get_slice(key)
                 found[name] = (header.get_shape(), header.get_dtype())
                 if name not in read:

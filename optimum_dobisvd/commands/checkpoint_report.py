@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from ..allocation.plan import PlannedModule
+from ..checkpoint.verify import renamed_for
 from ..config import DobiSVDConfig
 from ..encodings.base import QUANT_METHOD
+from ..model.experts import linearize
 from ..model.layout import find_layout
 from ..model.linears import weight_matrix
 from ..model.target import Target
@@ -33,9 +36,10 @@ def report_from_files(folder: Path, *, trust_remote_code: bool = False) -> Compr
     """
     config = read_config(folder)
     modules = config.modules or {}
-    shapes, stored_bytes = _headers(folder)
     meta_model = load_meta_model(ModelSource(folder.name, str(folder), None), trust_remote_code=trust_remote_code)
-    layout = find_layout(meta_model, config.modules_to_not_convert, min_coverage=0.0)
+    linearize(meta_model)
+    shapes, stored_bytes = _headers(folder, renamed_for(meta_model))
+    layout = find_layout(meta_model, config.modules_to_not_convert, nontext=config.nontext_modules)
     left = {target.name: module_report(target, PlannedModule(*AS_IS.key), None) for target in layout.targets}
     compressed = {}
     for name, entry in modules.items():
@@ -66,8 +70,8 @@ def read_config(folder: Path) -> DobiSVDConfig:
     return config
 
 
-def _headers(folder: Path) -> tuple[dict[str, tuple[list[int], int]], int]:
-    """`{tensor: (shape, bytes of an element)}` over all files, and the bytes of all tensors together."""
+def _headers(folder: Path, renamed: Callable[[str], str]) -> tuple[dict[str, tuple[list[int], int]], int]:
+    """`{tensor: (shape, bytes of an element)}` by its name in the model, and the bytes of all tensors together."""
     shapes: dict[str, tuple[list[int], int]] = {}
     total = 0
     files = sorted(folder.glob("*.safetensors"))
@@ -79,7 +83,7 @@ def _headers(folder: Path) -> tuple[dict[str, tuple[list[int], int]], int]:
                 for key in file.keys():  # noqa: SIM118 - not a dict
                     tensor = file.get_slice(key)
                     shape, size = tensor.get_shape(), _ELEMENT_SIZES.get(tensor.get_dtype(), 1)
-                    shapes[key] = (shape, size)
+                    shapes[renamed(key)] = (shape, size)
                     total += math.prod(shape) * size
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); copy it again") from error

@@ -10,6 +10,7 @@ from .shared_options import DTYPE, TRUST_REMOTE_CODE
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import Tensor
 
     from ..report.comparison import Compared
     from .sources import ModelSource
@@ -26,7 +27,12 @@ _GROUPS = {
         Option(
             "dataset", "text for the perplexity: wikitext2, c4, ptb, a file or glob", required=True, metavar="TEXT"
         ),
-        Option("seqlen", "tokens in a window", kind=int, default=1024, metavar="N"),
+        Option(
+            "seqlen",
+            "tokens in a window (default: 1024, or as many positions as the model has)",
+            kind=int,
+            metavar="N",
+        ),
         Option("windows", "at most so many windows (default: all)", kind=int, metavar="N"),
         Option("prompt", "text that each model continues", metavar="TEXT"),
         Option("max_new_tokens", "tokens of that", kind=int, default=40, metavar="N"),
@@ -51,21 +57,32 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
 
     from ..report.comparison import comparison_picture, recommendation, recommended
     from ..report.figure import require_matplotlib
+    from .dense_source import dense_source
+    from .evaluation_windows import evaluation_seqlen, evaluation_windows
     from .load_dense import load_tokenizer
     from .sources import model_source, text_of
 
     if options["picture"] is not None:
         require_matplotlib()
-    text = text_of(options["dataset"], "test")
-    dense, dtype = _dense_source(options)
-    sources = {"dense": dense, **{out: model_source(out) for out in options["outs"]}}
+    found_dense = dense_source(options["outs"][0], options["dense"])
+    if found_dense.source is None:
+        raise ValueError(f"{found_dense.note}: pass --dense")
+    dtype = found_dense.dtype
+    sources = {"dense": found_dense.source, **{out: model_source(out) for out in options["outs"]}}
     trust = options["trust_remote_code"]
     tokenizers = {name: load_tokenizer(source, trust_remote_code=trust) for name, source in sources.items()}
+    text = text_of(options["dataset"], "test", tokenizers["dense"])
+    seqlen = evaluation_seqlen(found_dense.source, options["seqlen"], trust_remote_code=trust)
+    options = {**options, "seqlen": seqlen}
+    windows = {
+        name: evaluation_windows(source, tokenizers[name], {options["dataset"]: text}, options)[options["dataset"]]
+        for name, source in sources.items()
+    }
     models = []
     for name, source in sources.items():
         as_compressed = name == "dense" and dtype is not None and options["dtype"] == "auto"
         asked = {**options, "dtype": dtype} if as_compressed else options
-        models.append(_measure(source, tokenizers[name], name, text, asked))
+        models.append(_measure(source, tokenizers[name], name, windows[name], asked))
     _print(models, console)
     console.print(recommendation(models))
     if options["picture"] is not None:
@@ -97,27 +114,11 @@ SPEC = CommandSpec(
 )
 
 
-def _dense_source(options: dict[str, Any]) -> tuple[ModelSource, str | None]:
-    """Return the dense model, and the dtype that it was compressed in, if that is known."""
-    from pathlib import Path
-
-    from .saved_recipe import RECIPE_NAME, compress_options
-    from .sources import model_source
-
-    if options["dense"] is not None:
-        return model_source(options["dense"]), None
-    first = options["outs"][0]
-    made_with = compress_options(Path(first))
-    if made_with is None or "model" not in made_with:
-        raise ValueError(f"{first} has no {RECIPE_NAME} that names the dense model: pass --dense")
-    return model_source(made_with["model"], made_with.get("gguf_file")), made_with.get("dtype")
-
-
-def _measure(source: ModelSource, tokenizer: Any, name: str, text: str, options: dict[str, Any]) -> Compared:
+def _measure(source: ModelSource, tokenizer: Any, name: str, ids: Tensor, options: dict[str, Any]) -> Compared:
     """Measure one model; it is gone from memory afterwards."""
     from pathlib import Path
 
-    from ..evaluation.perplexity import perplexity
+    from ..evaluation.perplexity import perplexity_of
     from ..model.footprint import checkpoint_bytes
     from ..report.comparison import Compared
     from ..report.report import REPORT_NAME, CompressionReport
@@ -126,9 +127,7 @@ def _measure(source: ModelSource, tokenizer: Any, name: str, text: str, options:
 
     trust = options["trust_remote_code"]
     model = load_dense(source, dtype=options["dtype"], device_map=options["device"], trust_remote_code=trust)
-    found = perplexity(
-        model, tokenizer, text, seqlen=options["seqlen"], windows=options["windows"], progress=f"{name}, perplexity"
-    )
+    found = perplexity_of(model, ids, f"{name}, perplexity")
     prompt, written = options["prompt"], None
     if prompt is not None:
         written = prompt + continuation(model, tokenizer, prompt, options["max_new_tokens"])

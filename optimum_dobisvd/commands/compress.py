@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.console import Console
-    from torch import nn
+    from torch import Tensor, nn
 
     from ..report.report import CompressionReport
+    from .sources import ModelSource
 
 _GROUPS = {
     "output": (
@@ -39,7 +40,12 @@ _GROUPS = {
             default=[],
             metavar="TEXT",
         ),
-        Option("eval_seqlen", "tokens in a window there", kind=int, default=1024, metavar="N"),
+        Option(
+            "eval_seqlen",
+            "tokens in a window there (default: 1024, or as many positions as the model has)",
+            kind=int,
+            metavar="N",
+        ),
         Option("eval_windows", "at most so many windows of each text (default: all)", kind=int, metavar="N"),
     ),
     "running": RUNNING,
@@ -65,13 +71,31 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     options = with_method_resolved(options)
     config = compression_config(options, calibration_dataset(options["dataset"]))
     with staged_output(target) as folder:
-        report, dtype = _compress_into(folder, config, options)
-        save_recipe(folder, SPEC, {**options, "dtype": dtype})
+        report, settled = _compress_into(folder, config, options)
+        save_recipe(folder, SPEC, {**options, **settled})
     from ..report.table import print_report
 
     print_report(report, console)
     console.print(f"\nsaved to {options['out']}")
     return {**report.to_dict(), "out": options["out"]}
+
+
+def check(options: dict[str, Any]) -> None:
+    """Raise ValueError if OUT would take the place of something that the compression reads."""
+    from pathlib import Path
+
+    from ..report.write import PLAN_NAME
+    from .output_folder import refuse_losing
+    from .sources import model_files, text_paths
+
+    inputs = model_files("--model", options["model"], options["gguf_file"])
+    inputs += text_paths("--dataset", [options["dataset"]]) + text_paths("--eval-dataset", options["eval_dataset"])
+    if options["statistics"] is not None:
+        inputs.append((f"the folder --statistics {options['statistics']}", Path(options["statistics"])))
+    plan, replaced = options["plan"], Path(options["out"], PLAN_NAME)
+    if plan is not None and Path(plan).resolve() != replaced.resolve():  # an edited plan is written there again
+        inputs.append((f"the file --plan {plan}", Path(plan)))
+    refuse_losing(options["out"], inputs)
 
 
 SPEC = CommandSpec(
@@ -80,18 +104,19 @@ SPEC = CommandSpec(
     groups=_GROUPS,
     examples=_EXAMPLES,
     execute=execute,
+    check=check,
 )
 
 
-def _compress_into(folder: Path, config: Any, options: dict[str, Any]) -> tuple[CompressionReport, str]:
-    """Write everything of the checkpoint but its recipe; returns the report, and the dtype in words."""
+def _compress_into(folder: Path, config: Any, options: dict[str, Any]) -> tuple[CompressionReport, dict[str, Any]]:
+    """Write everything of the checkpoint but its recipe; returns the report, and what the model settled."""
     from ..pipeline.stages import Stages
     from ..quantizer import DobiSVDQuantizer
     from ..report.write import write_beside
     from .load_dense import load_dense, load_tokenizer
-    from .sources import model_source
+    from .processor_files import copy_processor_files
+    from .sources import model_source, text_of
 
-    texts = _evaluation_texts(options)
     quantizer = DobiSVDQuantizer(config)
     source = model_source(options["model"], options["gguf_file"])
     trust = options["trust_remote_code"]
@@ -99,50 +124,49 @@ def _compress_into(folder: Path, config: Any, options: dict[str, Any]) -> tuple[
     with stages.stage("total"):
         with stages.stage("loading"):
             tokenizer = load_tokenizer(source, trust_remote_code=trust)
+            texts = {name: text_of(name, "test", tokenizer) for name in options["eval_dataset"]}
+            evaluated = _evaluation_windows(source, tokenizer, texts, options)
             model = load_dense(
                 source, dtype=options["dtype"], device_map=options["device_map"], trust_remote_code=trust
             )
         with stages.stage("perplexity, dense"):
-            dense = _perplexities(model, tokenizer, texts, options)
+            dense = _perplexities(model, evaluated)
         quantizer.quantize_model(model, tokenizer)
         with stages.stage("perplexity, compressed"):
-            compressed = _perplexities(model, tokenizer, texts, options)
+            compressed = _perplexities(model, evaluated)
         report = model.dobisvd_report
         _remember_dataset(report, model, options["dataset"])
         with stages.stage("saving"):
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            copy_processor_files(source, folder)
     report.perplexity = {name: {"dense": dense[name], "compressed": compressed[name]} for name in texts}
     unused = set() if texts else {"perplexity, dense", "perplexity, compressed"}
     _add_stages(report.seconds, stages.seconds, unused)
     _add_stages(report.peak_bytes, stages.peak_bytes, unused)
     write_beside(folder, model.dobisvd_plan, report, model.dobisvd_training)
-    return report, str(model.dtype).removeprefix("torch.")
+    settled = {"dtype": str(model.dtype).removeprefix("torch."), "seqlen": model.config.quantization_config.seqlen}
+    return report, settled
 
 
-def _evaluation_texts(options: dict[str, Any]) -> dict[str, str]:
-    """The texts by name, read before anything long is begun."""
-    from .sources import text_of
+def _evaluation_windows(
+    source: ModelSource, tokenizer: Any, texts: dict[str, str], options: dict[str, Any]
+) -> dict[str, Tensor]:
+    """The windows of these texts, cut before the model is loaded."""
+    from .evaluation_windows import evaluation_seqlen, evaluation_windows
 
-    return {name: text_of(name, "test") for name in options["eval_dataset"]}
+    if not texts:
+        return {}
+    trust = options["trust_remote_code"]
+    seqlen = evaluation_seqlen(source, options["eval_seqlen"], trust_remote_code=trust)
+    settings = {"seqlen": seqlen, "windows": options["eval_windows"], "trust_remote_code": trust}
+    return evaluation_windows(source, tokenizer, texts, settings)
 
 
-def _perplexities(
-    model: nn.Module, tokenizer: Any, texts: dict[str, str], options: dict[str, Any]
-) -> dict[str, float]:
-    from ..evaluation.perplexity import perplexity
+def _perplexities(model: nn.Module, windows: dict[str, Tensor]) -> dict[str, float]:
+    from ..evaluation.perplexity import perplexity_of
 
-    return {
-        name: perplexity(
-            model,
-            tokenizer,
-            text,
-            seqlen=options["eval_seqlen"],
-            windows=options["eval_windows"],
-            progress=f"perplexity on {name}",
-        )
-        for name, text in texts.items()
-    }
+    return {name: perplexity_of(model, ids, f"perplexity on {name}") for name, ids in windows.items()}
 
 
 def _remember_dataset(report: CompressionReport, model: Any, typed: str | None) -> None:

@@ -140,7 +140,7 @@ def _calibration_bytes(
     widened = computes_in_float32(torch.device(config.device or "cpu"), linears[0].dtype)
     # Every linear's output and its input in float32; attention itself adds little with the fused kernels.
     activations = (
-        config.batch_size * config.seqlen * (sum(outputs) * (4 if widened else element) + 4 * max(gram_sizes))
+        config.batch_size * config.window_length * (sum(outputs) * (4 if widened else element) + 4 * max(gram_sizes))
     )
     grams = 8 * sum(size**2 for size in gram_sizes) + 4 * max(gram_sizes) ** 2
     if with_gradients:
@@ -154,16 +154,16 @@ def _calibration_bytes(
 
 def _hidden_bytes(model: nn.Module, layout: Layout, config: DobiSVDConfig, element: int, with_gradients: bool) -> int:
     """Hidden states at one boundary between blocks; with gradients, at all of them, of fewer windows."""
-    hidden = config.nsamples * config.seqlen * _hidden_size(model) * element
+    hidden = config.nsamples * config.window_length * _hidden_size(model) * element
     if not with_gradients:
         return hidden
     windows = min(config.gradient_windows, config.nsamples)
-    return max(hidden, windows * config.seqlen * _hidden_size(model) * element * (len(layout.blocks) + 1))
+    return max(hidden, windows * config.window_length * _hidden_size(model) * element * (len(layout.blocks) + 1))
 
 
 def _loss_bytes(model: nn.Module, layout: Layout, config: DobiSVDConfig, dtype: torch.dtype) -> dict[str, int]:
     """Return the bytes needed while the loss is taken, by what takes them."""
-    found = {"one window's logits": _logits_bytes(model, config.seqlen)}
+    found = {"one window's logits": _logits_bytes(model, config.window_length)}
     if computes_in_float32(torch.device("cpu"), dtype):
         around = model_bytes(model.parameters())
         around -= sum(model_bytes(block.parameters()) for block in layout.blocks.values())
@@ -183,7 +183,7 @@ def _logits_bytes(model: nn.Module, length: int) -> int:
 
 def _training_activations(model: nn.Module, layout: Layout, config: DobiSVDConfig, element: int) -> int:
     """Bytes that one window leaves for the backward pass: inputs and outputs of all linears, logits and gradient."""
-    length = min(config.rank_training.seqlen or config.seqlen, config.seqlen)
+    length = min(config.rank_training.seqlen or config.window_length, config.window_length)
     shapes = [weight_matrix(module).shape for module in layout.linears.values()]
     kept = length * sum(m + n for m, n in shapes) * element + _logits_bytes(model, length)
     if config.resolved_method().learning_mode == "activation":
@@ -196,18 +196,18 @@ def seconds_need(model: nn.Module, job: Job, speed: Speed, known: Known) -> dict
     """Return seconds by stage."""
     config, layout = job.config, job.layout
     seconds: dict[str, float] = {}
-    tokens = config.nsamples * config.seqlen
+    tokens = config.nsamples * config.window_length
     inputs = [size for sizes in distinct_inputs(layout).values() for size in sizes]
     if needs_text(config) and not known.collected:
-        forward = 2 * macs_of_blocks(layout) * tokens + 4 * len(layout.blocks) * tokens * config.seqlen * _hidden_size(
-            model
-        )
+        forward = 2 * macs_of_blocks(layout) * tokens + 4 * len(
+            layout.blocks
+        ) * tokens * config.window_length * _hidden_size(model)
         # Blocks are computed in float32 where the model's own dtype is slower.
         rate = max(speed.model_products, speed.float32_products)
         seconds["calibration, forward"] = forward / rate
         if config.resolved_method().needs_gradients:
             # Boundaries, each block again, and its gradients by inputs only; the head; then the Grams of the outputs.
-            backward = min(config.gradient_windows, config.nsamples) * config.seqlen
+            backward = min(config.gradient_windows, config.nsamples) * config.window_length
             head = 2 * 2 * backward * _hidden_size(model) * _vocabulary(model)
             seconds["calibration, gradients"] = (3 * forward * backward / tokens + head) / rate
             outputs = [len(weight_matrix(module)) for module in layout.linears.values()]
@@ -224,8 +224,8 @@ def seconds_need(model: nn.Module, job: Job, speed: Speed, known: Known) -> dict
         seconds["importance scores"] = decompositions / speed.float64_svds
     if job.given_plan is None and job.method.learns:
         training = config.rank_training
-        length = min(training.seqlen or config.seqlen, config.seqlen)
-        evaluated = (training.steps // training.evaluate_every + 1) * training.held_out * config.seqlen
+        length = min(training.seqlen or config.window_length, config.window_length)
+        evaluated = (training.steps // training.evaluate_every + 1) * training.held_out * config.window_length
         # A step is a forward and a backward pass with weights' gradients; an evaluation a forward pass.
         passes = 3 * training.steps * training.windows * length + evaluated
         seconds["rank training"] = 2 * macs_of_blocks(layout) * passes / speed.model_products

@@ -33,7 +33,12 @@ _GROUPS = {
             default=[],
             metavar="TEXT",
         ),
-        Option("seqlen", "tokens in a window (default: 1024)", kind=int, metavar="N"),
+        Option(
+            "seqlen",
+            "tokens in a window (default: 1024, or as many positions as the model has)",
+            kind=int,
+            metavar="N",
+        ),
         Option("windows", "at most so many windows of each text (default: all)", kind=int, metavar="N"),
     ),
     "tasks": (
@@ -82,13 +87,22 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
         OSError, ValueError: a model, text or task that cannot be used. Texts and tasks are read before any model.
     """
     from ..evaluation.mean_accuracy import compare_means
+    from .dense_source import dense_source
+    from .evaluation_windows import evaluation_seqlen
+    from .load_dense import load_tokenizer
     from .sources import model_source, text_of
 
-    for key, usual in (("seqlen", 1024), ("batch_size", 1)):
-        options = {**options, key: usual if options[key] is None else options[key]}
-    texts = {name: text_of(name, "test") for name in options["dataset"]}
+    source, trust = model_source(options["out"]), options["trust_remote_code"]
+    options = {**options, "batch_size": 1 if options["batch_size"] is None else options["batch_size"]}
+    if options["dataset"]:
+        options["seqlen"] = evaluation_seqlen(source, options["seqlen"], trust_remote_code=trust)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust)
+    texts = {name: text_of(name, "test", tokenizer) for name in options["dataset"]}
     tasks = _load_tasks(options)
-    dense, note = _dense_source(options)
+    found_dense = dense_source(options["out"], options["dense"])
+    dense, note = found_dense.source, found_dense.note
+    if note is not None:
+        note = f"{note}: only the compressed one is evaluated; pass --dense to evaluate it too"
     measured: dict[str, _Measured] = {}
     if dense is not None:
         try:
@@ -97,7 +111,7 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
             if options["dense"] is not None:
                 raise
             note = f"the dense model {dense.typed} could not be evaluated: {' '.join(str(error).split())[:300]}"
-    measured["compressed"] = _measure(model_source(options["out"]), texts, tasks, options)
+    measured["compressed"] = _measure(source, texts, tasks, options)
 
     found = {name: {which: each.perplexity[name] for which, each in measured.items()} for name in texts}
     figures = {
@@ -168,49 +182,20 @@ def _load_tasks(options: dict[str, Any]) -> LoadedTasks | None:
     return load_tasks(names, options["data_dir"]) if names else None
 
 
-def _dense_source(options: dict[str, Any]) -> tuple[ModelSource | None, str | None]:
-    """The dense model that was named, or else the one in the recipe; without either, None and why."""
-    from pathlib import Path
-
-    from .saved_recipe import RECIPE_NAME, compress_options
-    from .sources import model_source
-
-    if options["dense"] is not None:
-        return model_source(options["dense"]), None
-    made_with = compress_options(Path(options["out"]))
-    if made_with is None or "model" not in made_with:
-        return (
-            None,
-            f"{options['out']} has no {RECIPE_NAME} that names the dense model: pass --dense to evaluate it too",
-        )
-    try:
-        return model_source(made_with["model"], made_with.get("gguf_file")), None
-    except (OSError, ValueError) as error:
-        return None, f"the dense model {made_with['model']} cannot be found: {error}"
-
-
 def _measure(
     source: ModelSource, texts: dict[str, str], tasks: LoadedTasks | None, options: dict[str, Any]
 ) -> _Measured:
     """Measure everything of one model; it is gone from memory afterwards."""
     from ..evaluation.harness import evaluate
-    from ..evaluation.perplexity import perplexity
+    from ..evaluation.perplexity import perplexity_of
+    from .evaluation_windows import evaluation_windows
     from .load_dense import load_dense, load_tokenizer
 
     trust = options["trust_remote_code"]
     tokenizer = load_tokenizer(source, trust_remote_code=trust)
+    windows = evaluation_windows(source, tokenizer, texts, options)
     model = load_dense(source, dtype=options["dtype"], device_map=options["device"], trust_remote_code=trust)
-    perplexities = {
-        name: perplexity(
-            model,
-            tokenizer,
-            text,
-            seqlen=options["seqlen"],
-            windows=options["windows"],
-            progress=f"{source.typed} on {name}",
-        )
-        for name, text in texts.items()
-    }
+    perplexities = {name: perplexity_of(model, ids, f"{source.typed} on {name}") for name, ids in windows.items()}
     if tasks is None:
         return _Measured(perplexities, {})
     settings = {key: options[key] for key in ("limit", "num_fewshot", "batch_size")}

@@ -12,8 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 request = json.load(sys.stdin)
-tokenizer = AutoTokenizer.from_pretrained(request["tokenizer"])
-model: Any = AutoModelForCausalLM.from_pretrained(request["model"], device_map=request["device"])
+trust = request["trust_remote_code"]
+tokenizer = AutoTokenizer.from_pretrained(request["tokenizer"], trust_remote_code=trust)
+model: Any = AutoModelForCausalLM.from_pretrained(
+    request["model"], device_map=request["device"], trust_remote_code=trust
+)
 inputs = tokenizer(request["prompt"], return_tensors="pt").to(model.device)
 with torch.inference_mode():
     tokens = model.generate(

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from .sources import ModelSource
+
 _GROUPS = {
     "input": (
         Option("out", "folder of a compressed checkpoint", positional=True, required=True, metavar="OUT"),
@@ -31,15 +33,19 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     """
     from pathlib import Path
 
+    from .dense_source import dense_source
     from .saved_recipe import compress_options
 
     folder = Path(options["out"])
-    made_with = compress_options(folder)
+    dense, made_with = dense_source(options["out"], None), compress_options(folder) or {}
     result: dict[str, Any] = {"prompt": options["prompt"]}
-    if made_with is not None:
-        result["dense"] = _dense_text(made_with, options)
+    trust = bool(made_with.get("trust_remote_code"))
+    if dense.note is not None:
+        console.print(f"({dense.note})", soft_wrap=True)
+    if dense.source is not None:
+        result["dense"] = _dense_text(dense.source, {"dtype": dense.dtype or "auto", "trust": trust, **options})
         console.print(f"dense:      {options['prompt']}{result['dense']}", soft_wrap=True)
-    result["compressed"] = _text_from_new_process(folder, options)
+    result["compressed"] = _text_from_new_process(folder, trust, options)
     console.print(f"compressed: {options['prompt']}{result['compressed']}", soft_wrap=True)
     console.print(
         "(the compressed model: from_pretrained in a new process that imports transformers and nothing else)"
@@ -56,7 +62,7 @@ SPEC = CommandSpec(
 )
 
 
-def _text_from_new_process(folder: Path, options: dict[str, Any]) -> str:
+def _text_from_new_process(folder: Path, trust: bool, options: dict[str, Any]) -> str:
     import json
     import subprocess
     import sys
@@ -66,6 +72,7 @@ def _text_from_new_process(folder: Path, options: dict[str, Any]) -> str:
     request = {
         "model": str(folder),
         "tokenizer": str(folder),
+        "trust_remote_code": trust,
         **{key: options[key] for key in ("prompt", "max_new_tokens", "device")},
     }
     # -c and not the file's path: that would put this folder, with its inspect.py, before the standard library.
@@ -78,13 +85,13 @@ def _text_from_new_process(folder: Path, options: dict[str, Any]) -> str:
     return json.loads(done.stdout.strip().splitlines()[-1])["text"]
 
 
-def _dense_text(made_with: dict[str, Any], options: dict[str, Any]) -> str:
+def _dense_text(source: ModelSource, options: dict[str, Any]) -> str:
     from .load_dense import load_dense, load_tokenizer
-    from .sources import model_source
 
-    source = model_source(made_with["model"], made_with.get("gguf_file"))
-    tokenizer = load_tokenizer(source)
-    model = load_dense(source, dtype=made_with["dtype"], device_map=options["device"])
+    tokenizer = load_tokenizer(source, trust_remote_code=options["trust"])
+    model = load_dense(
+        source, dtype=options["dtype"], device_map=options["device"], trust_remote_code=options["trust"]
+    )
     return continuation(model, tokenizer, options["prompt"], options["max_new_tokens"])
 
 

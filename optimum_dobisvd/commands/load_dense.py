@@ -6,13 +6,17 @@ import contextlib
 import copy
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..checkpoint.auto_classes import auto_class_of
+from ..model.device import require_device
 from .sources import ModelSource
 
+_PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # by accelerate, whatever devices there are
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _KEPT_BYTES = 1 << 30
 """Up to this size a model from a GGUF file stays in memory for the next steps of a recipe: unpacking takes longer than
@@ -23,7 +27,7 @@ _unpacked: dict[tuple[Any, ...], Any] = {}
 def load_dense(
     source: ModelSource, *, dtype: str = "auto", device_map: Any = None, trust_remote_code: bool = False
 ) -> Any:
-    """The dense causal language model, in evaluation mode, its weights in a floating-point dtype.
+    """The dense model, in evaluation mode, its weights in a floating-point dtype.
 
     A GGUF file is unpacked, and the marks of its quantization taken off: transformers would refuse to save the model.
 
@@ -35,6 +39,8 @@ def load_dense(
     """
     from ..model.footprint import checkpoint_bytes
 
+    if isinstance(device_map, str) and device_map not in _PLACEMENTS:
+        require_device(device_map)
     key = (source.location, source.gguf_file, dtype)
     if key in _unpacked and device_map in (None, "cpu"):
         return copy.deepcopy(_unpacked[key])
@@ -50,16 +56,18 @@ def load_dense(
 
 
 def _from_pretrained(source: ModelSource, dtype: str, device_map: Any, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
-
     with _named(source):
-        return AutoModelForCausalLM.from_pretrained(
-            source.location,
-            dtype=_dtype(dtype),
-            device_map=device_map,
-            trust_remote_code=trust_remote_code,
-            **_gguf_arguments(source),
-        ).eval()
+        return (
+            auto_class_of(_config(source, trust_remote_code))
+            .from_pretrained(
+                source.location,
+                dtype=_dtype(dtype),
+                device_map=device_map,
+                trust_remote_code=trust_remote_code,
+                **_gguf_arguments(source),
+            )
+            .eval()
+        )
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
@@ -75,35 +83,51 @@ def _tokenizer_in_gguf(source: ModelSource) -> Any:
 
 
 def _tokenizer(source: ModelSource, **arguments: Any) -> Any:
-    from transformers import AutoTokenizer
+    from ..calibration.tokenizer import TokenizerSource
 
     with _named(source):
-        return AutoTokenizer.from_pretrained(source.location, **arguments)
+        found = TokenizerSource(source.location, arguments)
+        return found.load("save one beside the model (tokenizer.save_pretrained)")
 
 
 def load_meta_model(source: ModelSource, *, dtype: str = "auto", trust_remote_code: bool = False) -> nn.Module:
     """The same model on the meta device, built from its config alone: shapes and dtypes, no memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from ..checkpoint.loading import forget_bundled_loader
 
-    gguf = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     with _named(source):
-        config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **gguf)
+        config = _config(source, trust_remote_code)
+    forget_bundled_loader(config)  # which loads weights; here the architecture's own class is wanted
     wanted = _dtype(dtype)
     if wanted == "auto":
         wanted = getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+        model = auto_class_of(config).from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
     model.name_or_path = source.typed
     return model.eval()
+
+
+def _config(source: ModelSource, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    gguf = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+    return AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **gguf)
 
 
 @contextlib.contextmanager
 def _named(source: ModelSource) -> Iterator[None]:
     """Put the model's name before errors of loading it; transformers' own often speak of the hub alone."""
+    folder = Path(source.location)
+    parts = ("config.json", "adapter_config.json")
+    if source.gguf_file is None and folder.is_dir() and not any((folder / name).is_file() for name in parts):
+        raise FileNotFoundError(
+            f"cannot load {source.typed}: there is no config.json in this folder; name the one that save_pretrained "
+            "wrote, or a hub id"
+        )
     try:
         yield
-    except OSError as error:
-        raise OSError(f"cannot load {source.typed}: {error}") from error
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError  # subclasses want other arguments
+        raise kind(f"cannot load {source.typed}: {error}") from error
 
 
 def _dtype(name: str) -> Any:

@@ -180,7 +180,7 @@ def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
         return
     settings: dict[str, Any] = {"type": option.kind, "default": option.default, "required": option.required}
     if option.many:
-        settings |= {"nargs": "+", "action": "extend"}
+        settings |= {"nargs": "+", "action": _Extend}
     group.add_argument(
         option.flag, dest=option.key, choices=option.choices, metavar=option.metavar, help=help_text, **settings
     )
@@ -223,6 +223,24 @@ class _Refuse(argparse.Action):
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         parser.error(f"there is no {option_string} any more; write {self.const}")
+
+
+class _Extend(argparse.Action):
+    """The values of all uses of a flag. Where an operand is missing in the end, the error tells what the flag took."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), *values])
+        usual = type(parser).error
+
+        def error(message: str) -> None:
+            if "are required" in message:
+                message += (
+                    f" ({option_string} takes all that follows it, and took {' '.join(values)}: put what is no "
+                    "value of it before it, or another option between them)"
+                )
+            usual(parser, message)
+
+        parser.error = error
 
 
 class _Merge(argparse.Action):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..checkpoint.folder import staging_folder
@@ -36,6 +36,37 @@ def check_target(out: str, overwrite: bool) -> Path:
             "--overwrite to delete it too"
         )
     return target
+
+
+def refuse_losing(out: str, inputs: Iterable[tuple[str, Path]]) -> None:
+    """Raise ValueError if writing the folder `out` would delete something that the run reads, with --overwrite or not.
+
+    Paths are compared resolved, those of the files in a folder as well: any of them may be a symbolic link.
+
+    Args:
+        out: the folder to write, as the user wrote it.
+        inputs: what is read, in words that name the option, and its path, which need not exist.
+    """
+    target = Path(out).expanduser().resolve()
+    if target.is_file() or Path.cwd().is_relative_to(target):
+        return  # `check_target` refuses these whatever they hold
+    for words, given in inputs:
+        path = given.expanduser()
+        held = path.resolve()
+        kept = "--overwrite does not change that; name another folder"
+        if held == target:
+            raise ValueError(f"{out} is {words} itself, which would be deleted: {kept}")
+        linked = [child.resolve() for child in path.iterdir() if child.is_symlink()] if path.is_dir() else []
+        if any(part.is_relative_to(target) for part in (held, *linked)):
+            raise ValueError(f"{out} holds {words}, which would be deleted with it: {kept}")
+        if target.is_relative_to(held) and _holds_files_of_others(target):
+            raise ValueError(
+                f"{out} is a part of {words} and was not written by this command ({RECIPE_NAME} is missing): {kept}"
+            )
+
+
+def _holds_files_of_others(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir()) and files_listed(folder) is None
 
 
 @contextlib.contextmanager

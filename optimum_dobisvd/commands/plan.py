@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..model.layout import Layout
     from ..pipeline.job import Job
     from ..statistics.store import StatisticsStore
+    from .sources import ModelSource
 
 _GROUPS = {
     "model": MODEL,
@@ -41,9 +42,12 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
         Refused: the machine cannot do it; the message has the numbers and a remedy.
         ValueError: a model, plan or setting that cannot work.
     """
+    from ..model.device import require_device
+    from ..model.experts import linearize
     from ..model.footprint import model_bytes
     from ..pipeline.job import Job
     from ..pipeline.validate import budget_of, check_encoding, check_model, given_plan
+    from ..pipeline.windows import with_seqlen
     from ..report.report import module_report
     from ..report.table import coverage_line, kind_table, slower_line, summary_table
     from .dry_run_report import dry_run_report
@@ -54,8 +58,13 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     config = compression_config(options, options["dataset"])
     source = model_source(options["model"], options["gguf_file"])
     meta_model = load_meta_model(source, dtype=options["dtype"], trust_remote_code=options["trust_remote_code"])
+    linearize(meta_model)
     layout = check_model(meta_model, config)
     check_encoding(config.encoding, layout, config.min_coverage)
+    if config.device is not None:
+        require_device(config.device)
+    config = with_seqlen(config, meta_model)
+    _check_text(meta_model, config, source, options)
     given = given_plan(config, layout)
     job = Job(config, layout, budget_of(config, layout) if given is None else None, given)
     store = _open_store(config, layout, meta_model)
@@ -100,6 +109,25 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def _check_text(meta_model: nn.Module, config: DobiSVDConfig, source: ModelSource, options: dict[str, Any]) -> None:
+    """Draw the windows of a text that lies on this machine, so that what is wrong with them is told now."""
+    from dataclasses import replace
+
+    from ..calibration.text import HUB_TEXTS
+    from ..pipeline.windows import calibration_windows
+    from .load_dense import load_tokenizer
+    from .sources import calibration_dataset
+
+    if options["dataset"] is None or options["dataset"] in HUB_TEXTS:
+        return
+    tokenizer = load_tokenizer(source, trust_remote_code=options["trust_remote_code"])
+    learns = options["plan"] is None and config.resolved_method().learns
+    held_out = config.rank_training.held_out if learns else 0
+    calibration_windows(
+        meta_model, replace(config, dataset=calibration_dataset(options["dataset"])), tokenizer, held_out
+    )
 
 
 def _open_store(config: DobiSVDConfig, layout: Layout, meta_model: nn.Module) -> StatisticsStore | None:

@@ -65,9 +65,10 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     Raises whatever a bad option, checkpoint or text raises; then nothing is written.
     """
     from ..encodings.registry import encoding_of
+    from ..pipeline.windows import check_windows
     from ..report.table import bytes_text, ratio_text
     from .checkpoint_report import read_config
-    from .load_dense import load_tokenizer
+    from .load_dense import load_meta_model, load_tokenizer
     from .output_folder import check_target, staged_output
     from .saved_recipe import compress_options, save_recipe
     from .sources import model_source
@@ -85,6 +86,9 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     options = _with_draw(options, encoding, made_with)
     tokenizer = load_tokenizer(model_source(options["model"]), trust_remote_code=options["trust_remote_code"])
     windows = _windows(encoding, config, tokenizer, options)
+    if windows is not None:
+        source, trust = model_source(options["model"]), options["trust_remote_code"]
+        check_windows(load_meta_model(source, trust_remote_code=trust), windows)
     options = {**options, "out": options["out"] or _default_folder(options)}
     with staged_output(target) as folder:
         before, after = _quantize_into(folder, encoding, windows, tokenizer, options)
@@ -98,12 +102,22 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     }
 
 
+def check(options: dict[str, Any]) -> None:
+    """Raise ValueError if the folder to write would take the place of something that is read."""
+    from .output_folder import refuse_losing
+    from .sources import model_files, text_paths
+
+    inputs = model_files("OUT", options["model"]) + text_paths("--dataset", [options["dataset"]])
+    refuse_losing(options["out"] or _default_folder(options), inputs)
+
+
 SPEC = CommandSpec(
     name="quantize",
     summary="Quantize a compressed checkpoint: GPTQ, bitsandbytes, or 8 bits of our own.",
     groups=_GROUPS,
     examples=_EXAMPLES,
     execute=execute,
+    check=check,
 )
 
 
@@ -116,6 +130,10 @@ def _default_folder(options: dict[str, Any]) -> str:
 def _with_draw(options: dict[str, Any], encoding: Encoding, made_with: dict[str, Any]) -> dict[str, Any]:
     """The options with text and draw of the compression where nothing else was asked for."""
     from ..config import default_of
+    from ..model.input_limits import default_seqlen
+    from ..pipeline.windows import USUAL_SEQLEN
+    from .load_dense import load_meta_model
+    from .sources import model_source
 
     if not encoding.uses_text:
         for key in ("dataset", *_DRAW):
@@ -124,6 +142,9 @@ def _with_draw(options: dict[str, Any], encoding: Encoding, made_with: dict[str,
         return options
     usual = {"dataset": None if encoding.own_text is not None else made_with.get("dataset")}
     usual |= {key: made_with.get(key, default_of(key)) for key in _DRAW}
+    if options["seqlen"] is None and usual["seqlen"] is None:  # nothing was calibrated so far
+        source, trust = model_source(options["model"]), options["trust_remote_code"]
+        usual["seqlen"] = default_seqlen(load_meta_model(source, trust_remote_code=trust), USUAL_SEQLEN)
     return {**options, **{key: value for key, value in usual.items() if options[key] is None}}
 
 
@@ -134,7 +155,7 @@ def _windows(
     from dataclasses import replace
 
     from ..calibration.dataset import load_windows
-    from ..pipeline.validate import quantization_windows
+    from ..pipeline.windows import quantization_windows
     from .sources import calibration_dataset
 
     if not encoding.uses_text:
@@ -156,6 +177,7 @@ def _quantize_into(
     from ..checkpoint.convert import convert
     from ..model.footprint import checkpoint_bytes
     from .load_dense import load_dense
+    from .processor_files import copy_processor_files
     from .sources import model_source
 
     model = load_dense(
@@ -170,4 +192,5 @@ def _quantize_into(
     convert(model, encoding.settings or encoding.name, windows=windows)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    copy_processor_files(model_source(options["model"]), folder)
     return before, checkpoint_bytes(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import compare, compress, eval, generate, inspect, plan, quantize
@@ -46,6 +47,7 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
 
     Raises:
         UsageError: the recipe is not one (names the key and a near one).
+        ValueError: a step would delete what it reads, or the recipe.
         FileNotFoundError: there is no such file.
     """
     from .running import execute as execute_step
@@ -61,12 +63,17 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
 
 def read_steps(path: str, changes: list[str]) -> list[tuple[CommandSpec, dict[str, Any]]]:
     """Return the steps of a recipe with `--set` applied, each with all its options. Raises as `execute` does."""
+    from .output_folder import refuse_losing
+    from .saved_recipe import RECIPE_NAME
+
     steps = [_step(number, entry) for number, entry in enumerate(_read(path), start=1)]
     for change in changes:
         _apply(change, steps)
     resolved = [(spec, from_recipe(spec, given)) for spec, given in steps]
     for spec, options in resolved:
         spec.check(options)
+        if "overwrite" in options and options["out"] is not None and Path(path).name != RECIPE_NAME:
+            refuse_losing(options["out"], [(f"the recipe {path}", Path(path))])
     return resolved
 
 

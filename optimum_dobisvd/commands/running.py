@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -31,6 +32,7 @@ def run_command(spec: CommandSpec, options: dict[str, Any]) -> int:
     SIGTERM leaves through SystemExit with 143, temporary folders removed as well.
     """
     _wait_without_spinning()
+    _print_anything()
     try:
         with _terminated_like_an_error():
             execute(spec, options)
@@ -43,6 +45,13 @@ def run_command(spec: CommandSpec, options: dict[str, Any]) -> int:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     return 0
+
+
+def _print_anything() -> None:
+    """Have characters that the terminal's encoding lacks written as `?`: a run must not fail at its last line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _wait_without_spinning() -> None:

@@ -87,6 +87,13 @@ METHOD = (
         metavar="PATTERN",
     ),
     Option(
+        "nontext_modules",
+        "compress what text does not pass through, too, such as a vision tower (by methods that read no data: here "
+        "data is text)",
+        kind=bool,
+        default=False,
+    ),
+    Option(
         "rank_multiple",
         "ranks are multiples of this (default: 1; 16 in 8 bits)",
         kind=int,
@@ -106,7 +113,9 @@ CALIBRATION = (
         metavar="TEXT",
     ),
     Option("nsamples", "windows of text", kind=int, from_config=True, metavar="N"),
-    Option("seqlen", "tokens in a window", kind=int, from_config=True, metavar="N"),
+    Option(
+        "seqlen", "tokens in a window (default: 2048, or as many positions as the model has)", kind=int, metavar="N"
+    ),
     Option("seed", "of the draw of the windows", kind=int, from_config=True, metavar="N"),
     Option(
         "gradient_nsamples",

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib.util
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ..calibration.text import HUB_TEXTS, read_text
 
@@ -66,21 +69,46 @@ def text_files(source: str) -> list[str] | None:
     return files
 
 
-def text_of(source: str, split: str = "train", *, streamed_characters: int = 4_000_000) -> str:
-    """The text of a dataset's name, a file, a glob, or files inside a package; several are joined by blank lines.
+def model_files(option: str, model: str, gguf_file: str | None = None) -> list[tuple[str, Path]]:
+    """Where a model's files lie on this machine, each with words for it, for `refuse_losing`.
 
-    Raises what `text_files` and `read_text` raise.
+    `option` is what named the model. A model of the hub lies in the hub's cache. Raises what `model_source` raises.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    source = model_source(model, gguf_file)
+    path = Path(source.location) if source.gguf_file is None else Path(source.location, source.gguf_file)
+    if path.expanduser().exists():
+        return [(f"the model ({option} {model})", path)]
+    return [(f"the cache of the Hugging Face hub ({HF_HUB_CACHE})", Path(HF_HUB_CACHE))]
+
+
+def text_paths(option: str, sources: Iterable[str | None]) -> list[tuple[str, Path]]:
+    """The files of texts, each with words for it, for `refuse_losing`; names of datasets have none."""
+    found = []
+    for source in sources:
+        if source is None or source in HUB_TEXTS:
+            continue
+        with contextlib.suppress(OSError, ValueError):  # what is wrong with a text is told when it is read
+            found += [(f"the text {option} {source}", Path(file)) for file in text_files(source) or [source]]
+    return found
+
+
+def text_of(source: str, split: str = "train", tokenizer: Any = None) -> str:
+    """The text of a dataset's name, a file or folder, a glob, or files inside a package, joined by blank lines.
+
+    Chats are written out by the tokenizer's template. Raises what `text_files` and `read_text` raise.
     """
     files = text_files(source)
     if files is None:
-        return read_text(source, split, streamed_characters=streamed_characters)
-    return "\n\n".join(read_text(file) for file in files)
+        return read_text(source, split, tokenizer=tokenizer)
+    return "\n\n".join(read_text(file, tokenizer=tokenizer) for file in files)
 
 
-def calibration_dataset(source: str | None) -> str | list[str] | None:
-    """Return what `DobiSVDConfig.dataset` takes for a source: the name or path itself, or a list of texts."""
+def calibration_dataset(source: str | None) -> str | list[Path] | None:
+    """Return what `DobiSVDConfig.dataset` takes for a source: the name or path itself, or a list of files."""
     files = text_files(source) if source is not None else None
-    return source if files is None else [read_text(file) for file in files]
+    return source if files is None else [Path(file) for file in files]
 
 
 def _package_path(source: str) -> Path:

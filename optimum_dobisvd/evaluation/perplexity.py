@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..calibration.objective import AS_CAUSAL_MODEL, require_next_token_model
+from ..calibration.token_ids import token_ids
+from ..model.input_limits import require_positions, require_tokens
 
 _POSITIONS_AT_ONCE = 256
 
 
-@torch.inference_mode()
 def perplexity(
     model: nn.Module,
     tokenizer: Any,
@@ -38,10 +39,18 @@ def perplexity(
         progress: words beside a progress bar; None shows none.
 
     Raises:
-        ValueError: the text is shorter than one window, a number is out of range, the model is none of the next token,
-            or a window's loss is not finite (names the window).
+        ValueError: the text is shorter than one window, a number is out of range, the model has too few positions or
+            no embedding for a token, it is none of the next token, or a window's loss is not finite (names it).
     """
     ids = window_ids(tokenizer, text, seqlen=seqlen, windows=windows)
+    check_readable(model, ids)
+    return perplexity_of(model, ids, progress)
+
+
+@torch.inference_mode()
+def perplexity_of(model: nn.Module, ids: Tensor, progress: str | None = None) -> float:
+    """`perplexity` on windows of token ids, `N x seqlen`, that `window_ids` gave and `check_readable` passed."""
+    seqlen = ids.shape[1]
     why = "perplexity is of predictions of the next token"
     first = torch.ones_like(ids[:1], dtype=torch.bool)
     require_next_token_model(model, ids[:1], first, why=why, remedy=AS_CAUSAL_MODEL)
@@ -69,7 +78,7 @@ def window_ids(tokenizer: Any, text: str, *, seqlen: int, windows: int | None = 
         raise ValueError(f"seqlen must be at least 2, so that there is a token to predict, got {seqlen}")
     if windows is not None and windows < 1:
         raise ValueError(f"windows must be at least 1, or None for all of the text, got {windows}")
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    ids = token_ids(tokenizer, text, at_most=None if windows is None else windows * seqlen)
     available = len(ids) // seqlen
     if available == 0:
         raise ValueError(
@@ -77,6 +86,12 @@ def window_ids(tokenizer: Any, text: str, *, seqlen: int, windows: int | None = 
             "or a shorter seqlen"
         )
     return ids[: available * seqlen].view(available, seqlen)[:windows]
+
+
+def check_readable(model: Any, ids: Tensor, name: str = "the text") -> None:
+    """Raise ValueError if the model, which may be on meta, cannot read these windows; `name` is what they are from."""
+    require_positions(model, ids.shape[1], f"windows of seqlen={ids.shape[1]} were asked for")
+    require_tokens(model, int(ids.max()), name)
 
 
 def _summed_loss(model: nn.Module, window: Tensor) -> float:

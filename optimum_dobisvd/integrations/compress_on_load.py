@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from ..calibration.dataset import CalibrationWindows
+from ..calibration.tokenizer import TokenizerSource
 from ..checkpoint.convert import convert
 from ..checkpoint.hf_quantizer import DobiSVDHfQuantizer
 from ..config import DobiSVDConfig
-from ..pipeline.validate import quantization_windows
+from ..pipeline.windows import check_windows, quantization_windows, with_seqlen
 from ..quantizer import DobiSVDQuantizer
 
 
@@ -40,19 +41,35 @@ class CompressOnLoadQuantizer(DobiSVDHfQuantizer):
             model = super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
         # transformers builds models under torch.device("meta"), and calibration text is real.
         with torch.device("cpu"):
+            tokenizer = self._config.tokenizer
+            if tokenizer is None:
+                tokenizer = TokenizerSource.beside(model, checkpoint_files)
             if not self.pre_quantized:
+                _is_dense_yet(model)
                 self._quantizer = DobiSVDQuantizer(self._config)
-                self._job = self._quantizer.prepare(model)
+                self._job = self._quantizer.prepare(model, tokenizer)
             elif self.is_to_be_converted:
                 self.encoding.require()
-                tokenizer = getattr(model, "name_or_path", None)
-                self._windows = quantization_windows(self.encoding, None, self._config, tokenizer)
+                config = with_seqlen(self._config, model)
+                self._windows = quantization_windows(self.encoding, None, config, tokenizer)
+                if self._windows is not None:
+                    check_windows(model, self._windows)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
+            _is_dense_yet(model)
             # On an error the model is never handed out, so nothing has to be kept for a way back.
             return self._quantizer.run(model, self._job, undo_on_error=False)
         converts = self.is_to_be_converted
         model = super()._process_model_after_weight_loading(model, **kwargs)
         return convert(model, self._config.quantization, windows=self._windows) if converts else model
+
+
+def _is_dense_yet(model: Any) -> None:
+    """Take off the mark of a quantized model, which transformers has put on already: some code goes by it.
+
+    (Jamba calls a linear whose weight it reads in the dense model.)
+    """
+    for module in model.modules():
+        vars(getattr(module, "config", model.config)).pop("_is_quantized", None)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..allocation.plan import PlannedModule
 from ..calibration.loss import NextTokenLoss
-from ..calibration.temporarily import differentiating, evaluating, frozen, without_cache
+from ..calibration.temporarily import evaluating, frozen, without_cache
 from ..factorization.factors import Decomposition
 from ..model.linears import as_matrix, weight_matrix
 
@@ -173,7 +173,7 @@ def backward_loss(model: Any, ids: Tensor, mask: Tensor) -> NextTokenLoss:
     ValueError if no token has a label, or the loss is NaN or infinite.
     """
     loss = NextTokenLoss()
-    with differentiating(model):
+    with torch.enable_grad():
         for window, keep in zip(ids.split(1), mask.split(1), strict=True):
             found = loss.of(model, window, keep)
             if found.requires_grad:

@@ -17,9 +17,14 @@ def is_dense_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module) is Conv1D
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is `nn.Linear`, `Conv1D`, or a subclass, which may compute something else."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' `Conv1D`."""
-    return type(module) is Conv1D
+    """Whether it is transformers' `Conv1D`, which stores `W^T`."""
+    return isinstance(module, Conv1D)
 
 
 def weight_matrix(module: Any) -> Tensor:
@@ -29,7 +34,7 @@ def weight_matrix(module: Any) -> Tensor:
 
 def as_matrix(module: nn.Module, stored: Tensor) -> Tensor:
     """Return a tensor in the layout of a linear's weight (or its gradient) as `out_features x in_features`."""
-    return stored.T if type(module) is Conv1D else stored
+    return stored.T if is_conv1d(module) else stored
 
 
 def dense_linear(weight: Tensor, bias: Tensor | None, conv1d: bool) -> nn.Module:
@@ -45,10 +50,9 @@ def dense_linear(weight: Tensor, bias: Tensor | None, conv1d: bool) -> nn.Module
     return new
 
 
-def require_finite(name: str, module: Any) -> None:
-    """Raise ValueError, naming it, if a weight in memory has NaN or infinite values."""
-    weight = weight_matrix(module)
-    if weight.device.type != "meta" and not bool(torch.isfinite(weight).all()):
-        raise ValueError(
-            f"{name}.weight has NaN or infinite values; the checkpoint is damaged, or its dtype too small"
-        )
+def require_finite(name: str, parameter: Tensor) -> None:
+    """Raise ValueError, naming it, if a parameter in memory has NaN or infinite values."""
+    if parameter.device.type == "meta" or not parameter.is_floating_point() or parameter.numel() == 0:
+        return
+    if parameter.element_size() > 1 and not bool(torch.isfinite(torch.stack(torch.aminmax(parameter.detach()))).all()):
+        raise ValueError(f"{name} has NaN or infinite values; the checkpoint is damaged, or its dtype too small")

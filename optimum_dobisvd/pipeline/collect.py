@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from ..calibration.backward import BackwardRunner
@@ -9,10 +10,13 @@ from ..calibration.dataset import CalibrationWindows
 from ..calibration.loss import NextTokenLoss
 from ..calibration.paired import PairedRunner
 from ..calibration.runner import BlockRunner
+from ..model.layout import Layout
 from ..statistics.collect import InputCollector
 from ..statistics.gradients import GradientCollector
 from ..statistics.store import StatisticsStore
 from .job import Job
+
+logger = logging.getLogger(__name__)
 
 
 def collect(model: Any, job: Job, windows: CalibrationWindows, fingerprint: dict[str, Any]) -> StatisticsStore:
@@ -27,9 +31,27 @@ def collect(model: Any, job: Job, windows: CalibrationWindows, fingerprint: dict
     else:
         collector = InputCollector(layout.linears_of, store.put, lambda block: not store.has(block))
         block_runner(model, job, windows).run(collector)
+    borrowed = borrowed_by(layout, store)
+    if borrowed:
+        logger.warning(
+            "%d of %d linears were given fewer calibration tokens than they have inputs, as experts that are seldom "
+            "chosen are, and are compressed by what all experts of their layer see; calibrate on more text (nsamples) "
+            "to have them judged by their own. They are: %s",
+            len(borrowed),
+            len(layout.linears),
+            ", ".join(borrowed),
+        )
     if job.method.needs_gradients:
         _collect_gradients(model, job, windows, store)
     return store
+
+
+def borrowed_by(layout: Layout, store: StatisticsStore | None) -> list[str]:
+    """Return the linears that were given too few tokens, and have the statistics of all experts of their layer."""
+    if store is None:
+        return []
+    borrowed = {name for block in layout.blocks for name in store.block(block).borrowed}
+    return [name for name in layout.linears if name in borrowed]
 
 
 def _collect_gradients(model: Any, job: Job, windows: CalibrationWindows, store: StatisticsStore) -> None:

@@ -16,7 +16,8 @@ from ..calibration.runner import BlockRunner
 from ..encodings.base import Encoding
 from ..encodings.registry import encoding_named
 from ..factorization.parallel import in_threads, one_thread_if_small, workers_for
-from ..statistics.collect import InputCollector
+from ..statistics.collect import BlockStatistics, InputCollector
+from ..statistics.pooling import pool_name
 from ..statistics.store import full_gram
 from ..structures.base import CompressedLinear, compressed_linears, restore_tensors
 from ..structures.format import Format
@@ -108,11 +109,16 @@ def quantize_sequentially(
     def change(block: str, _module: nn.Module, replay: Callable[[InputCollector], None]) -> None:
         here = {name: module for name, module in waiting.items() if f"{name}.".startswith(f"{block}.")}
         while here:
-            grams, input_of = _input_grams(here, replay)
-            # In the order in which the block calls them: the first group's inputs are those of the quantized model.
-            groups = list(dict.fromkeys(input_of.values()))
-            ready = groups[:1] if one_input_at_a_time else groups
-            names = [name for name in here if input_of[name] in ready]
+            statistics = _input_statistics(here, replay)
+            grams = {key: full_gram(each) for key, each in statistics.inputs.items()}
+            input_of = statistics.input_key
+            # In the order in which the block calls them: the first one's input is that of the quantized model, and so
+            # are those of the other experts.
+            stages = {
+                name: pool_name(block, key) if key in statistics.routed else key for name, key in input_of.items()
+            }
+            first = next(iter(stages.values()))
+            names = [name for name in here if not one_input_at_a_time or stages[name] == first]
             for _ in in_threads(partial(quantize_linear, here, grams, input_of), names, workers):
                 pass
             here = {name: module for name, module in here.items() if name not in names}
@@ -120,15 +126,14 @@ def quantize_sequentially(
     runner.run_sequentially(change, "quantizing")
 
 
-def _input_grams(
+def _input_statistics(
     modules: Mapping[str, CompressedLinear], replay: Callable[[InputCollector], None]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """`H` by the first linear that reads an input, and which that is for every compressed linear."""
-    found: dict[str, Any] = {}
+) -> BlockStatistics:
+    """Statistics of the inputs of every compressed linear."""
+    found: dict[str, BlockStatistics] = {}
     entries: dict[str, nn.Module] = {name: next(module.children()) for name, module in modules.items()}
     replay(InputCollector(lambda _: entries, lambda _, each: found.update(it=each), lambda _: True, _token_weights))
-    statistics = found["it"]
-    return {name: full_gram(each) for name, each in statistics.inputs.items()}, statistics.input_key
+    return found["it"]
 
 
 def _token_weights(mask: Tensor) -> Tensor:

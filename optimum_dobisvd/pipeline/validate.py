@@ -8,20 +8,28 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..allocation.budget import Budget, BudgetRequest, open_budget
 from ..allocation.plan import Plan
-from ..calibration.dataset import CalibrationWindows, load_windows
+from ..calibration.dataset import CalibrationWindows
 from ..calibration.loss import require_labels
-from ..calibration.objective import WITHOUT_GRADIENTS, require_next_token_model
+from ..calibration.model_inputs import SampleIds, inputs_of
+from ..calibration.objective import WITHOUT_GRADIENTS, require_next_token_model, require_own_loss
+from ..calibration.processor_batches import first_processor_batch
 from ..config import DobiSVDConfig
 from ..encodings.base import Encoding
+from ..model.device import require_device
+from ..model.experts import fuse, linearize
 from ..model.layout import Layout, find_layout
 from ..model.linears import require_finite
 from ..model.patterns import resolve_overrides
+from ..model.trial import is_encoder_decoder, model_inputs, takes_text
+from ..model.wrapped import refuse_wrapped
 from ..structures.base import is_compressed
 from .job import Job
+from .windows import calibration_windows, check_windows, quantization_windows, tokenizer_of, with_seqlen
 
 logger = logging.getLogger(__name__)
 
@@ -31,20 +39,34 @@ def prepare(
 ) -> Job:
     """Check all that can be refused before weights are read, and draw the calibration windows.
 
-    The dense model may be on meta. Windows that were drawn before have those to hold out among them.
+    The dense model may be on meta; it is left as it is. Windows that were drawn before have those to hold out among
+    them.
 
     Raises:
         ImportError: a library that the quantization needs is missing; names the extra.
         ValueError: a model, dataset, plan or setting that cannot work.
     """
+    linearize(model)
+    try:
+        return _prepared(model, config, tokenizer, windows)
+    finally:
+        fuse(model)
+
+
+def _prepared(model: Any, config: DobiSVDConfig, tokenizer: Any, windows: CalibrationWindows | None) -> Job:
     layout = check_model(model, config)
     check_encoding(config.encoding, layout, config.min_coverage)
+    if config.device is not None:
+        require_device(config.device)
+    config = with_seqlen(config, model)
     plan = given_plan(config, layout)
     job = Job(config, layout, None if plan is not None else budget_of(config, layout), plan)
-    named = tokenizer or config.tokenizer or getattr(model, "name_or_path", None) or None
+    named = tokenizer_of(model, config, tokenizer)
     learns = plan is None and job.method.learns
     if windows is None:
-        windows = _load_windows(config, named, config.rank_training.held_out if learns else 0)
+        windows = calibration_windows(model, config, named, config.rank_training.held_out if learns else 0)
+    else:
+        check_windows(model, windows)
     held_out = None
     if windows is not None and learns:
         windows, held_out = windows.split(config.rank_training.held_out)
@@ -54,16 +76,19 @@ def prepare(
         require_labels(windows.attention_mask, "the windows that ranks are learned on")
         require_labels(held_out.attention_mask, "the held-out windows")
     rounded_on = quantization_windows(config.encoding, windows, config, named)
+    if rounded_on is not None and rounded_on is not windows:
+        check_windows(model, rounded_on)
     return replace(job, windows=windows, held_out=held_out, quantization_windows=rounded_on)
 
 
 def check_model(model: Any, config: DobiSVDConfig) -> Layout:
-    """Check everything about a dense model that can be refused before calibration; returns its layout.
+    """Check everything about a dense model, its experts linearized, that can be refused; returns its layout.
 
     Raises:
         ValueError: already compressed; no eligible linear; coverage; patterns or overrides that match nothing; NaN or
             infinite weights (names the module).
     """
+    refuse_wrapped(model)
     if is_compressed(model):
         raise ValueError("the model is compressed already; load the dense model to compress it differently")
     if any(hasattr(module, "base_layer") for module in model.modules()):
@@ -77,7 +102,7 @@ def check_model(model: Any, config: DobiSVDConfig) -> Layout:
             f"{type(model).__name__} gives no next-token logits, and method {config.method!r} weighs matrices by the "
             f"next-token loss: {WITHOUT_GRADIENTS}"
         )
-    layout = find_layout(model, config.modules_to_not_convert, config.min_coverage)
+    layout = layout_of(model, config)
     resolve_overrides(config.overrides, list(layout.linears))
     check_weights(model, config, layout)
     if layout.left_dense:
@@ -85,10 +110,48 @@ def check_model(model: Any, config: DobiSVDConfig) -> Layout:
     return layout
 
 
+def layout_of(model: Any, config: DobiSVDConfig) -> Layout:
+    """Return the layout that a config asks for. ValueError as `find_layout` and `check_inputs`."""
+    return find_layout(
+        model,
+        config.modules_to_not_convert,
+        config.min_coverage,
+        batch=check_inputs(model, config),
+        nontext=config.nontext_modules,
+    )
+
+
+def check_inputs(model: Any, config: DobiSVDConfig) -> Mapping[str, Any] | None:
+    """Return a row of a processor's batch if the dataset has some, and ValueError if the model takes no other data."""
+    batch = first_processor_batch(config.dataset)
+    reads = config.dataset is not None or config.resolved_method().needs_data
+    if batch is not None and config.plan is None and config.resolved_method().learns:
+        raise ValueError(
+            f"method {config.method!r} learns ranks on text alone, and the calibration dataset is batches of a "
+            "processor: take method 'global', which learns nothing, or calibrate on text"
+        )
+    if batch is not None:
+        return dict(inputs_of(model, SampleIds.of(batch), torch.ones(1, 1, dtype=torch.bool)))
+    how = (
+        f"pass dataset= as a list of batches of its processor (mappings of tensors, {model_inputs(model)} among them)"
+    )
+    if reads and not takes_text(model):
+        raise ValueError(
+            f"{type(model).__name__} cannot be calibrated on text: it takes {model_inputs(model)}; {how}, or take "
+            "method 'svd', which reads no data"
+        )
+    if reads and config.nontext_modules:
+        raise ValueError(
+            f"nontext_modules compresses what text does not pass through, and the calibration dataset is text: {how}, "
+            "or leave nontext_modules out"
+        )
+    return None
+
+
 def check_weights(model: Any, config: DobiSVDConfig, layout: Layout) -> None:
     """Raise ValueError for weights that cannot be worked with; those on meta are not looked at."""
-    for name, module in layout.linears.items():
-        require_finite(name, module)
+    for name, parameter in model.named_parameters():
+        require_finite(name, parameter)
     if config.resolved_method().needs_gradients and any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError(
             f"{type(model).__name__} was loaded under torch.inference_mode, so no gradient can be taken through it, "
@@ -103,7 +166,11 @@ def check_loss(model: Any, job: Job) -> None:
         return
     verb = "learns ranks on" if job.held_out is not None else "weighs matrices by"
     why = f"method {job.config.method!r} {verb} the next-token loss"
-    require_next_token_model(model, windows.input_ids, windows.attention_mask, why=why, remedy=WITHOUT_GRADIENTS)
+    ids, mask = next(iter(windows.batches(1)))
+    if isinstance(ids, SampleIds) or is_encoder_decoder(model):
+        require_own_loss(model, ids, mask, why=why, remedy=WITHOUT_GRADIENTS)
+    else:
+        require_next_token_model(model, windows.input_ids, windows.attention_mask, why=why, remedy=WITHOUT_GRADIENTS)
 
 
 def budget_of(config: DobiSVDConfig, layout: Layout) -> Budget:
@@ -225,43 +292,3 @@ def refuse_offloaded(modules: Mapping[str, nn.Module], why: str = _QUANTIZING) -
     for name, module in modules.items():
         if any(parameter.is_meta for parameter in module.parameters()):
             raise ValueError(f"{name} is offloaded, and {why}")
-
-
-_HOW_TO_GIVE_TEXT = "pass GPTQConfig(dataset=[...texts]), or dataset= of the DobiSVDConfig"
-
-
-def quantization_windows(
-    encoding: Encoding, windows: CalibrationWindows | None, config: DobiSVDConfig, tokenizer: Any
-) -> CalibrationWindows | None:
-    """Return what quantization is calibrated on: text of its own if its settings name some, else the compression's.
-
-    Without windows of a compression in this process they are drawn from the config's text. Encodings that can do
-    without then do without: nobody expects a calibration of bitsandbytes when a checkpoint is loaded. ValueError where
-    there is no text.
-    """
-    if not encoding.needs_text:
-        return windows if encoding.uses_text else None
-    own, learned = encoding.own_text, encoding.learned
-    if own is None and windows is not None:
-        return windows if learned is None else windows.first(learned.nsamples).shortened(learned.seqlen)
-    text = {"c4-new": "c4"}.get(own, own) if isinstance(own, str) else own if own is not None else config.dataset
-    if text is None:
-        raise ValueError(f"{encoding.name} needs calibration text: {_HOW_TO_GIVE_TEXT}")
-    try:
-        drawn = load_windows(text, encoding.own_tokenizer or tokenizer, **config.draw)
-        return drawn if learned is None else drawn.first(learned.nsamples).shortened(learned.seqlen)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{encoding.name} needs calibration text: {error}; {_HOW_TO_GIVE_TEXT}") from error
-
-
-def _load_windows(config: DobiSVDConfig, tokenizer: Any, held_out: int) -> CalibrationWindows | None:
-    if config.dataset is not None:
-        return load_windows(config.dataset, tokenizer, held_out=held_out, **config.draw)
-    needs_data = config.resolved_method().needs_data
-    if needs_data or (config.encoding.needs_text and config.encoding.own_text is None):
-        reader = f"method {config.method!r}" if needs_data else config.encoding.name
-        raise ValueError(
-            f"{reader} needs calibration text: pass dataset= (a name such as 'wikitext2', a file, a list of strings, "
-            "or token tensors), or use method='svd', which needs none"
-        )
-    return None

@@ -55,7 +55,10 @@ class ModuleReport:
 class CompressionReport:
     """The figures of one compression. `ratio` is None where a size was asked for.
 
-    `*_macs`: multiply-adds per token of all linears, `lm_head` too.
+    `*_macs`: multiply-adds per token of all linears, `lm_head` too, and all experts, chosen or not.
+
+    `borrowed`: linears that were given too few calibration tokens, such as experts that are seldom chosen, and were
+    compressed by the statistics of all experts of their layer.
 
     `*_model_bytes` are those of the checkpoint, `*_memory_bytes` those that the model's tensors were
     seen to take in memory, None where no model was loaded.
@@ -81,6 +84,7 @@ class CompressionReport:
     peak_bytes: dict[str, int] = field(default_factory=dict)
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
     predicted_increase: float | None = None
+    borrowed: list[str] = field(default_factory=list)
 
     @property
     def target_bytes(self) -> int:

@@ -12,6 +12,8 @@ from rich.table import Table
 from .grid import grid_of
 from .report import CompressionReport, ModuleReport
 
+_NAMED = 6  # of linears that borrow; the report beside the checkpoint has all
+
 
 def print_report(report: CompressionReport, console: Console, *, modules: bool = False) -> None:
     """Print the summary, types and stages; with `modules` also a line for every matrix."""
@@ -22,10 +24,9 @@ def print_report(report: CompressionReport, console: Console, *, modules: bool =
     for table in (*tables, summary_table(report)):
         console.print(table)
         console.print()
-    console.print(coverage_line(report))
-    slower = slower_line(report)
-    if slower:
-        console.print(slower)
+    for line in (coverage_line(report), slower_line(report), borrowed_line(report)):
+        if line:
+            console.print(line)
 
 
 def summary_table(report: CompressionReport) -> Table:
@@ -130,8 +131,19 @@ def plain_table(title: str, headings: tuple[str, ...]) -> Table:
 
 
 def coverage_line(report: CompressionReport) -> str:
-    """Say what share of the blocks' weights were targets, and what was not."""
-    return f"targets are {report.coverage:.1%} of the weights in the blocks; not among them: {report.left_dense}"
+    """Say what share of the linears' weights were targets, and what was not."""
+    return f"targets are {report.coverage:.1%} of the weights of all linears; not among them: {report.left_dense}"
+
+
+def borrowed_line(report: CompressionReport) -> str:
+    """Name the linears that had too few tokens for statistics of their own; empty if none."""
+    if not report.borrowed:
+        return ""
+    shown = ", ".join(report.borrowed[:_NAMED]) + (", ..." if len(report.borrowed) > _NAMED else "")
+    return (
+        f"{len(report.borrowed)} of {len(report.modules)} matrices were given too few calibration tokens and are "
+        f"compressed by what all experts of their layer see: {shown}"
+    )
 
 
 def slower_line(report: CompressionReport) -> str:

@@ -13,8 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from ..calibration.tokens import token_places, token_rows
 from ..calibration.visitor import LinearsVisitor
+from ..model.experts import ROUTED_ROWS, RoutedRows
 from ..model.linears import weight_matrix
 from .packing import add_to_upper_triangle, pack, packed_length
+from .pooling import borrowers, pool_name, pools
 
 
 @dataclass
@@ -33,13 +35,24 @@ class InputStatistics:
 
 @dataclass
 class BlockStatistics:
-    """Statistics of one block's inputs, each by its key: the name of the first linear that reads it.
+    """Statistics of one block's inputs, each by its key: the name of the first linear that reads it, or of a pool.
 
     `input_key` is that key for every linear of the block.
     """
 
     inputs: dict[str, InputStatistics]
     input_key: dict[str, str]
+
+    @property
+    def borrowed(self) -> list[str]:
+        """Linears that were given too few tokens, and have the statistics of their pool."""
+        return [name for name, key in self.input_key.items() if key not in self.input_key]
+
+    @property
+    def routed(self) -> set[str]:
+        """Keys of inputs that are not of all the block's tokens, but of those that a router sends there."""
+        most = max((each.tokens for key, each in self.inputs.items() if key in self.input_key), default=0)
+        return {key for key, each in self.inputs.items() if key not in self.input_key or each.tokens < most}
 
 
 class _Accumulator:
@@ -56,6 +69,12 @@ class _Accumulator:
         self.tokens += len(x)
         self.abs_sum += x.abs().sum(0)
         add_to_upper_triangle(self.gram, x, x if weights is None else weights[:, None].to(x) * x)
+
+    def merge(self, other: _Accumulator) -> None:
+        """Add what another one has summed."""
+        self.tokens += other.tokens
+        self.abs_sum += other.abs_sum.to(self.abs_sum.device)
+        self.gram += other.gram.to(self.gram.device)
 
     def result(self, name: str) -> InputStatistics:
         """Return the statistics. ValueError, naming the linear, if there was no token or a value is not finite."""
@@ -130,7 +149,9 @@ class InputCollector(LinearsVisitor):
             current[name] = x, _version(x)
         if name not in self._sums:
             self._sums[name] = _Accumulator(weight_matrix(module).shape[1], x.device)
-        self._sums[name].add(token_rows(name, x.detach(), self._mask), self._row_weights(x.shape[:-1]))
+        routed = ROUTED_ROWS.get()
+        rows = token_rows(name, x.detach(), self._mask, routed)
+        self._sums[name].add(rows, self._row_weights(x.shape[:-1], routed))
 
     def _share_no_more(self, name: str, current: dict[str, tuple[Tensor, int]]) -> None:
         """Give a linear that a pass calls again a sum of its own: the inputs are no longer those of the others."""
@@ -147,36 +168,62 @@ class InputCollector(LinearsVisitor):
         if shared == name and seen is not None:
             current[leaving[0]] = seen
 
-    def _row_weights(self, shape: torch.Size) -> Tensor | None:
-        """Return how many tokens each row of `token_rows` counts as, of an input of this shape; None is one each."""
-        if self._weights_of is None or self._mask is None:
+    def _row_weights(self, shape: torch.Size, routed: RoutedRows | None) -> Tensor | None:
+        """Return how many tokens each row of `token_rows` counts as, of an input of this shape; None is one each.
+
+        None, too, where it is not known which tokens the rows are. It is known of an expert's, but not where modeling
+        code gathers them itself, and the same is to come of both.
+        """
+        if self._weights_of is None or self._mask is None or routed is not None:
             return None
+        weights, kept = self._weights_of(self._mask).reshape(-1, 1).cpu(), self._mask.reshape(-1).cpu()
         places = token_places(shape, self._mask)
-        if places is None:  # of linears that read only some of the tokens (experts) it is not known which ones
+        if places is None:
             return None
-        weights = self._weights_of(self._mask).reshape(-1, 1).cpu().expand_as(places)
-        if not bool(self._mask.all()):  # rows are in the order of the places then
-            return weights[self._mask.reshape(-1).cpu()].flatten()
+        weights = weights.expand_as(places)
+        if not bool(kept.all()):  # rows are in the order of the places then
+            return weights[kept].flatten()
         return weights.flatten()[places.flatten().argsort()]
 
     def _result(self, block: str) -> BlockStatistics:
         self._current = {}
         linears = self._linears_of(block)
-        unseen = [name for name in linears if name not in self._input_key]
-        if len(unseen) == len(linears) and block in self._run:  # the block hands its input on
+        keys = {name: key for name, key in self._input_key.items() if name in linears}  # in the order of the calls
+        for name in keys:
+            del self._input_key[name]
+        if not keys and block in self._run:  # the block hands its input on
             return BlockStatistics(
                 {name: _nothing(module) for name, module in linears.items()}, {n: n for n in linears}
             )
+        sums = {key: self._sums.pop(key) for name, key in keys.items() if key == name}
+        pooled = self._borrow(block, keys, sums)
+        unseen = [name for name in linears if name not in keys]
         if unseen:
             raise ValueError(
                 f"{unseen[0]} was never called during calibration ({len(unseen)} such linears in its block): "
                 "calibrate on more text, or list it in modules_to_not_convert"
             )
-        keys = {name: key for name, key in self._input_key.items() if name in linears}  # in the order of the calls
-        for name in keys:
-            del self._input_key[name]
-        inputs = {name: self._sums.pop(name).result(name) for name, key in keys.items() if key == name}
-        return BlockStatistics(inputs, keys)
+        inputs = {key: sums[key].result(key) for key in dict.fromkeys(keys.values()) if key in sums}
+        return BlockStatistics(inputs | {key: each.result(key) for key, each in pooled.items()}, keys)
+
+    def _borrow(self, block: str, keys: dict[str, str], sums: dict[str, _Accumulator]) -> dict[str, _Accumulator]:
+        """Give linears that saw too few tokens their pool's key in `keys`; returns what these pools have summed."""
+        linears = self._linears_of(block)
+        tokens = {name: sums[key].tokens for name, key in keys.items()}
+        sizes = {name: weight_matrix(module).shape[1] for name, module in linears.items()}
+        found: dict[str, _Accumulator] = {}
+        for members in pools(block, sizes).values():
+            borrowing = borrowers(members, tokens, sizes[members[0]], self._tokens[block])
+            if not borrowing:
+                continue
+            lenders = dict.fromkeys(keys[name] for name in members if name in keys)
+            pool = pool_name(block, next(iter(lenders)))
+            if pool not in found:
+                found[pool] = _Accumulator(sizes[members[0]], next(iter(sums.values())).gram.device)
+                for key in lenders:
+                    found[pool].merge(sums[key])
+            keys |= dict.fromkeys((name for name in members if name in borrowing), pool)
+        return found
 
     def abandon(self) -> None:
         super().abandon()

@@ -12,9 +12,11 @@ from torch.utils.hooks import RemovableHandle
 
 from ..calibration.tokens import token_rows
 from ..calibration.visitor import LinearsVisitor
+from ..model.experts import ROUTED_ROWS
 from ..model.linears import weight_matrix
 from ..model.offloaded import dense_bias
 from .packing import add_to_upper_triangle, pack
+from .pooling import borrowers, pools
 
 SCALARS = ("energy", "joint_energy", "first_order", "second_order")
 
@@ -62,6 +64,19 @@ class _Sums:
         found = [energy.sum(), (energy * input_energy).sum(), scaled.sum(), scaled.square().sum()]
         self.scalars += torch.stack(found).double().cpu()
 
+    def merge(self, other: _Sums) -> None:
+        """Add what another one has summed."""
+        self.tokens += other.tokens
+        self.gram += other.gram.to(self.gram.device)
+        self.scalars += other.scalars
+
+    def scaled_to(self, tokens: int) -> _Sums:
+        """Return what the same sums would be over another number of tokens of the same kind."""
+        scaled = _Sums(len(self.gram), self.gram.device)
+        scaled.tokens = tokens
+        scaled.gram, scaled.scalars = self.gram * (tokens / self.tokens), self.scalars * (tokens / self.tokens)
+        return scaled
+
     def result(self, name: str) -> GradientStatistics:
         """Return the statistics. ValueError, naming the linear, if a value is not finite.
 
@@ -97,22 +112,38 @@ class GradientCollector(LinearsVisitor):
         if not output.requires_grad:
             return output
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
-        energy = _precise(token_rows(linear, x, self._mask)).square().sum(1)  # now, while it is what it is
-        mask = self._mask
+        mask, routed = self._mask, ROUTED_ROWS.get()
+        energy = _precise(token_rows(linear, x, mask, routed)).square().sum(1)  # now, while it is what it is
         if linear not in self._sums:
             self._sums[linear] = _Sums(weight_matrix(module).shape[0], output.device)
         sums = self._sums[linear]
 
         def add(gradient: Tensor) -> None:
             y = output.detach() if bias is None else output.detach() - bias.to(output)
-            sums.add(energy, token_rows(linear, y, mask), token_rows(linear, gradient, mask))
+            sums.add(energy, token_rows(linear, y, mask, routed), token_rows(linear, gradient, mask, routed))
 
         output.register_hook(add)
         return output.clone()
 
     def _result(self, block: str) -> dict[str, GradientStatistics]:
-        found = {}
-        for linear, module in self._linears_of(block).items():
-            sums = self._sums.pop(linear, None) or _Sums(weight_matrix(module).shape[0], torch.device("cpu"))
-            found[linear] = sums.result(linear)
+        linears, sums = self._linears_of(block), {}
+        for name, module in linears.items():
+            sums[name] = self._sums.pop(name, None) or _Sums(weight_matrix(module).shape[0], torch.device("cpu"))
+        sums |= self._borrowed(block, sums)
+        return {linear: sums[linear].result(linear) for linear in linears}
+
+    def _borrowed(self, block: str, sums: dict[str, _Sums]) -> dict[str, _Sums]:
+        """Sums of linears that saw too few tokens: their pool's mean, for the tokens they saw, or for one."""
+        sizes = {name: weight_matrix(module).shape[0] for name, module in self._linears_of(block).items()}
+        tokens = {name: each.tokens for name, each in sums.items()}
+        found: dict[str, _Sums] = {}
+        for members in pools(block, sizes).values():
+            borrowing = borrowers(members, tokens, sizes[members[0]], self._tokens[block])
+            if not borrowing:
+                continue
+            pool = _Sums(sizes[members[0]], next(sums[name].gram.device for name in members if tokens[name]))
+            for name in members:
+                if tokens[name]:
+                    pool.merge(sums[name])
+            found |= {name: pool.scaled_to(max(tokens[name], 1)) for name in borrowing}
         return found
