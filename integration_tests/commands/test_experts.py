@@ -30,7 +30,8 @@ def shown(capfd: Any, *arguments: str) -> dict[str, Any]:
 
 def test_plan_compress_inspect_and_quantize_agree_on_a_mixture(mixture: Path, capfd: Any) -> None:
     settings = ["--method", "svd_llm_v2", "--ratio", "0.6"]
-    planned = shown(capfd, "plan", "--model", "dense", "--dataset", "text.txt", *settings)
+    draw = ("--nsamples", "2", "--seqlen", "24")
+    planned = shown(capfd, "plan", "--model", "dense", "--dataset", "text.txt", *draw, *settings)
     assert dobisvd(*COMPRESS, *settings, "out") == 0
     reported = shown(capfd, "inspect", "out")
     assert reported["coverage"] == planned["coverage"] >= 0.99

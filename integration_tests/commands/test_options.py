@@ -39,7 +39,6 @@ def test_defaults_are_those_of_the_configuration() -> None:
     assert {option.key for option in of_the_configuration() if option.from_config} >= {
         "method",
         "nsamples",
-        "seqlen",
         "seed",
         "batch_size",
         "fisher",

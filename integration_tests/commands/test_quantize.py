@@ -115,8 +115,7 @@ def test_plan_tells_what_a_size_will_give(wide: Path, capfd: Any) -> None:
 @needs_gptq
 def test_whose_text_is_read(wide: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     """--dataset before that of the GPTQConfig before that of the recipe; LLM.int8() and our own 8 bits read none."""
-    from optimum_dobisvd.calibration import dataset
-    from optimum_dobisvd.pipeline import validate
+    from optimum_dobisvd.calibration import dataset, processor_batches
 
     assert dobisvd(*COMPRESS, *TO_LOW_RANK, "low") == 0
     text = Path("text.txt").read_text()
@@ -132,7 +131,7 @@ def test_whose_text_is_read(wide: Path, monkeypatch: pytest.MonkeyPatch, capfd: 
         return real(source, *arguments, **draw)
 
     monkeypatch.setattr(dataset, "load_windows", seen)
-    monkeypatch.setattr(validate, "load_windows", seen)
+    monkeypatch.setattr(processor_batches, "load_windows", seen)
     for options, expected in (((), [text[:5000], text[5000:]]), (("--dataset", "named.txt"), "named.txt")):
         read.clear()
         settings = ("--quantization", quantization, "--out", "out", "--overwrite", *options, *DRAW)

@@ -94,11 +94,11 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
 
     source, trust = model_source(options["out"]), options["trust_remote_code"]
     options = {**options, "batch_size": 1 if options["batch_size"] is None else options["batch_size"]}
+    tasks = _load_tasks(options)
     if options["dataset"]:
         options["seqlen"] = evaluation_seqlen(source, options["seqlen"], trust_remote_code=trust)
     tokenizer = load_tokenizer(source, trust_remote_code=trust)
     texts = {name: text_of(name, "test", tokenizer) for name in options["dataset"]}
-    tasks = _load_tasks(options)
     found_dense = dense_source(options["out"], options["dense"])
     dense, note = found_dense.source, found_dense.note
     if note is not None:

@@ -64,7 +64,6 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     if config.device is not None:
         require_device(config.device)
     config = with_seqlen(config, meta_model)
-    _check_text(meta_model, config, source, options)
     given = given_plan(config, layout)
     job = Job(config, layout, budget_of(config, layout) if given is None else None, given)
     store = _open_store(config, layout, meta_model)
@@ -85,6 +84,7 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     result = {**report.to_dict(), "allocation": plan.allocation, "note": note, "needs": needs}
     if needs["lacking"]:
         raise Refused("this cannot fit: " + "; ".join(needs["lacking"]), result)
+    _check_text(meta_model, config, source, options)
     return result
 
 
