@@ -19,7 +19,7 @@ from .learning.learn import learn_ranks
 from .model.experts import linearize, settle
 from .model.footprint import checkpoint_bytes, macs_per_token, resident_bytes
 from .pipeline.allocate import allocate, measure_losses, predicted_increase
-from .pipeline.collect import block_runner, borrowed_by, collect
+from .pipeline.collect import borrowed_by, collect, quantization_runner
 from .pipeline.factorize import Replacement, factorize
 from .pipeline.job import Job
 from .pipeline.quantize import quantize
@@ -136,8 +136,8 @@ class DobiSVDQuantizer:
         targets, coverage = layout.targets, layout.coverage
         with stages.stage("factorization"), Replacement(model, job, plan, undo_on_error) as replacement:
             factorize(model, job, plan, store, replacement)
-            windows = job.quantization_windows
-            quantize(model, config.encoding, block_runner(model, job, windows) if windows is not None else None)
+            runner = quantization_runner(model, job)
+            quantize(model, config.encoding, runner, replacement.dense_linears())
         report = CompressionReport(
             model=os.path.basename(str(getattr(model, "name_or_path", "") or type(model).__name__).rstrip("/")),
             method=config.method,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig
+from transformers import AutoModelForCausalLM, AutoRoundConfig, BitsAndBytesConfig, GPTQConfig
 
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd import DobiSVDConfig, Plan
@@ -23,6 +23,7 @@ needs_bnb = pytest.mark.skipif(
 SETTINGS = {
     "gptq": lambda: GPTQConfig(bits=4, group_size=32),
     "gptq_desc_act": lambda: GPTQConfig(bits=4, group_size=32, desc_act=True, true_sequential=False),
+    "autoround": lambda: AutoRoundConfig(bits=4, group_size=32, sym=False, iters=2),
     "nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     "nf4_dq": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
     "fp4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
@@ -31,6 +32,7 @@ SETTINGS = {
 ENCODINGS: dict[str, list[tuple[str, int | None]]] = {
     "gptq": [("gptq4_g32", 32), ("gptq4_g32", None), ("gptq3_g32", 32), ("gptq2_g32", None), ("int8", 16)],
     "gptq_desc_act": [("gptq8_g32", 32), ("gptq4_g32", None), ("float", 7)],
+    "autoround": [("gptq4_g32", 32), ("gptq4_g32", None), ("gptq3_g32", 32), ("gptq2_g32", None), ("int8", 16)],
     "nf4": [("nf4", 64), ("nf4", None), ("float", 9), ("int8", None)],
     "nf4_dq": [("nf4_dq", 64), ("nf4_dq", None), ("float", None)],
     "fp4": [("fp4", 64), ("fp4", None)],
@@ -39,9 +41,14 @@ ENCODINGS: dict[str, list[tuple[str, int | None]]] = {
 """What matrices become by turns: encodings of the settings and of our own, at which rank (None: not factorized)."""
 
 
+_BY_GPTQ = ("gptq", "gptq_desc_act", "autoround")
+
+
 def marked(*keys: str) -> list[Any]:
     """Those settings as parameters of a test, each skipped where its library is missing."""
-    return [pytest.param(key, marks=needs_gptq if key.startswith("gptq") else needs_bnb) for key in keys]
+    return [
+        pytest.param(key, marks=needs_gptq if key.startswith(("gptq", "autoround")) else needs_bnb) for key in keys
+    ]
 
 
 def wide(name: str, dtype: torch.dtype = torch.float32) -> Any:

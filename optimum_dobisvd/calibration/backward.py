@@ -38,7 +38,7 @@ class BackwardRunner(BlockRunner):
         """
         if not any(visitor.wants(name) for name in self._blocks):
             return
-        with self._running(visitor), frozen(self._model):
+        with self._running(visitor), frozen(self.model):
             with torch.no_grad():
                 alone = self._blocks_stand_alone()
             # Hidden states in another order (see `tokens`) are those of one window each, so that none has to be split.
@@ -94,9 +94,9 @@ class BackwardRunner(BlockRunner):
 
         Window by window, since the logits of one window can be larger than everything else.
         """
-        widens = any(self._in_float32(self._model, hidden.device, hidden.dtype) for hidden in self._hidden)
+        widens = any(self._in_float32(self.model, hidden.device, hidden.dtype) for hidden in self._hidden)
         # The blocks compute nothing meanwhile. Embeddings tied to the head are the same tensor.
-        widened = in_float32(self._model, without=self._blocks.values()) if widens else contextlib.nullcontext()
+        widened = in_float32(self.model, without=self._blocks.values()) if widens else contextlib.nullcontext()
         gradients = []
         with widened, tqdm(total=sum(map(len, self._hidden)), desc="loss", unit="window", leave=False) as progress:
             for (ids, mask), hidden in zip(self._batches, self._hidden, strict=True):
@@ -105,7 +105,7 @@ class BackwardRunner(BlockRunner):
                 for window, keep, states in zip(ids.split(1), mask.split(1), parts, strict=True):
                     leaf = (states.detach().float() if widens else states.detach()).requires_grad_(True)
                     with torch.enable_grad(), replaced_forward(self._skipping_blocks(leaf)):
-                        loss.of(self._model, window, keep).backward()
+                        loss.of(self.model, window, keep).backward()
                     windows.append(_gradient_of(leaf).to("cpu", hidden.dtype))
                     progress.update()
                 gradients.append(torch.cat(windows))
@@ -153,7 +153,7 @@ class BackwardRunner(BlockRunner):
                 for ids, mask in tqdm(self._batches, desc=description, unit="batch"):
                     visitor.start_batch(mask)
                     with torch.enable_grad():
-                        loss.of(self._model, ids, mask).backward()
+                        loss.of(self.model, ids, mask).backward()
             loss.check_seen()
 
 

@@ -49,9 +49,14 @@ class CalibrationWindows:
         for start in range(0, len(self.input_ids), batch_size):
             yield self.input_ids[start : start + batch_size], self.attention_mask[start : start + batch_size]
 
-    def first(self, count: int) -> CalibrationWindows:
-        """Return the first `count` windows; all of them if there are no more."""
+    def first(self, count: int | None) -> CalibrationWindows:
+        """Return the first `count` windows; all of them if there are no more, or for None."""
         return self._cut(slice(count))
+
+    def shortened(self, seqlen: int | None) -> CalibrationWindows:
+        """Return the first `seqlen` tokens of every window; the windows as they are for None."""
+        ids, mask = self.input_ids[:, :seqlen], self.attention_mask[:, :seqlen]
+        return CalibrationWindows(ids, mask, {**self.description, "seqlen": ids.shape[1]})
 
     def split(self, held_out: int) -> tuple[CalibrationWindows, CalibrationWindows]:
         """Return all but the last `held_out` windows, and these. ValueError if nothing is left before them."""

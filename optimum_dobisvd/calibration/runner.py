@@ -64,7 +64,7 @@ class BlockRunner:
         batch_size: int = 4,
         device: str | torch.device | None = None,
     ) -> None:
-        self._model, self._blocks = model, blocks
+        self.model, self._blocks = model, blocks
         self._batches: list[tuple[Tensor, Tensor]] = []
         for ids, mask in windows.batches(batch_size):
             self._batches += [(ids, mask)] if bool(mask.all()) else one_by_one([(ids, mask)])
@@ -86,7 +86,7 @@ class BlockRunner:
             if not self._blocks_stand_alone():
                 logger.warning(
                     "%s passes state between its blocks: calibrating with full forward passes, all blocks at once",
-                    type(self._model).__name__,
+                    type(self.model).__name__,
                 )
                 with self._visiting_all(visitor):
                     for ids, mask in tqdm(self._batches, desc=description, unit="batch"):
@@ -130,7 +130,7 @@ class BlockRunner:
     def _running(self, visitor: BlockVisitor | None = None) -> Iterator[None]:
         """A context for passes through the model; it is restored at the end, and what was recorded is dropped."""
         try:
-            with evaluating(self._model), without_cache(self._model):
+            with evaluating(self.model), without_cache(self.model):
                 yield
         except BaseException:
             if visitor is not None:
@@ -224,7 +224,7 @@ class BlockRunner:
             for ids, mask in batches:
                 current.clear()
                 with contextlib.suppress(_Recorded):
-                    forward_pass(self._model, ids, mask, head=False)
+                    forward_pass(self.model, ids, mask, head=False)
                 # Equal arguments, such as masks, are held in memory once.
                 shared = bool(self._arguments) and _equal(current, self._arguments[0])
                 self._arguments.append(self._arguments[0] if shared else dict(current))
@@ -283,7 +283,7 @@ class BlockRunner:
             for name, block in self._blocks.items():
                 hooks.callback(block.register_forward_pre_hook(partial(before, name), with_kwargs=True).remove)
                 hooks.callback(block.register_forward_hook(partial(after, name)).remove)
-            forward_pass(self._model, ids, mask, head=False)
+            forward_pass(self.model, ids, mask, head=False)
         return called, last
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..allocation.plan import PlannedModule
 from ..calibration.dataset import CalibrationWindows
-from ..calibration.runner import BlockRunner
+from ..calibration.paired import PairedRunner
 from ..config import DobiSVDConfig
 from ..encodings.base import QUANT_METHOD, Encoding
 from ..encodings.registry import encoding_named, encoding_of
@@ -64,7 +64,8 @@ def convert(
     blocks = find_blocks(model, nontext=config.nontext_modules)
     with torch.inference_mode(False), torch.no_grad():
         _rewrite(model, encoding, wanted, config)
-        runner = None if windows is None else BlockRunner(model, blocks, windows, batch_size=config.batch_size)
+        size = config.batch_size if encoding.learned is None else encoding.learned.batch_size
+        runner = None if windows is None else PairedRunner(model, blocks, windows, batch_size=size)
         quantize(model, encoding, runner)
     modules = {
         name: PlannedModule(each.structure, each.encoding, each.rank).to_dict()

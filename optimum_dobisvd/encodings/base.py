@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..factorization.factors import Gauge
+from .learned_rounding import LearnableLinear, LearnedRoundingSettings
 
 QUANT_METHOD = "dobi_svd"
 """What config.json calls this format."""
@@ -156,6 +157,7 @@ class Encoding(ABC):
         uses_text: whether it rounds better with the Gram of the linear's inputs; such linears are quantized
             sequentially, each on the inputs that the quantized ones before it give.
         needs_text: whether it cannot round without.
+        learned: how codes are learned on the outputs of whole blocks; None where each linear is rounded by itself.
         quantizes_in_threads: whether several linears can be quantized at once.
         trainable: whether its weights can be trained.
         adapter_refusal: why PEFT can put no adapter on its linears, in words; None if it can.
@@ -178,6 +180,7 @@ class Encoding(ABC):
     own_tokenizer: Any = None
     one_input_at_a_time: bool = False
     uses_text: bool = False
+    learned: LearnedRoundingSettings | None = None
     quantizes_in_threads: ClassVar[bool] = False
     needs_text: ClassVar[bool] = False
     trainable: ClassVar[bool] = False
@@ -282,6 +285,14 @@ class Encoding(ABC):
         Raises:
             ValueError: it cannot be done; says why.
         """
+
+    def learnable(self, linear: nn.Linear) -> LearnableLinear:
+        """Return what stands in a linear's place while its codes are learned."""
+        raise NotImplementedError(f"{self.name} is not learned")
+
+    def from_learned(self, linear: LearnableLinear) -> nn.Module:
+        """Return what takes the place of a linear whose codes have been learned."""
+        raise NotImplementedError(f"{self.name} is not learned")
 
     # Checkpoints.
 

@@ -27,7 +27,7 @@ from .gptq_linear import (
 from .gptq_rounding import gptq_round
 from .settings import check_options, refuse_layer_names, with_method
 
-_GPTQ_BITS = (2, 3, 4, 8)
+GPTQ_BITS = (2, 3, 4, 8)
 _GPTQ_NAME = re.compile(r"gptq([2348])_(?:g(\d+)|rows)")
 _GPTQ_SHORT_NAME = re.compile(r"gptq([2348])(?:_g(\d+)|_rows)?")
 _GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
@@ -92,7 +92,7 @@ class GPTQ(Encoding):
     @property
     def alternatives(self) -> tuple[str, ...]:
         """The other bits at the same group size."""
-        others = (GPTQ(bits, self.group_size) for bits in _GPTQ_BITS if bits != self.bits)
+        others = (GPTQ(bits, self.group_size) for bits in GPTQ_BITS if bits != self.bits)
         return tuple(other.name for other in others)
 
     def remembered(self) -> Any:
@@ -212,11 +212,7 @@ def _check_gptq(settings: GPTQConfig) -> None:
             "GPTQConfig(group_size=-1) has no groups to order by activation, and gptqmodel refuses it: pass "
             "act_group_aware=False, too, or a group_size such as 32 or 64"
         )
-    if settings.group_size != -1 and settings.group_size not in _GROUP_SIZES:
-        raise ValueError(
-            f"GPTQConfig(group_size={settings.group_size}) is none of gptqmodel's: take -1, "
-            f"{', '.join(map(str, _GROUP_SIZES[:-1]))} or {_GROUP_SIZES[-1]}"
-        )
+    check_group_size("GPTQConfig", settings.group_size)
     if settings.format not in ("gptq", GPTQ_IN_MEMORY):
         raise ValueError(f"GPTQConfig(format={settings.format!r}) cannot be stored here: take 'gptq'")
     if settings.block_name_to_quantize or settings.module_name_preceding_first_block:
@@ -225,6 +221,15 @@ def _check_gptq(settings: GPTQConfig) -> None:
             "found out here: leave them out"
         )
     refuse_layer_names("modules_in_block_to_quantize", settings.modules_in_block_to_quantize)
+
+
+def check_group_size(name: str, group_size: int) -> None:
+    """Raise ValueError, with the name of the configuration it is of, for a size that gptqmodel has no kernel for."""
+    if group_size != -1 and group_size not in _GROUP_SIZES:
+        raise ValueError(
+            f"{name}(group_size={group_size}) is none of gptqmodel's: take -1, "
+            f"{', '.join(map(str, _GROUP_SIZES[:-1]))} or {_GROUP_SIZES[-1]}"
+        )
 
 
 _UNUSED_BY_US = ("model_seqlen", "max_input_length", "batch_size", "pad_token_id", "cache_block_outputs")

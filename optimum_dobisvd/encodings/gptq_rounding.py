@@ -25,15 +25,29 @@ def gptq_round(linear: Any, gram: Tensor, bits: int, group_size: int, settings: 
     scale, zero, group_of_input = solver.fasterquant(
         percdamp=settings.damp_percent, group_size=group_size, actorder=settings.desc_act
     )[:3]
-    tensors = _packed(solver.module, (scale, zero, group_of_input), bits, group_size, settings)
-    kernel = gptq_kernel(
-        {key: tensor.to(linear.weight.device) for key, tensor in tensors.items()},
-        (linear.out_features, linear.in_features),
+    grid = (scale, zero, group_of_input)
+    return packed_kernel(solver.module, grid, bits, group_size, settings), solver.module.weight.detach()
+
+
+def packed_kernel(
+    rounded: nn.Linear, grid: tuple[Tensor, Tensor, Tensor], bits: int, group_size: int, settings: Any
+) -> nn.Module:
+    """Return gptqmodel's linear of a weight that lies on a grid.
+
+    Args:
+        rounded: an `nn.Linear`, `m x n`.
+        grid: scales and zero points (`m x groups`), and which group every input is of (`n`).
+        bits, group_size: of the encoding.
+        settings: the `GPTQConfig`, for everything else.
+    """
+    tensors = _packed(rounded, grid, bits, group_size, settings)
+    return gptq_kernel(
+        {key: tensor.to(rounded.weight.device) for key, tensor in tensors.items()},
+        (rounded.out_features, rounded.in_features),
         bits,
         group_size,
         {"desc_act": settings.desc_act, "sym": settings.sym, "backend": None},
     )
-    return kernel, solver.module.weight.detach()
 
 
 def _solver(linear: nn.Linear, bits: int, group_size: int, settings: Any) -> Any:

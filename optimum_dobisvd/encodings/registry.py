@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from ..registry import Registry
+from .autoround import AutoRound
 from .base import QUANT_METHOD, Encoding
 from .bitsandbytes import BitsAndBytes
 from .float import Float
@@ -20,6 +21,7 @@ ENCODINGS: Registry[Any] = Registry("kind of encoding")
 ENCODINGS.register("float", Float)
 ENCODINGS.register("int8", Int8)
 ENCODINGS.register("remap", Remap)
+ENCODINGS.register("autoround", AutoRound)  # before the one it is a kind of
 ENCODINGS.register("gptq", GPTQ)
 ENCODINGS.register("bitsandbytes", BitsAndBytes)
 
@@ -75,7 +77,8 @@ def encoding_of(setting: Any, *, strict: bool = True) -> Encoding:
     if isinstance(setting, str):
         raise ValueError(
             f"unknown quantization {setting!r}: int8, remap, gptq2, gptq3, gptq4 or gptq8 (gptq4_g32 for groups of "
-            "32), nf4, fp4 (nf4_dq for double quantization), llm_int8, or a GPTQConfig or BitsAndBytesConfig as JSON"
+            "32), autoround4 (the same with learned codes), nf4, fp4 (nf4_dq for double quantization), llm_int8, or a "
+            "GPTQConfig, AutoRoundConfig or BitsAndBytesConfig as JSON"
         )
     method = with_method(setting) if isinstance(setting, dict) else getattr(setting, "quant_method", None)
     what = getattr(method, "value", method) or type(setting).__name__

@@ -8,6 +8,7 @@ from typing import Any
 from ..calibration.backward import BackwardRunner
 from ..calibration.dataset import CalibrationWindows
 from ..calibration.loss import NextTokenLoss
+from ..calibration.paired import PairedRunner
 from ..calibration.runner import BlockRunner
 from ..model.layout import Layout
 from ..statistics.collect import InputCollector
@@ -61,6 +62,15 @@ def _collect_gradients(model: Any, job: Job, windows: CalibrationWindows, store:
     collector = GradientCollector(layout.linears_of, store.put_gradients, lambda block: not store.has_gradients(block))
     runner = BackwardRunner(model, layout.blocks, chosen, batch_size=config.batch_size, device=config.device)
     runner.run_backward(collector, NextTokenLoss(config.fisher, config.seed))
+
+
+def quantization_runner(model: Any, job: Job) -> PairedRunner | None:
+    """Return what takes the windows of the quantization through the model; None without."""
+    if job.quantization_windows is None:
+        return None
+    config, learned = job.config, job.config.encoding.learned
+    size = config.batch_size if learned is None else learned.batch_size
+    return PairedRunner(model, job.layout.blocks, job.quantization_windows, batch_size=size, device=config.device)
 
 
 def block_runner(model: Any, job: Job, windows: CalibrationWindows) -> BlockRunner:

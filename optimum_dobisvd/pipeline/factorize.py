@@ -40,6 +40,7 @@ class Replacement:
         self.errors: dict[str, float | None] = {}
         self._model, self._plan, self._undo_on_error = model, plan, undo_on_error
         self._linears, self._device, self._settings = job.layout.linears, job.device, job.config.encoding.settings
+        self._keep = job.config.encoding.learned is not None
         self._replaced: dict[str, Module] = {}
         total = sum(not module.leaves_as_is for module in plan.modules.values())
         self._progress = tqdm(total=total, desc="factorizing", unit="matrix")
@@ -61,10 +62,22 @@ class Replacement:
         self._replaced[name] = linear
 
     def finish(self, name: str) -> None:
-        """Let go of the dense linear `name`, unless it may have to be put back."""
+        """Let go of the dense linear `name`, unless it may have to be put back, or codes are learned towards it."""
         if not self._undo_on_error:
-            del self._linears[name], self._replaced[name]
+            del self._linears[name]
+            if not self._keep:
+                del self._replaced[name]
         self._progress.update()
+
+    def dense_linears(self) -> dict[str, Module]:
+        """Return the dense linears that are still there, by name; here they stay only if they may have to be put back.
+
+        They are there for an encoding whose codes are learned.
+        """
+        found = dict(self._replaced)
+        if not self._undo_on_error:
+            self._replaced.clear()
+        return found
 
     def __enter__(self) -> Replacement:
         return self

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration.paired import PairedRunner
 from ..calibration.runner import BlockRunner
 from ..encodings.base import Encoding
 from ..encodings.registry import encoding_named
@@ -20,6 +21,7 @@ from ..statistics.pooling import pool_name
 from ..statistics.store import full_gram
 from ..structures.base import CompressedLinear, compressed_linears, restore_tensors
 from ..structures.format import Format
+from .learn_rounding import learn_rounding
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +36,17 @@ is little to choose.
 """
 
 
-def quantize(model: Any, encoding: Encoding, runner: BlockRunner | None) -> None:
+def quantize(
+    model: Any, encoding: Encoding, runner: PairedRunner | None, dense: dict[str, nn.Module] | None = None
+) -> None:
     """Quantize the linears in every compressed linear that is to have an encoding of this kind and has not yet.
 
     Args:
         model: compressed; those still hold plain linears.
         encoding: with its settings; others of its kind (GPTQ's other bits) are made with the same.
         runner: of the calibration windows, None without. Encodings that need no text round each value on its own then.
+        dense: the linears that compressed ones stand for, for codes that are learned: they are let go of one by one.
+            None: the compressed ones as they are.
 
     Raises:
         ValueError: naming the linear that saw no token, or that could not be rounded; an encoding needs text and there
@@ -56,7 +62,9 @@ def quantize(model: Any, encoding: Encoding, runner: BlockRunner | None) -> None
     if waiting and runner is None and encoding.needs_text:
         raise ValueError(f"{encoding.name} needs calibration text: name some with dataset= of the DobiSVDConfig")
     with encoding.quiet() if waiting else contextlib.nullcontext():
-        if waiting and encoding.uses_text and runner is not None:
+        if waiting and encoding.learned is not None and runner is not None:
+            learn_rounding(waiting, kinds, encoding.learned, runner, {} if dense is None else dense)
+        elif waiting and encoding.uses_text and runner is not None:
             quantize_sequentially(waiting, kinds, runner, one_input_at_a_time=encoding.one_input_at_a_time)
         else:
             if waiting and encoding.uses_text:

@@ -65,14 +65,15 @@ def quantization_windows(
     """
     if not encoding.needs_text:
         return windows if encoding.uses_text else None
-    own = encoding.own_text
+    own, learned = encoding.own_text, encoding.learned
     if own is None and windows is not None:
-        return windows
+        return windows if learned is None else windows.first(learned.nsamples).shortened(learned.seqlen)
     text = {"c4-new": "c4"}.get(own, own) if isinstance(own, str) else own if own is not None else config.dataset
     if text is None:
         raise ValueError(f"{encoding.name} needs calibration text: {_HOW_TO_GIVE_TEXT}")
     try:
-        return draw_windows(text, encoding.own_tokenizer or tokenizer, **config.draw)
+        drawn = draw_windows(text, encoding.own_tokenizer or tokenizer, **config.draw)
+        return drawn if learned is None else drawn.first(learned.nsamples).shortened(learned.seqlen)
     except (ValueError, OSError) as error:
         raise ValueError(f"{encoding.name} needs calibration text: {error}; {_HOW_TO_GIVE_TEXT}") from error
 

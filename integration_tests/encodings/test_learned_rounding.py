@@ -1,0 +1,96 @@
+"""Codes learned by signed descent: they begin as the nearest ones, stay on the grid, and lose less in the end."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoRoundConfig
+
+from optimum_dobisvd.encodings.gptq import fake_quantize_groups
+from optimum_dobisvd.encodings.learned_rounding import LearnableLinear, LearnedRoundingSettings, SignedDescent
+from optimum_dobisvd.encodings.registry import encoding_of
+
+
+def linear(m: int, n: int, seed: int = 0, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(n, m, bias=bias)
+
+
+@given(
+    m=st.integers(1, 9),
+    groups=st.integers(1, 5),
+    bits=st.sampled_from([2, 3, 4, 8]),
+    symmetric=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_rounding_begins_as_the_nearest_on_gptqs_grid(m, groups, bits, symmetric, seed) -> None:
+    plain = linear(m, 16 * groups, seed)
+    found = LearnableLinear(plain, bits, 16, symmetric).weight
+    expected = fake_quantize_groups(plain.weight.detach(), bits, 16, symmetric=symmetric)
+    step = LearnableLinear(plain, bits, 16, symmetric).grid()[0].repeat_interleave(16, 2).flatten(1)
+    # Steps are rounded to float16, which may take a value that lies between two codes to the other one.
+    off = (found - expected).abs() / step
+    assert float(off.max()) < 1.1
+    assert int((off > 0.2).sum()) <= 1 + 0.05 * off.numel()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_descent_loses_less_than_the_nearest_codes_and_keeps_to_the_grid(symmetric: bool) -> None:
+    plain = linear(24, 64)
+    inputs = torch.randn(256, 8) @ torch.randn(8, 64) + 0.1 * torch.randn(256, 64)
+    target = plain(inputs).detach()
+    learned = LearnableLinear(plain, 3, 32, symmetric)
+
+    def loss() -> torch.Tensor:
+        return nn.functional.mse_loss(learned(inputs), target)
+
+    nearest = float(loss().detach())
+    descent = SignedDescent([learned], LearnedRoundingSettings(steps=60))
+    for _ in range(60):
+        descent.step(loss())
+    descent.take_best()
+    assert float(loss().detach()) < 0.5 * nearest
+    step, zero = learned.grid()
+    codes = learned.codes(step, zero)
+    assert torch.equal(codes, codes.round())
+    assert 0 <= float(codes.min()) <= float(codes.max()) <= 7
+    assert torch.equal(step, step.half().float())
+    assert float(learned.offsets.abs().max()) <= 0.5
+
+
+def test_the_best_rounding_is_kept_where_the_last_one_is_worse() -> None:
+    learned = LearnableLinear(linear(4, 32), 4, 32, False)
+    descent = SignedDescent([learned], LearnedRoundingSettings(steps=2, learning_rate=0.4))
+    before = learned.weight.detach().clone()
+    for loss in (1.0, 2.0):
+        descent.step(learned.weight.sum() * 0 + learned.offsets.sum() + loss - learned.offsets.sum().detach())
+    assert not torch.equal(learned.weight, before)
+    descent.take_best()
+    assert torch.equal(learned.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"bits": 5}, "2, 3, 4 or 8 bits"),
+        ({"group_size": 31}, "none of gptqmodel's"),
+        ({"iters": 0}, "whole number"),
+        ({"lr": "fast"}, "number above 0"),
+        ({"act_bits": 8}, "leave it out"),
+        ({"layer_config": {"q_proj": {"bits": 8}}}, "modules_to_not_convert"),
+    ],
+)
+def test_options_that_gptqs_tensors_cannot_hold_are_refused(options, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        encoding_of(AutoRoundConfig(**options))
+
+
+def test_a_checkpoint_remembers_gptq() -> None:
+    encoding = encoding_of("autoround3_g32")
+    assert encoding.name == "gptq3_g32"
+    assert encoding.learned == LearnedRoundingSettings()
+    remembered = encoding.remembered()
+    assert encoding_of(remembered).name == "gptq3_g32"
+    assert encoding_of(remembered).learned is None
+    assert remembered["sym"] is False

@@ -1,0 +1,84 @@
+"""Learning the codes of a compressed model's linears, block by block, towards the outputs of the dense blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..calibration.paired import BlockPasses, PairedRunner
+from ..encodings.base import Encoding
+from ..encodings.learned_rounding import LearnableLinear, LearnedRoundingSettings, SignedDescent
+from ..structures.base import CompressedLinear
+
+
+def learn_rounding(
+    waiting: Mapping[str, CompressedLinear],
+    encodings: Mapping[str, Encoding],
+    settings: LearnedRoundingSettings,
+    runner: PairedRunner,
+    dense: dict[str, nn.Module],
+) -> None:
+    """Quantize compressed linears in place: codes and grids of a block are learned together, in all its linears.
+
+    The inputs of a block are what the quantized blocks before it give, the target is what the dense block gives on
+    what the dense ones before it give, so that a block makes up for the ones before it, and for its own low rank.
+
+    Args:
+        waiting: linears that hold plain ones, by name.
+        encodings: by the names that they have as `encoding`.
+        settings: of the descent.
+        runner: of the calibration windows.
+        dense: the linears that compressed ones stand for, by name; others of a block compute as they are.
+            Each is let go of when its block is done.
+
+    Raises:
+        ValueError: the model cannot be run block by block; an output is not finite (names the block).
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    @contextmanager
+    def as_dense(block: str) -> Iterator[None]:
+        inside = {name: linear for name, linear in dense.items() if f"{name}.".startswith(f"{block}.")}
+        now = {name: runner.model.get_submodule(name) for name in inside}
+        try:
+            for name, linear in inside.items():
+                runner.model.set_submodule(name, linear)
+            yield
+        finally:
+            for name, module in now.items():
+                runner.model.set_submodule(name, module)
+                del dense[name]
+
+    def change(block: str, module: nn.Module, passes: BlockPasses) -> None:
+        here = {name: each for name, each in waiting.items() if f"{name}.".startswith(f"{block}.")}
+        if not here:
+            return
+        learnable = {name: _make_learnable(each, encodings[each.encoding]) for name, each in here.items()}
+        descent = SignedDescent((each for children in learnable.values() for each in children.values()), settings)
+        order: list[int] = []
+        for _ in range(settings.steps):
+            order = order or torch.randperm(len(passes.targets), generator=generator).tolist()
+            batch = order.pop()
+            with torch.enable_grad():
+                descent.step(nn.functional.mse_loss(passes.outputs(batch).float(), passes.targets[batch].float()))
+        descent.take_best()
+        for name, children in learnable.items():
+            for child, each in children.items():
+                kernel = encodings[here[name].encoding].from_learned(each)
+                here[name].set_submodule(child, kernel.train(here[name].training))
+
+    runner.run_paired(as_dense, change, "learning to round")
+
+
+def _make_learnable(module: CompressedLinear, encoding: Encoding) -> dict[str, LearnableLinear]:
+    """Put learnable linears in the places of a compressed linear's children."""
+    made: dict[str, LearnableLinear] = {}
+    for child, linear in list(module.named_children()):
+        plain: Any = linear
+        made[child] = encoding.learnable(plain).to(plain.weight.device)
+        module.set_submodule(child, made[child])
+    return made
