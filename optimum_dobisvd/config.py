@@ -53,8 +53,9 @@ class DobiSVDConfig(QuantizationConfigMixin):
             terms of them; `dense`; or `auto`, whichever of these loses least at its bytes (`global` only, and its
             default; the other methods' is `low_rank`). Matrices that no structure makes smaller stay as they are.
         quantization: how factors and whole matrices are stored: None (the model's dtype; what the method says),
-            `"int8"`, `"remap"` (Dobi-SVD's 8+16 bit), a `GPTQConfig` or a `BitsAndBytesConfig`, or the names of these
-            (`"gptq4_g32"`, `"nf4"`, `"llm_int8"`). `ratio` and `budget` count its bits.
+            `"int8"`, `"remap"` (Dobi-SVD's 8+16 bit), a `GPTQConfig`, an `AutoRoundConfig` (GPTQ's tensors, codes
+            learned) or a `BitsAndBytesConfig`, or the names of these (`"gptq4_g32"`, `"autoround3_g32"`, `"nf4"`,
+            `"llm_int8"`). `ratio` and `budget` count its bits.
         mixed: every matrix takes whichever encoding costs the loss least: that of `quantization`, with GPTQ at any
             bits, `int8` or 16 bits (`global` only).
         dataset: calibration text: a name (`wikitext2`, `c4`, `ptb`), a path to .txt/.jsonl/.parquet (gz too), a list

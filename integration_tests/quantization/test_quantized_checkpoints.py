@@ -268,7 +268,7 @@ def test_an_adapter_names_the_quantized_checkpoint_and_not_the_one_before(tmp_pa
 
 @needs_gptq
 def test_windows_that_ranks_are_judged_on_are_not_rounded_on(monkeypatch):
-    runner_of = quantizer_module.block_runner
+    runner_of = quantizer_module.quantization_runner
     config = DobiSVDConfig(
         ratio=0.16,
         allocation="dobi_fixed_basis",
@@ -281,9 +281,15 @@ def test_windows_that_ranks_are_judged_on_are_not_rounded_on(monkeypatch):
     assert len(job.quantization_windows.input_ids) == 6
     assert len(job.held_out.input_ids) == 2
     seen = []
-    monkeypatch.setattr(quantizer_module, "block_runner", lambda *given: seen.append(given[2]) or runner_of(*given))
+
+    def observed(*given):
+        runner = runner_of(*given)
+        seen.append(sum(len(ids) for ids, _ in runner._batches))
+        return runner
+
+    monkeypatch.setattr(quantizer_module, "quantization_runner", observed)
     quantizer.run(model, job)
-    assert seen == [job.quantization_windows]
+    assert seen == [6]
 
 
 @needs_gptq

@@ -28,8 +28,8 @@ MODEL = (
 
 QUANTIZATION_HELP = (
     "how factors and dense matrices are stored: int8, remap (Dobi-SVD's 8+16 bit), gptq4 (2, 3, 4, 8 bits; gptq4_g32 "
-    "for groups of 32), nf4, fp4 (nf4_dq: double quantization), llm_int8, or a GPTQConfig or BitsAndBytesConfig as "
-    "JSON"
+    "for groups of 32), autoround4 (the same, codes learned), nf4, fp4 (nf4_dq: double quantization), llm_int8, or a "
+    "GPTQConfig, AutoRoundConfig or BitsAndBytesConfig as JSON"
 )
 
 METHOD = (

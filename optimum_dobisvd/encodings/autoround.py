@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoRoundConfig, GPTQConfig
 
-from .base import Feedback, InputGram, OutputErrors
+from .base import Feedback
 from .gptq import GPTQ, GPTQ_BITS, check_group_size
 from .gptq_linear import require_gptqmodel
 from .gptq_rounding import packed_kernel
@@ -26,8 +26,6 @@ _LEARNING = {
     "lr": "learning_rate",
 }
 """Options of auto-round that say how codes are learned, and what they are called here."""
-# What learned codes lose of what those of error feedback do, see recipes/RESULTS.md.
-_SHARE_OF_FEEDBACK = {2: 1.0, 3: 1.0, 4: 1.0, 8: 1.0}
 _OF_LOADERS = ("quant_method", "backend", "packing_format")
 
 
@@ -94,17 +92,8 @@ class AutoRound(GPTQ):
         return packed_kernel(rounded, grid, self.bits, self.group_size, self._settings)
 
     @property
-    def loss_name(self) -> str:
-        return f"{super().loss_name}-learned"
-
-    def rounding_errors(
-        self, weight: Tensor, full_rank: int, gram: InputGram, rows: Tensor | None = None
-    ) -> OutputErrors:
-        by_feedback, share = super().rounding_errors(weight, full_rank, gram, rows), _SHARE_OF_FEEDBACK[self.bits]
-        return OutputErrors(share * by_feedback.total, share * by_feedback.within)
-
-    @property
     def _feedback(self) -> Feedback:
+        # Losses are told as if error feedback chose the codes, important inputs first. Learned ones lose less.
         return Feedback(0.01)
 
     @property
