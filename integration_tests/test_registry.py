@@ -58,7 +58,11 @@ def test_what_is_no_string_is_an_unknown_name(name: object) -> None:
         (ALLOCATIONS, "unifrom", "unknown allocation 'unifrom'; known: uniform, .*svd_llm_v2"),
         (FACTORIZATIONS, "asdv", "unknown factorization 'asdv'; known: asvd, .*svd_llm_v2"),
         (STRUCTURES, "lowrank", "unknown structure 'lowrank'; known: low_rank, dense"),
-        (ENCODINGS, "gtpq", "unknown kind of encoding 'gtpq'; known: gptq, float, int8, remap, bitsandbytes"),
+        (
+            ENCODINGS,
+            "gtpq",
+            "unknown kind of encoding 'gtpq'; known: gptq, float, int8, remap, autoround, bitsandbytes",
+        ),
     ],
 )
 def test_every_table_names_what_is_in_it(registry: Registry, misspelt: str, message: str) -> None:

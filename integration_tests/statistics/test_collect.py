@@ -121,13 +121,15 @@ def test_excluded_linears_are_not_watched() -> None:
     assert store.block("model.layers.2").inputs
 
 
-def test_a_linear_that_is_never_called_is_an_error_that_names_it() -> None:
+def test_a_linear_that_is_never_called_is_no_target() -> None:
     model = tiny("llama")
     model.model.layers[1].mlp.spare = nn.Linear(32, 32)
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.spare was never called .* modules_to_not_convert"):
-        collect(model, tokens(2, 16))
+    layout = find_layout(model)
+    assert "model.layers.1.mlp.spare" not in layout.linears
+    assert layout.describe_left_dense() == "1,024 parameters not called on a text"
+    store = collect(model, tokens(2, 16))
+    assert "model.layers.1.mlp.spare" not in store.block("model.layers.1").input_key
     assert not any(module._forward_pre_hooks for module in model.modules())
-    collect(model, tokens(2, 16), exclude=["spare"])
 
 
 def test_rows_that_are_not_tokens_cannot_be_told_from_padding() -> None:
