@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from .dataset import CalibrationWindows
 from .loss import forward_pass
+from .nested import equal, mapped
 from .temporarily import (
     computes_in_float32,
     evaluating,
@@ -187,7 +188,7 @@ class BlockRunner:
             wide = widens and tensor.dtype is torch.bfloat16
             return tensor.to(place or tensor.device, torch.float32 if wide else tensor.dtype, copy=True)
 
-        hidden, args, kwargs = _mapped((hidden, args, kwargs), copied)
+        hidden, args, kwargs = mapped((hidden, args, kwargs), copied)
         with in_float32(block) if widens else contextlib.nullcontext():
             if "hidden_states" in kwargs:
                 output = block(*args, **{**kwargs, "hidden_states": hidden})
@@ -226,7 +227,7 @@ class BlockRunner:
                 with contextlib.suppress(_Recorded):
                     forward_pass(self.model, ids, mask, head=False)
                 # Equal arguments, such as masks, are held in memory once.
-                shared = bool(self._arguments) and _equal(current, self._arguments[0])
+                shared = bool(self._arguments) and equal(current, self._arguments[0])
                 self._arguments.append(self._arguments[0] if shared else dict(current))
 
     def _blocks_stand_alone(self) -> bool:
@@ -324,29 +325,6 @@ def _close(found: Tensor, expected: Tensor | None) -> bool:
     return bool((found.float() - expected.float()).norm() <= tolerance * expected.float().norm())
 
 
-def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply a function to every tensor in nested tuples, lists and dictionaries."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: _mapped(item, function) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_mapped(item, function) for item in value)
-    return value
-
-
 def one_by_one(batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """Return batches of one window each."""
     return [window for ids, mask in batches for window in zip(ids.split(1), mask.split(1), strict=True)]
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, Tensor):
-        return one.shape == other.shape and bool(torch.equal(one, other))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(_equal(a, b) for a, b in zip(one, other, strict=True))
-    return one is other or (isinstance(one, bool | int | float | str) and one == other)

@@ -288,11 +288,11 @@ class Encoding(ABC):
 
     def learnable(self, linear: nn.Linear) -> LearnableLinear:
         """Return what stands in a linear's place while its codes are learned."""
-        raise NotImplementedError(f"{self.name} is not learned")
+        raise TypeError(f"codes of {self.name} are not learned")
 
     def from_learned(self, linear: LearnableLinear) -> nn.Module:
         """Return what takes the place of a linear whose codes have been learned."""
-        raise NotImplementedError(f"{self.name} is not learned")
+        raise TypeError(f"codes of {self.name} are not learned")
 
     # Checkpoints.
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..calibration.paired import BlockPasses, PairedRunner
+from ..calibration.temporarily import weights_device
 from ..encodings.base import Encoding
 from ..encodings.learned_rounding import LearnableLinear, LearnedRoundingSettings, SignedDescent
 from ..structures.base import CompressedLinear
@@ -44,14 +45,15 @@ def learn_rounding(
     def as_dense(block: str) -> Iterator[None]:
         inside = {name: linear for name, linear in dense.items() if f"{name}.".startswith(f"{block}.")}
         now = {name: runner.model.get_submodule(name) for name in inside}
+        homes = {name: weights_device(linear) for name, linear in inside.items()}
         try:
-            for name, linear in inside.items():
-                runner.model.set_submodule(name, linear)
+            for name, linear in inside.items():  # the block may be on the compute device meanwhile
+                runner.model.set_submodule(name, linear.to(weights_device(now[name])))
             yield
         finally:
             for name, module in now.items():
                 runner.model.set_submodule(name, module)
-                del dense[name]
+                dense.pop(name).to(homes[name])
 
     def change(block: str, module: nn.Module, passes: BlockPasses) -> None:
         here = {name: each for name, each in waiting.items() if f"{name}.".startswith(f"{block}.")}

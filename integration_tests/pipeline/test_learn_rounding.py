@@ -1,0 +1,43 @@
+"""Codes are learned towards the dense model, whatever low rank and rounding have made of it."""
+
+import pytest
+import torch
+
+from integration_tests.quantization.quantized_models import needs_gptq, planned, wide
+from integration_tests.tiny_models import tokens
+from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
+from optimum_dobisvd.calibration import paired
+
+
+@needs_gptq
+@pytest.mark.parametrize("undo_on_error", [True, False])
+def test_the_target_of_every_block_is_what_the_dense_one_gives_on_dense_inputs(
+    undo_on_error: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoRoundConfig
+
+    model, ids = wide("llama"), tokens(4, 24)
+    outputs: list[torch.Tensor] = []
+    hooks = [layer.register_forward_hook(lambda _m, _a, out: outputs.append(out)) for layer in model.model.layers]
+    with torch.no_grad():
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    targets: list[torch.Tensor] = []
+
+    def observed(found: list[torch.Tensor], *rest: object) -> paired.BlockPasses:
+        targets.append(torch.cat(found))
+        return passes(found, *rest)  # type: ignore[arg-type]
+
+    passes = paired.BlockPasses
+    monkeypatch.setattr(paired, "BlockPasses", observed)
+    config = DobiSVDConfig(
+        plan=planned(model, [("gptq2_g32", 32)]),
+        dataset=ids,
+        quantization=AutoRoundConfig(bits=2, group_size=32, sym=False, iters=1),
+    )
+    DobiSVDQuantizer(config).quantize_model(model, undo_on_error=undo_on_error)
+    assert len(targets) == len(outputs) == 2
+    for target, output in zip(targets, outputs, strict=True):
+        output = output[0] if isinstance(output, tuple) else output
+        torch.testing.assert_close(target, output.flatten(0, 1), rtol=1e-4, atol=1e-4)
