@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
@@ -71,6 +72,15 @@ _CONFIGS: dict[str, tuple[Any, str, dict[str, Any]]] = {
         {**_SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 64},
     ),
     "vit": (AutoModelForImageClassification, "vit", {**_TOWER, **_IMAGE, "num_labels": 4}),
+    "clip": (
+        AutoModel,
+        "clip",
+        {
+            "text_config": {"vocab_size": VOCAB_SIZE, **_TOWER, "max_position_embeddings": 32, "eos_token_id": 0},
+            "vision_config": {**_TOWER, **_IMAGE},
+            "projection_dim": 16,
+        },
+    ),
     "llava": (
         AutoModelForImageTextToText,
         "llava",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from integration_tests.fresh_processes import run_python
 from integration_tests.statistics.tiny_model_statistics import assert_gram_close
@@ -38,7 +38,7 @@ def spoken() -> list[dict[str, Tensor]]:
 
 
 def dataset_for(name: str) -> Any:
-    if name in ("llava", "qwen2_vl", "gemma3"):
+    if name in ("clip", "llava", "qwen2_vl", "gemma3"):
         return image_text_batches(name, 6)
     if name == "vit":
         return [
@@ -180,7 +180,25 @@ def test_blocks_are_quantized_one_after_the_other(name: str) -> None:
         assert bool(torch.isfinite(model(**inputs_for(name)).logits).all())
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("whisper", "input_features"), ("vit", "pixel_values")])
+def test_a_model_of_text_and_images_side_by_side(tmp_path: Path) -> None:
+    model = compressed("clip", nontext_modules=True)
+    assert model.dobisvd_report.coverage == 1
+    assert {name.partition(".")[0] for name in model.config.quantization_config.modules} == {
+        "text_model",
+        "vision_model",
+        "visual_projection",
+        "text_projection",
+    }
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(**inputs_for("clip")).logits_per_image
+        found = AutoModel.from_pretrained(tmp_path).eval()(**inputs_for("clip")).logits_per_image
+    torch.testing.assert_close(found, expected)  # not to the bit: nor is the dense model's own, reloaded
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("whisper", "input_features"), ("vit", "pixel_values"), ("clip", "pixel_values")]
+)
 def test_text_for_a_model_that_takes_none_is_refused_in_a_sentence(name: str, wanted: str) -> None:
     with pytest.raises(ValueError, match=f"cannot be calibrated on text: it takes {wanted}; pass dataset= as a list"):
         compressed(name, dataset=tokens(4, 16))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model.trial import token_embeddings
 from .loss import NextTokenLoss, forward_pass
 from .model_inputs import NO_LABEL, own_labels
 from .temporarily import differentiable, evaluating, frozen, weights_device, without_cache
@@ -136,13 +137,16 @@ def _reads_ahead(model: Any, ids: Tensor, logits: Tensor) -> bool:
 def _gradient_energies(model: Any, ids: Tensor, half: int) -> Tensor | None:
     """Return by token how much the logits of the first half depend on its embedding; None where that is not known."""
     leaf: Tensor | None = None
+    embeddings = token_embeddings(model)
+    if embeddings is None:
+        return None
 
     def add_leaf(_module: Any, _args: Any, output: Tensor) -> Tensor:
         nonlocal leaf
         leaf = torch.zeros_like(output, requires_grad=True)
         return output + leaf
 
-    hook = model.get_input_embeddings().register_forward_hook(add_leaf)
+    hook = embeddings.register_forward_hook(add_leaf)
     with torch.inference_mode(False), torch.enable_grad(), frozen(model):
         try:
             found = differentiable(model, lambda: _logits(model, ids))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .linears import is_linear
-from .trial import Trial
+from .trial import Trial, token_embeddings
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -51,7 +51,7 @@ def stacks_beside_embeddings(model: nn.Module, stacks: list[Stack]) -> list[Stac
 
     That tells the language model of a multimodal one from its towers where no pass could be tried.
     """
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    embeddings = token_embeddings(model)
     path = next((name for name, module in model.named_modules() if module is embeddings), "")
     while path:
         path = path.rpartition(".")[0]

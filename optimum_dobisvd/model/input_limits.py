@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode  # public, by PyTorch's page on extending it
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .trial import token_embeddings
+
 logger = logging.getLogger(__name__)
 
 # Lookups in a table: the operation, and where among its arguments the dimension (None: the first) and the ids are.
@@ -36,11 +38,7 @@ class _Unknown(Exception):
 
 def token_limit(model: Any) -> int | None:
     """Return how many rows the input embedding has, the ids being below that; None where there is none to be found."""
-    try:
-        embedding = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    weight = getattr(embedding, "weight", None)
+    weight = getattr(token_embeddings(model), "weight", None)
     return len(weight) if isinstance(weight, Tensor) and weight.dim() == 2 else None
 
 

@@ -6,6 +6,7 @@ pass costs next to nothing at any size, runs before a weight is loaded, and come
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from .states import evaluating, replaced_forward
 logger = logging.getLogger(__name__)
 
 _TOKENS = 4
+_NO_TEXT = ("pixel", "image", "video", "audio", "speech", "input_features", "input_values")
+_ABOUT = ("_mask", "_ids", "_sizes", "_size", "_thw", "_lengths", "_embeds")
 # Functions that take of a tensor its shape, dtype or device, and none of its values.
 _OF_FORM = ("type_as", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
 
@@ -53,6 +56,21 @@ def model_inputs(model: nn.Module) -> str:
 def takes_text(model: nn.Module) -> bool:
     """Return whether token ids alone are what the model takes."""
     return model_inputs(model) == "input_ids"
+
+
+def other_inputs(model: nn.Module) -> list[str]:
+    """Return the arguments of a model's forward that are pictures or sound."""
+    arguments = inspect.signature(model.forward).parameters
+    return [name for name in arguments if name.startswith(_NO_TEXT) and not name.endswith(_ABOUT)]
+
+
+def token_embeddings(model: nn.Module) -> nn.Module | None:
+    """Return the embeddings of a model's token ids; None where it names none."""
+    named: Callable[[], nn.Module | None] = getattr(model, "get_input_embeddings", lambda: None)
+    try:
+        return named()
+    except (AttributeError, NotImplementedError):  # transformers' own, where no attribute has a name that it knows
+        return None
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

@@ -25,7 +25,7 @@ from ..model.experts import fuse, linearize
 from ..model.layout import Layout, find_layout
 from ..model.linears import require_finite
 from ..model.patterns import resolve_overrides
-from ..model.trial import is_encoder_decoder, model_inputs, takes_text
+from ..model.trial import is_encoder_decoder, model_inputs, other_inputs, takes_text, text_window, try_out
 from ..model.wrapped import refuse_wrapped
 from ..structures.base import is_compressed
 from .job import Job
@@ -132,12 +132,12 @@ def check_inputs(model: Any, config: DobiSVDConfig) -> Mapping[str, Any] | None:
         )
     if batch is not None:
         return dict(inputs_of(model, SampleIds.of(batch), torch.ones(1, 1, dtype=torch.bool)))
-    how = (
-        f"pass dataset= as a list of batches of its processor (mappings of tensors, {model_inputs(model)} among them)"
-    )
-    if reads and not takes_text(model):
+    others = " and ".join(other_inputs(model))
+    wanted = model_inputs(model) if not takes_text(model) else others or "input_ids"
+    how = f"pass dataset= as a list of batches of its processor (mappings of tensors, {wanted} among them)"
+    if reads and (not takes_text(model) or (others and _needs_more_than_text(model))):
         raise ValueError(
-            f"{type(model).__name__} cannot be calibrated on text: it takes {model_inputs(model)}; {how}, or take "
+            f"{type(model).__name__} cannot be calibrated on text: it takes {wanted}; {how}, or take "
             "method 'svd', which reads no data"
         )
     if reads and config.nontext_modules:
@@ -146,6 +146,12 @@ def check_inputs(model: Any, config: DobiSVDConfig) -> Mapping[str, Any] | None:
             "or leave nontext_modules out"
         )
     return None
+
+
+def _needs_more_than_text(model: Any) -> bool:
+    """Return whether a window of token ids alone makes an error. What has no weights yet is not asked."""
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    return not on_meta and try_out(model, text_window(model)) is None
 
 
 def check_weights(model: Any, config: DobiSVDConfig, layout: Layout) -> None:
