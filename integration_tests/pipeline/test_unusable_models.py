@@ -1,11 +1,13 @@
 """Models and settings that cannot be worked with: one sentence each that says what to pass instead."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from integration_tests.fresh_processes import run_python
 from integration_tests.pipeline.tiny_model_compression import compress, refused
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
@@ -32,6 +34,43 @@ def test_a_compiled_model_is_refused() -> None:
 def test_a_model_in_a_parallel_wrapper_is_refused() -> None:
     with pytest.raises(ValueError, match=r"the DataParallel is wrapped in DataParallel: pass its \.module"):
         quantize(nn.DataParallel(tiny("llama")))
+
+
+SHARDED = """
+import sys, torch
+from torch import distributed
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
+from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
+distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=0, world_size=1)
+device = torch.device("cpu")
+mesh = distributed.init_device_mesh("cpu", (1,))
+wrappers = {
+    "parallel": DistributedDataParallel,
+    "fsdp": lambda model: FullyShardedDataParallel(model, device_id=device),
+    "fsdp2": lambda model: fully_shard(model, mesh=mesh),
+}
+for name, wrap in wrappers.items():
+    model = wrap(AutoModelForCausalLM.from_pretrained(sys.argv[1]))
+    try:
+        DobiSVDQuantizer(DobiSVDConfig(method="svd", ratio=0.6)).quantize_model(model)
+    except ValueError as error:
+        print(name, error)
+"""
+
+
+def test_models_of_several_processes_are_refused(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "dense")
+    done = run_python(SHARDED, str(tmp_path / "dense"), str(tmp_path / "meeting"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == [
+        "parallel the DistributedDataParallel is wrapped in DistributedDataParallel: pass its .module, and wrap the "
+        "compressed one",
+        "fsdp the FullyShardedDataParallel is sharded (FSDP): compress the model before it is wrapped",
+        "fsdp2 model.embed_tokens.weight is sharded over processes (a DTensor): compress the model before it is "
+        "sharded",
+    ]
 
 
 def test_weights_of_another_quantization_are_named() -> None:
