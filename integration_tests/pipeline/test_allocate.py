@@ -14,11 +14,19 @@ from integration_tests.pipeline.tiny_model_compression import (
     done,
     logits,
 )
-from integration_tests.tiny_models import tiny
-from optimum_dobisvd import Plan
+from integration_tests.tiny_models import tiny, tokens
+from optimum_dobisvd import DobiSVDConfig, Plan
 from optimum_dobisvd.allocation.plan import PlannedModule
+from optimum_dobisvd.factorization.decompositions import PreparedInputs
+from optimum_dobisvd.factorization.registry import FACTORIZATIONS
 from optimum_dobisvd.model.layout import find_layout
+from optimum_dobisvd.pipeline.allocate import measure_losses
+from optimum_dobisvd.pipeline.collect import collect
+from optimum_dobisvd.pipeline.validate import prepare
+from optimum_dobisvd.statistics.fingerprint import fingerprint
 from optimum_dobisvd.structures.base import compressed_linears
+
+BLOCK0 = "model.layers.0"
 
 
 def test_a_smaller_ratio_costs_more_error() -> None:
@@ -27,6 +35,27 @@ def test_a_smaller_ratio_costs_more_error() -> None:
         _, report = done(compress(tiny("llama"), ratio=ratio))
         totals.append(sum(module.error or 0 for module in report.modules))
     assert totals[0] < totals[1] < totals[2]
+
+
+def test_rounding_is_priced_by_the_trace_of_the_fisher_information(tmp_path: Path) -> None:
+    """Small errors that know nothing of inputs and gradients cost `1/2 s^2 sum ||x||^2 ||g||^2`, K-FAC or not."""
+    model = tiny("llama")
+    config = DobiSVDConfig(ratio=0.5, dataset=tokens(8, 16), quantization="int8", statistics=tmp_path)
+    job = prepare(model, config)
+    assert job.windows is not None
+    store = collect(model, job, job.windows, fingerprint(model, job.windows))
+    found, inputs = measure_losses(job, store), PreparedInputs(FACTORIZATIONS.get("kfac"), store, BLOCK0, None)
+    assert found is not None
+    for name in job.layout.linears_of(BLOCK0):
+        gram, (_, output) = inputs.gram(name), inputs.of(name)
+        assert gram is not None
+        by_kfac = float(gram.trace() * output.root.square().sum())
+        true = store.gradients(BLOCK0)[name].joint_energy / (2 * store.gradient_tokens)
+        for (structure, encoding), losses in found[name].items():
+            measured = store.losses(f"{structure}-{encoding}")
+            assert measured is not None
+            expected = measured[name] * (true / by_kfac)
+            torch.testing.assert_close(losses, expected, rtol=0.02, atol=0)  # the root is damped by 1 %
 
 
 def test_keeping_everything_leaves_the_model_dense() -> None:

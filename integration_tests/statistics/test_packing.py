@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_dobisvd.statistics.packing import pack, packed_length, unpack
+from optimum_dobisvd.statistics.packing import pack, packed_diagonal, packed_length, unpack
 
 
 @given(size=st.integers(1, 40), seed=st.integers(0, 2**20), exponent=st.integers(-12, 12))
@@ -21,6 +21,7 @@ def test_unpacking_gives_the_matrix_back_rounded_to_single(size: int, seed: int,
     assert found.dtype == torch.float64
     assert torch.equal(found, found.T)
     assert torch.equal(found.triu(), gram.float().double().triu())
+    assert torch.equal(packed_diagonal(packed, size).double(), found.diagonal())
 
 
 def test_the_order_is_row_after_row_of_the_upper_triangle() -> None:

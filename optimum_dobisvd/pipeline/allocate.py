@@ -64,7 +64,25 @@ def known_losses(job: Job, store: StatisticsStore | None) -> QuantizationLosses 
     if store is None or not formats or not all(_has_losses(store, format, job) for format in formats):
         return None
     found = {format.key: store.losses(format.loss_name) or {} for format in formats}
-    return {name: {key: losses[name] for key, losses in found.items()} for name in job.layout.linears}
+    shares = _dependences(job, store)
+    return {name: {key: shares[name] * losses[name] for key, losses in found.items()} for name in job.layout.linears}
+
+
+def _dependences(job: Job, store: StatisticsStore) -> dict[str, float]:
+    """Return what losses by K-FAC are multiplied with for errors as small as those of rounding.
+
+    K-FAC takes large inputs and large gradients to be unrelated. Where few tokens have most of both, as those that
+    attention rests on do, it says several times too much of a small error. It does not of a large one, which second
+    derivatives do not tell: losses of truncation stay as they are.
+    """
+    found: dict[str, float] = {}
+    for block in job.layout.blocks:
+        names = job.layout.linears_of(block)
+        if names:
+            statistics, gradients = store.block(block), store.gradients(block)
+            inputs = {name: statistics.inputs[statistics.input_key[name]] for name in names}
+            found |= {name: gradients[name].dependence(inputs[name]) for name in names}
+    return found
 
 
 def _measured_formats(job: Job) -> list[Format]:

@@ -15,7 +15,8 @@ from ..calibration.visitor import LinearsVisitor
 from ..model.experts import ROUTED_ROWS
 from ..model.linears import weight_matrix
 from ..model.offloaded import dense_bias
-from .packing import add_to_upper_triangle, pack
+from .collect import InputStatistics
+from .packing import add_to_upper_triangle, pack, packed_diagonal
 from .pooling import borrowers, pools
 
 SCALARS = ("energy", "joint_energy", "first_order", "second_order")
@@ -32,8 +33,7 @@ class GradientStatistics:
         tokens: how many tokens are summed.
         gram: packed upper triangle of `G = sum g g^T`, `m(m+1)/2` values, float32.
         energy: `sum ||g||^2`, the trace of `G`.
-        joint_energy: `sum ||x||^2 ||g||^2`, the trace of the matrix's Fisher information. Divided by
-            `sum ||x||^2 sum ||g||^2 / tokens` it tells how far `x` and `g` are from independent, which K-FAC assumes.
+        joint_energy: `sum ||x||^2 ||g||^2`, the trace of the matrix's Fisher information.
         first_order: `sum g . y`, the derivative of the loss by a scale of the matrix.
         second_order: `sum (g . y)^2`, the Fisher information of that scale.
     """
@@ -45,6 +45,14 @@ class GradientStatistics:
     joint_energy: float
     first_order: float
     second_order: float
+
+    def dependence(self, inputs: InputStatistics) -> float:
+        """Return the trace of the matrix's Fisher information as a share of what K-FAC takes it for.
+
+        Below 1 where tokens with large inputs have small gradients; 1 where either is zero.
+        """
+        input_energy = float(packed_diagonal(inputs.gram, inputs.size).double().sum()) / max(inputs.tokens, 1)
+        return self.joint_energy / (self.energy * input_energy) if self.energy * input_energy > 0 else 1.0
 
 
 class _Sums:

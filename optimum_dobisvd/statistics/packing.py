@@ -51,6 +51,12 @@ def unpack(packed: Tensor, size: int) -> Tensor:
     return matrix + matrix.triu(1).T
 
 
+def packed_diagonal(packed: Tensor, size: int) -> Tensor:
+    """Return the diagonal of a packed `n x n` matrix, `n` values; `size` is `n`."""
+    rows = torch.arange(size)
+    return packed[rows * size - rows * (rows - 1) // 2]
+
+
 def _rows(packed: Tensor, size: int) -> Sequence[Tensor]:
     """Return the rows of a packed triangle as views: an index tensor would be four times the matrix."""
     return packed.split(list(range(size, 0, -1)))
