@@ -132,8 +132,7 @@ class SpeedReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; what goes by cell has its batch and prompt in every entry."""
-        by_cell = {"cells": [], "noise": {}, "slow": {}}
-        values = asdict(replace(self, **by_cell))  # type: ignore[arg-type]
+        values = asdict(replace(self, cells=[], noise={}, slow={}))
         values["cells"] = [
             {**asdict(found), "first_reached": found.first_reached, "gap_reached": found.gap_reached}
             for found in self.cells

@@ -52,7 +52,10 @@ def models_table(report: SpeedReport) -> Table:
 
 def cells_table(report: SpeedReport) -> Table:
     """One line per row and cell: times, how many times as fast as dense, and the share of the bound."""
-    title = f"{report.new_tokens} new tokens, greedy (×: times as fast as dense; bound: share of it reached; first run: compilation included)"
+    title = (
+        f"{report.new_tokens} new tokens, greedy (×: times as fast as dense; bound: share of it reached; first run: "
+        "compilation included)"
+    )
     of_first, of_decode = ("first token, ms", "cold", "×", "bound"), ("decode, ms", "p95", "×", "bound")
     table = plain_table(title, ("batch", "prompt", "", *of_first, *of_decode, "tokens/s", "×", "first run", "peak"))
     table.columns[2].no_wrap = True
