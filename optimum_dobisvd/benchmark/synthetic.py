@@ -97,6 +97,7 @@ class SyntheticModel:
         config = LlamaConfig(**{"bos_token_id": 1, "eos_token_id": 2, **SHAPES[self.shape], **self.changes})
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+        model.tie_weights()  # which the empty ones are not
         model.name_or_path = self.shape
         return model.eval()
 

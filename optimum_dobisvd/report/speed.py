@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +21,8 @@ def print_speed(report: SpeedReport, console: Console) -> None:
     console.print(models_table(report))
     console.print()
     console.print(cells_table(report))
+    console.print()
+    console.print(cold_table(report))
     console.print()
     machine = report.machine
     console.print(
@@ -52,43 +54,51 @@ def models_table(report: SpeedReport) -> Table:
 
 def cells_table(report: SpeedReport) -> Table:
     """One line per row and cell: times, how many times as fast as dense, and the share of the bound."""
-    title = (
-        f"{report.new_tokens} new tokens, greedy (×: times as fast as dense; bound: share of it reached; first run: "
-        "compilation included)"
-    )
-    of_first, of_decode = ("first token, ms", "cold", "×", "bound"), ("decode, ms", "p95", "×", "bound")
-    table = plain_table(title, ("batch", "prompt", "", *of_first, *of_decode, "tokens/s", "×", "first run", "peak"))
-    table.columns[2].no_wrap = True
+    title = f"{report.new_tokens} new tokens, greedy (×: times as fast as dense; bound: share of it that is reached)"
+    first, decode = ("first, ms", "×", "bound"), ("ms/token", "p95", "×", "bound")
+
+    def cells(found: CellFigures) -> tuple[str, ...]:
+        def times(value: float | None) -> str:
+            return "" if value is None else "?" if report.noise[found.cell] > LARGEST_NOISE else f"{value:.2f}"
+
+        return (
+            f"{1000 * found.first:.1f}",
+            times(found.first_times),
+            f"{found.first_reached:.0%}",
+            f"{1000 * found.gap:.2f}",
+            f"{1000 * found.gap_p95:.2f}",
+            times(found.gap_times),
+            f"{found.gap_reached:.0%}",
+            f"{found.tokens_per_second:.1f}",
+            times(found.tokens_times),
+        )
+
+    return _by_cell(report, title, (*first, *decode, "tokens/s", "×"), cells)
+
+
+def cold_table(report: SpeedReport) -> Table:
+    """One line per row and cell: the first generation in a process, and the most memory it held."""
+
+    def cells(found: CellFigures) -> tuple[str, ...]:
+        peak = "" if found.peak_bytes is None else bytes_text(found.peak_bytes)
+        return f"{1000 * found.first_cold:.0f}", f"{found.total_cold:.1f}", peak
+
+    return _by_cell(report, "the first generation", ("first token, ms", "all, compilation included, s", "peak"), cells)
+
+
+def _by_cell(
+    report: SpeedReport, title: str, headings: tuple[str, ...], cells: Callable[[CellFigures], tuple[str, ...]]
+) -> Table:
+    table = plain_table(title, ("batch", "prompt", "", *headings))
+    table.columns[2].justify, table.columns[2].no_wrap = "left", True
     last = None
     for found in report.cells:
         if last not in (None, found.cell):
             table.add_section()
-        noisy = report.noise[found.cell] > LARGEST_NOISE
         head = (str(found.batch), str(found.prompt)) if found.cell != last else ("", "")
-        table.add_row(*head, *_cell_row(found, noisy))
+        table.add_row(*head, found.row, *cells(found))
         last = found.cell
     return table
-
-
-def _cell_row(found: CellFigures, noisy: bool) -> tuple[str, ...]:
-    def times(value: float | None) -> str:
-        return "" if value is None else "?" if noisy else f"{value:.2f}"
-
-    return (
-        found.row,
-        f"{1000 * found.first:.1f}",
-        f"{1000 * found.first_cold:.0f}",
-        times(found.first_times),
-        f"{found.first_reached:.0%}",
-        f"{1000 * found.gap:.2f}",
-        f"{1000 * found.gap_p95:.2f}",
-        times(found.gap_times),
-        f"{found.gap_reached:.0%}",
-        f"{found.tokens_per_second:.1f}",
-        times(found.tokens_times),
-        f"{found.total_cold:.1f} s",
-        "" if found.peak_bytes is None else bytes_text(found.peak_bytes),
-    )
 
 
 def slower_lines(report: SpeedReport) -> list[str]:
@@ -99,7 +109,7 @@ def slower_lines(report: SpeedReport) -> list[str]:
     if told and not lines:
         lines.append("nowhere slower than dense, noise aside")
     for cell, matrices in report.slow.items():
-        if matrices and not any(str(cell) in line for line in lines):
+        if matrices and report.noise[cell] <= LARGEST_NOISE and not any(str(cell) in line for line in lines):
             lines.append(f"at {cell} these matrices alone take longer than dense: {_of_types(matrices)}")
     return lines
 
