@@ -220,3 +220,21 @@ def test_a_batch_that_does_not_fit_is_left_out_and_named(
 def test_requests_that_make_no_sense(arguments: tuple[str, ...], said: str, capsys: Any) -> None:
     assert dobisvd("bench", *arguments) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
+def test_the_recipe_of_a_memory_limit_measures_both_models(work: Path, capfd: Any) -> None:
+    recipe = Path(optimum_dobisvd.__file__).parent.parent / "recipes" / "memory_limit.yaml"
+    shape = {**TINY, "hidden_size": 128, "intermediate_size": 256}
+    changes = (f"shape={json.dumps(shape)}", "device=cpu", "dtype=float32", "memory=2MB", "prompt=[6]", "new_tokens=3")
+    capfd.readouterr()
+    assert dobisvd("run", recipe, "--set", *changes, "keep=0.5", "rows=[dense, checkpoint]", "--json", "-") == 0
+    steps = json.loads(capfd.readouterr().out)["steps"]
+    assert len(steps) == 3
+    for step in steps:
+        found = step["bench"]
+        assert [(each["name"], each["offloaded"]) for each in found["models"]] == [
+            ("dense", True),
+            ("checkpoint", False),
+        ]
+        assert all(each["tokens_per_second"] > 0 for each in found["cells"])

@@ -14,7 +14,7 @@ from torch import nn
 
 from .generation import Cell, generate
 
-_NOISE = 1.05
+_NOISE = 1.1
 """A matrix takes longer than another where its time is above that many times the other's."""
 
 

@@ -14,7 +14,7 @@ from .result import ModelFigures, Row, SpeedReport, figures
 from .rounds import LARGEST_NOISE, Patience, Rounds, measure_rounds
 from .worker import Cold, Loaded, OutOfMemory
 
-_MATRIX_ROUNDS = 3
+_MATRIX_ROUNDS = 5
 
 
 class Caller(Protocol):

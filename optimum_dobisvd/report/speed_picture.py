@@ -51,10 +51,14 @@ def _draw(axes: Any, report: SpeedReport, seconds: _Seconds, bound: _Seconds) ->
             base = next(each for each in report.cells if each.cell == cell)
             x, times = place + (number - (len(rows) - 1) / 2) * width, seconds(base) / seconds(found)
             axes.bar(x, times, 0.94 * width, color=_COLORS[number % len(_COLORS)], label=label)
-            axes.text(x, times, f"{1000 * seconds(found):.3g}", ha="center", va="bottom", fontsize=6.5)
+            axes.text(x, times, _short(1000 * seconds(found)), ha="center", va="bottom", fontsize=6.5)
             ideal = bound(base) / bound(found)
             axes.hlines(ideal, x - width / 2, x + width / 2, color="black", linewidth=1.5)
             label = None
     axes.axhline(1, color="#bdbdbd", linewidth=0.8, zorder=0)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def _short(milliseconds: float) -> str:
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
