@@ -158,6 +158,23 @@ def test_what_does_not_fit_is_left_out_in_words_and_the_rest_is_measured() -> No
         session(Stand("dense", 1, 1), Stand("checkpoint", 1, 1), refuse=lambda cell: "it is too much").run(empty)
 
 
+def test_what_fits_no_more_when_it_is_measured_is_left_out_in_words() -> None:
+    checkpoint = Stand("checkpoint", 0.5, 0.05)
+
+    def run(cell: Cell, compiled: bool) -> Timing:
+        if cell == LARGE:
+            raise OutOfMemory("out of memory")
+        return checkpoint.timing
+
+    checkpoint.run = run  # type: ignore[method-assign]
+    dense = Stand("dense", 1.0, 0.1)
+    report = session(dense, checkpoint).run(empty)
+    assert {found.cell for found in report.cells} == {SMALL}
+    assert "batch 16, prompt 512: left out: it did not fit beside the other models: out of memory" in report.notes
+    assert dense.calls[-1][0] == "matrix_times"
+    assert dense.calls.count(("free",)) >= 2, "what is not used is given back before it is tried once more"
+
+
 def test_what_does_not_compile_or_is_offloaded_is_not_compiled() -> None:
     report = session(Stand("dense", 1.0, 0.1, offloaded=True), Stand("checkpoint", 0.5, 0.05, breaks=True)).run(empty)
     assert {found.row for found in report.cells} == {"dense", "checkpoint"}

@@ -9,6 +9,7 @@ import pytest
 
 import optimum_dobisvd
 from integration_tests.commands.cli_in_process import dobisvd
+from integration_tests.tiny_architectures import tiny_architecture
 from integration_tests.tiny_models import tiny
 from optimum_dobisvd.benchmark import worker
 from optimum_dobisvd.benchmark.bounds import MachineSpeed, bytes_needed
@@ -238,3 +239,11 @@ def test_the_recipe_of_a_memory_limit_measures_both_models(work: Path, capfd: An
             ("checkpoint", False),
         ]
         assert all(each["tokens_per_second"] > 0 for each in found["cells"])
+
+
+def test_a_model_that_continues_no_text_is_refused(work: Path, capsys: Any) -> None:
+    model = tiny_architecture("t5")
+    optimum_dobisvd.DobiSVDQuantizer(method="svd", ratio=0.8, structure="pivoted").quantize_model(model)
+    model.save_pretrained("t5")
+    assert dobisvd("bench", "t5") == 1
+    assert "t5 is a T5ForConditionalGeneration; bench is for models that continue a text" in capsys.readouterr().err

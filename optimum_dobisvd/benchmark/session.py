@@ -138,7 +138,11 @@ class Session:
             return timing
 
         self.tell(f"{cell}: {', '.join(by_name)} by turns")
-        rounds = measure_rounds(list(by_name), generate, self.patience)
+        try:
+            rounds = measure_rounds(list(by_name), generate, self.patience)
+        except OutOfMemory as error:
+            self.notes.append(f"{cell}: left out: it did not fit beside the other models: {error}")
+            return
         report.noise[cell] = rounds.noise
         report.cells += [self._figures(row, cell, rounds) for row in rows]
         if not rounds.can_tell:

@@ -20,6 +20,7 @@ from .generation import Cell, Timing, compiled_forward, generate, using_forward
 from .matrices import MatrixTime, matrix_times
 from .memory import memory_held, peak_memory
 
+_SECONDS_TO_LEAVE = 5
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 _ERRORS = {kind.__name__: kind for kind in (OSError, FileNotFoundError, ValueError, ImportError, TypeError)}
 
@@ -87,9 +88,11 @@ class Worker:
 
         self.request = request
         self.model: Any = None
-        if request.memory is not None and self._device.type == "cuda":
-            total = torch.cuda.mem_get_info(self._device)[1]
-            torch.cuda.set_per_process_memory_fraction(min(1.0, request.memory / total), self._device)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device.index or 0)
+            if request.memory is not None:
+                total = torch.cuda.mem_get_info()[1]
+                torch.cuda.set_per_process_memory_fraction(min(1.0, request.memory / total))
         self.base = memory_held(self._device)
         self.forward: Callable[..., Any] | None = None
         self.broken_graph: str | None = None
@@ -210,8 +213,9 @@ class RemoteWorker:
         raise _ERRORS.get(kind, RuntimeError)(found)
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """End the process: it leaves when the pipe is closed, or is killed where it does not soon."""
         self._pipe.close()
+        self._process.join(_SECONDS_TO_LEAVE)
         self._process.kill()
         self._process.join()
 
@@ -222,7 +226,7 @@ def _serve(pipe: Any, request: ModelRequest) -> None:
 
     logging.disable_progress_bar()
     worker: Worker | None = None
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
+    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         while True:
             method, arguments = pipe.recv()
             try:

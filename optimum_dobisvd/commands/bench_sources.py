@@ -69,8 +69,7 @@ def checkpoint_models(options: dict[str, Any]) -> Models:
     meta = load_meta_model(source, dtype=options["dtype"], trust_remote_code=trust)
     if quant_method(source) != QUANT_METHOD:
         raise ValueError(f"{out} was not compressed by optimum-dobisvd; name a checkpoint of its own, and see --dense")
-    if not getattr(meta, "can_generate", lambda: False)():
-        raise ValueError(f"{out} is a {type(meta).__name__}, which generates no text: bench is for those that do")
+    _require_continuation(meta, out)
     dtype = next(meta.parameters()).dtype
     loads: dict[str, Callable[..., Any]] = {}
     models = Models(out, meta, dtype, loads)
@@ -99,6 +98,12 @@ def checkpoint_models(options: dict[str, Any]) -> Models:
     if "dense" in loads:
         models.bytes["dense"] = checkpoint_bytes(meta)
     return models
+
+
+def _require_continuation(model: Any, name: str) -> None:
+    """Raise ValueError for a model that does not continue a text token by token."""
+    if not getattr(model, "can_generate", lambda: False)() or getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is a {type(model).__name__}; bench is for models that continue a text")
 
 
 def _files_of(source: ModelSource) -> tuple[str, ...]:
