@@ -195,7 +195,8 @@ def _compressed(
     source = _random(torch.Size(shape), torch.float32, device) if rank is None else _factors(m, n, rank, device)
     weights = format.structure.written(source, format.encoding.gauge, dtype)
     gram = torch.eye(n, device=device) if format.encoding.uses_text else None
-    children, _ = format.quantize(weights, None, dtype, min(m, n), gram)
+    with format.encoding.quiet():
+        children, _ = format.quantize(weights, None, dtype, min(m, n), gram)
     new.put_own(weights, None)
     for name, child in children.items():
         new.set_submodule(name, child.to(device))
