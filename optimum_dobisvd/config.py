@@ -124,7 +124,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
             raise ValueError("ratio and budget both say how many bytes to keep: give one of them")
         self.quantization = self._quantization()
         if self.budget is not None:
-            self.budget = _checked_budget(self.budget)
+            self.budget = size_in_bytes(self.budget, "budget")
         else:
             self.ratio = _checked_ratio(0.8 if self.ratio is None else self.ratio)
         self.overrides = dict(self.overrides or {})
@@ -323,19 +323,19 @@ def _check_version(version: Any) -> None:
         )
 
 
-def _checked_budget(budget: Any) -> int:
-    """Bytes. ValueError or TypeError for what is no size."""
-    if isinstance(budget, bool) or not isinstance(budget, int | str):
-        raise TypeError(f"budget must be bytes or a size such as '2.8GB', got {budget!r}")
-    if re.search(r"[kmgKMG]b\s*$", str(budget)):
-        raise ValueError(f"budget {budget!r} ends in a small b, which means bits: write '2.8GB', '500MB', '1GiB'")
+def size_in_bytes(size: Any, option: str) -> int:
+    """Return bytes; `option` is what the user calls them. ValueError or TypeError for what is no size."""
+    if isinstance(size, bool) or not isinstance(size, int | str):
+        raise TypeError(f"{option} must be bytes or a size such as '2.8GB', got {size!r}")
+    if re.search(r"[kmgKMG]b\s*$", str(size)):
+        raise ValueError(f"{option} {size!r} ends in a small b, which means bits: write '2.8GB', '500MB', '1GiB'")
     try:
-        size = int(budget) if str(budget).isdecimal() else int(convert_file_size_to_int(budget))
+        found = int(size) if str(size).isdecimal() else int(convert_file_size_to_int(size))
     except ValueError as error:
-        raise ValueError(f"budget {budget!r} is no size: write bytes, or '2.8GB', '500MB', '1GiB'") from error
-    if size <= 0:
-        raise ValueError(f"budget must be above 0 bytes, got {budget!r}")
-    return size
+        raise ValueError(f"{option} {size!r} is no size: write bytes, or '2.8GB', '500MB', '1GiB'") from error
+    if found <= 0:
+        raise ValueError(f"{option} must be above 0 bytes, got {size!r}")
+    return found
 
 
 def _checked_ratio(ratio: Any) -> float:

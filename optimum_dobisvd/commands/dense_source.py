@@ -53,12 +53,12 @@ def _reason_against(source: ModelSource, out: str) -> str | None:
     """Why a model is not the dense one to compare with; None where nothing speaks against it."""
     if source.location == out or Path(source.location).expanduser().resolve() == Path(out).expanduser().resolve():
         return "is that checkpoint itself" if source.gguf_file is None else None
-    if source.gguf_file is None and _quant_method(source) == QUANT_METHOD:
+    if source.gguf_file is None and quant_method(source) == QUANT_METHOD:
         return "is a compressed model"
     return None
 
 
-def _quant_method(source: ModelSource) -> Any:
+def quant_method(source: ModelSource) -> Any:
     """What config.json says; None where it cannot be read, which loading the model will tell of."""
     from transformers import PretrainedConfig
 

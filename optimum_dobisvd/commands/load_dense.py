@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,12 @@ _unpacked: dict[tuple[Any, ...], Any] = {}
 
 
 def load_dense(
-    source: ModelSource, *, dtype: str = "auto", device_map: Any = None, trust_remote_code: bool = False
+    source: ModelSource,
+    *,
+    dtype: str = "auto",
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+    placement: Mapping[str, Any] | None = None,
 ) -> Any:
     """The dense model, in evaluation mode, its weights in a floating-point dtype.
 
@@ -36,26 +41,32 @@ def load_dense(
         dtype: one of `DTYPES`; "auto" is the checkpoint's own.
         device_map: as in `from_pretrained`.
         trust_remote_code: whether code beside the checkpoint may be run.
+        placement: `max_memory` and `offload_folder` of `from_pretrained`; with any, even none of them, the model is
+            loaded again in any case.
     """
     from ..model.footprint import checkpoint_bytes
 
     if isinstance(device_map, str) and device_map not in _PLACEMENTS:
         require_device(device_map)
     key = (source.location, source.gguf_file, dtype)
-    if key in _unpacked and device_map in (None, "cpu"):
+    if placement is None and key in _unpacked and device_map in (None, "cpu"):
         return copy.deepcopy(_unpacked[key])
-    model = _from_pretrained(source, dtype, device_map, trust_remote_code)
+    model = _from_pretrained(source, dtype, device_map, trust_remote_code, placement or {})
     if source.gguf_file is not None:
         _forget_gguf(model)
     # What reports call it. The location may be a cache folder of this machine, which means nothing elsewhere.
     model.name_or_path = source.typed
-    if source.gguf_file is not None and model.device.type == "cpu" and checkpoint_bytes(model) <= _KEPT_BYTES:
+    if placement is not None or source.gguf_file is None:
+        return model
+    if model.device.type == "cpu" and checkpoint_bytes(model) <= _KEPT_BYTES:
         _unpacked.clear()
         _unpacked[key] = copy.deepcopy(model)
     return model
 
 
-def _from_pretrained(source: ModelSource, dtype: str, device_map: Any, trust_remote_code: bool) -> Any:
+def _from_pretrained(
+    source: ModelSource, dtype: str, device_map: Any, trust_remote_code: bool, placement: Mapping[str, Any]
+) -> Any:
     with _named(source):
         return (
             auto_class_of(_config(source, trust_remote_code))
@@ -65,6 +76,7 @@ def _from_pretrained(source: ModelSource, dtype: str, device_map: Any, trust_rem
                 device_map=device_map,
                 trust_remote_code=trust_remote_code,
                 **_gguf_arguments(source),
+                **placement,
             )
             .eval()
         )

@@ -161,7 +161,8 @@ def near_or_all(wanted: str, known: Iterable[str]) -> str:
 def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
     help_text = _help(option)
     if option.positional:
-        group.add_argument(option.key, metavar=option.metavar, help=help_text, nargs="+" if option.many else None)
+        nargs = "+" if option.many else None if option.required else "?"
+        group.add_argument(option.key, metavar=option.metavar, help=help_text, nargs=nargs)
         return
     if option.kind is bool:
         group.add_argument(option.flag, dest=option.key, action="store_true", help=help_text)

@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from . import compare, compress, eval, inspect, plan, quantize, run
+from . import bench, compare, compress, eval, inspect, plan, quantize, run
 from .options import CommandSpec, add_options, from_command_line
 from .running import run_command
 
@@ -33,7 +33,9 @@ class DobiSVDCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(
         name="dobisvd", help="Compress language models by low-rank factorization (SVD-LLM, Dobi-SVD)."
     )
-    SUBCOMMANDS = tuple(_subcommand(module.SPEC) for module in (compress, quantize, plan, eval, compare, inspect, run))
+    SUBCOMMANDS = tuple(
+        _subcommand(module.SPEC) for module in (compress, quantize, plan, eval, compare, bench, inspect, run)
+    )
 
     def run(self) -> None:
         self.parser.print_help(sys.stderr)

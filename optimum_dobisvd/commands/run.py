@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import compare, compress, eval, generate, inspect, plan, quantize
+from . import bench, compare, compress, eval, generate, inspect, plan, quantize
 from .options import CommandSpec, Option, UsageError, from_recipe, near_or_all, unknown_option
 from .running import RUNNING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-STEPS = {module.SPEC.name: module.SPEC for module in (compress, plan, quantize, eval, compare, inspect, generate)}
+STEPS = {
+    module.SPEC.name: module.SPEC for module in (compress, plan, quantize, eval, compare, bench, inspect, generate)
+}
 _NOTES = ("versions", "files")  # what a saved recipe records beside its step; read by people
 
 _GROUPS = {
