@@ -1,0 +1,93 @@
+"""One product for linears that read the same input: q, k and v of an attention, gate and up of a feed-forward part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.substitutions import RESTORE
+
+
+class SharedInput(nn.Module):
+    """The product of one input with the weights of several linears, kept until each of them has asked for its part.
+
+    Which linears belong together is only a guess at speed: an input that is not the one kept is multiplied anew. So
+    what is computed is right in whatever order and with whatever inputs they are called.
+
+    The joined linear has the only copy of the weights. Those of the linears are views of its rows, and it is not among
+    the model's modules, whose parameters are the same as before.
+    """
+
+    def __init__(self, joined: nn.Module, linears: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self._linears, self._joined = tuple(linears), (joined,)  # in tuples: not registered
+        self._sizes = [int(linear.out_features) for linear in linears]  # type: ignore[arg-type]
+        self._input: Tensor | None = None
+        self._parts: tuple[Tensor | None, ...] = ()
+        self._share_memory()
+
+    def forward(self, x: Tensor, index: int) -> Tensor:
+        parts = self._parts if self._input is x else ()
+        if not parts or parts[index] is None:
+            parts = self._joined[0](x).split(self._sizes, dim=-1)
+        part = parts[index]
+        assert part is not None
+        left = tuple(None if place == index else other for place, other in enumerate(parts))
+        done = all(other is None for other in left)
+        self._input, self._parts = (None, ()) if done else (x, left)
+        return part
+
+    def _share_memory(self) -> None:
+        bounds = list(pairwise(accumulate(self._sizes, initial=0)))
+        for name, tensor in self._joined[0].named_parameters():
+            for linear, (begin, end) in zip(self._linears, bounds, strict=True):
+                own = getattr(linear, name)
+                if own is not None:
+                    own.data = tensor.data[begin:end]
+
+    def release(self) -> None:
+        """Give the linears memory of their own again."""
+        for linear in self._linears:
+            for tensor in linear.parameters():
+                tensor.data = tensor.data.clone()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As every module's, for `model.to`: the weights stay one piece of memory."""
+        super()._apply(fn, recurse)
+        self._joined[0]._apply(fn, recurse)
+        self._share_memory()
+        return self
+
+
+class SharedInputPart(nn.Module):
+    """What stands in for one of the linears: the same tensors, computed with as a part of a whole.
+
+    With a gradient for its weight it computes by itself: the joined weight takes none.
+    """
+
+    def __init__(self, linear: Any, shared: SharedInput, index: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        for name, tensor in linear.named_parameters():
+            self.register_parameter(name, tensor)
+        if linear.bias is None:
+            self.register_parameter("bias", None)
+        self.shared, self._index, self._linear = shared, index, (linear,)
+        self.training = linear.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            return self._linear[0](x)
+        return self.shared(x, self._index)
+
+    def __format__(self, spec: str) -> str:
+        # PEFT refuses a module with f"Target module {module} is not supported": the only place in its message where a
+        # user can be told what to do instead. print(model), str and repr do not come here.
+        return format(f"{self!r} (optimized for inference: {RESTORE})", spec)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
