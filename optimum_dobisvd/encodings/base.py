@@ -320,22 +320,14 @@ class Encoding(ABC):
     def forget(self, model: Any) -> None:  # noqa: B027 - most encodings have nothing to do
         """Undo `loaded_model`: a dense model again."""
 
-    # Inference.
+    def for_inference(self, linears: Sequence[nn.Module], dtype: torch.dtype) -> nn.Module | None:
+        """Return what gives the outputs of linears with the same input, one after the other, faster than they do.
 
-    def joined(self, linears: Sequence[nn.Module]) -> nn.Module | None:
-        """Return one linear that gives the outputs of all of these, one after the other; None where none can.
-
-        Its parameters are those of the linears by the same names, their rows one after the other.
-        """
-        return None
-
-    def for_inference(self, linear: nn.Module, dtype: torch.dtype) -> nn.Module | None:
-        """Return a module that computes the same as one of its linears and faster, None where there is none.
-
-        It leaves the linear's tensors as they are: the linear comes back when the model is saved.
+        None where there is none. The linears come back when the model is saved, so their tensors stay as they are.
+        Parameters of what is returned are those of the linears by the same names, their rows one after the other.
 
         Args:
-            linear: on its device, with its values.
+            linears: one or several in this encoding, on their device, with their values.
             dtype: of the activations.
         """
         return None

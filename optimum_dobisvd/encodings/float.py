@@ -42,9 +42,9 @@ class Float(Encoding):
         linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
         return linear, weight
 
-    def joined(self, linears: Sequence[nn.Module]) -> nn.Module | None:
+    def for_inference(self, linears: Sequence[nn.Module], dtype: torch.dtype) -> nn.Module | None:
         plain = [linear for linear in linears if type(linear) is nn.Linear]
-        if len(plain) < len(linears):
+        if len(plain) < 2 or len(plain) < len(linears):
             return None
         rows = [linear.out_features for linear in plain]
         new = nn.Linear(plain[0].in_features, sum(rows), bias=False, device="meta")

@@ -105,12 +105,12 @@ class Int8(Encoding):
         read_offloaded_as_stored(name, module)
         return module
 
-    def joined(self, linears: Sequence[nn.Module]) -> nn.Module | None:
+    def for_inference(self, linears: Sequence[nn.Module], dtype: torch.dtype) -> nn.Module | None:
         """Join linears whose rows are all in 8 bits, as far to the right as each other's."""
         eight = [linear for linear in linears if isinstance(linear, Int8Linear)]
         parts = [linear.part for linear in eight]
         whole = all(rows == linear.out_features for linear, (rows, _) in zip(eight, parts, strict=True))
-        if len(eight) < len(linears) or not whole or len({columns for _, columns in parts}) > 1:
+        if len(eight) < 2 or len(eight) < len(linears) or not whole or len({columns for _, columns in parts}) > 1:
             return None
         rows = [linear.out_features for linear in eight]
         part = (sum(rows), parts[0][1])

@@ -83,9 +83,9 @@ def optimize_for_inference(
         record.put(model, name, to_dense(compressed[name]).eval())
     for name, module in compressed.items():
         if name not in names:
-            _prepare(model, record, name, module)
-    for group in groups:
-        _join(model, record, group)
+            module.set_inference(True)
+    for paths in _linears_by_input(model, compressed, groups):
+        _put_faster(model, record, paths)
     return model
 
 
@@ -149,36 +149,53 @@ def _run_dense(
     return {name: None for name in compressed if name in wanted}
 
 
-def _prepare(model: Any, record: Substitutions, name: str, module: CompressedLinear) -> None:
-    """Have one compressed linear compute as fast as its structure and encoding can."""
-    module.set_inference(True)
-    encoding = encoding_named(module.encoding)
-    for child, linear in list(module.named_children()):
-        faster = encoding.for_inference(linear, module.weight.dtype)
-        if faster is not None:
-            record.put(model, f"{name}.{child}", faster.eval())
+def _linears_by_input(
+    model: Any, compressed: Mapping[str, CompressedLinear], groups: Sequence[Sequence[str]]
+) -> list[dict[str, Encoding]]:
+    """Linears that read the same input, with their encodings, each by itself where no other does."""
+    encodings: dict[str, Encoding] = {}
+    for name in compressed:
+        if model.get_submodule(name) is compressed[name]:  # and does not run dense
+            encoding = encoding_named(compressed[name].encoding)
+            encodings |= {f"{name}.{child}": encoding for child, _ in compressed[name].named_children()}
+    found = []
+    for group in groups:
+        modules = {name: model.get_submodule(name) for name in group}
+        paths = {
+            f"{name}.{module.input_linear}" if isinstance(module, CompressedLinear) else name: None
+            for name, module in modules.items()
+        }
+        found.append({path: encodings.pop(path, AS_IS.encoding) for path in paths})
+    return found + [{path: encoding} for path, encoding in encodings.items()]
 
 
-def _join(model: Any, record: Substitutions, group: Sequence[str]) -> None:
-    """Join those linears of a group that can be: in one encoding, on one device, in one dtype."""
-    alike: dict[tuple[Any, ...], tuple[Encoding, list[str]]] = {}
-    for name in group:
-        module = model.get_submodule(name)
-        is_ours = isinstance(module, CompressedLinear)
-        path = f"{name}.{module.input_linear}" if is_ours else name
-        encoding = encoding_named(module.encoding) if is_ours else AS_IS.encoding
+def _put_faster(model: Any, record: Substitutions, paths: Mapping[str, Encoding]) -> None:
+    """Put what is faster in the place of linears with the same input: of those alike together, or of each alone."""
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for path, encoding in paths.items():
         linear = model.get_submodule(path)
-        if linear._forward_hooks or linear._forward_pre_hooks or hasattr(linear, "_hf_hook"):
-            continue  # of a user or of Accelerate, on what would not be called any more
-        tensor = next(iter(linear.parameters()), None)
-        if tensor is not None:
-            key = (encoding.name, linear.in_features, tensor.device, tensor.dtype)
-            alike.setdefault(key, (encoding, []))[1].append(path)
-    for encoding, paths in alike.values():
-        linears: list[nn.Module] = [model.get_submodule(path) for path in paths]
-        joined = encoding.joined(linears) if len(paths) > 1 else None
-        if joined is None:
-            continue
-        shared = SharedInput(joined, linears).eval()
-        for index, (path, linear) in enumerate(zip(paths, linears, strict=True)):
-            record.put(model, path, SharedInputPart(linear, shared, index))
+        tensor = next(iter((*linear.parameters(), *linear.buffers())), None)
+        if tensor is None or linear._forward_hooks or linear._forward_pre_hooks or hasattr(linear, "_hf_hook"):
+            continue  # a hook of a user or of Accelerate would not be called any more
+        alike.setdefault((encoding.name, linear.in_features, tensor.device, tensor.dtype), []).append(path)
+    for together in alike.values():
+        encoding = paths[together[0]]
+        if not _put_one(model, record, together, encoding) and len(together) > 1:
+            for path in together:
+                _put_one(model, record, [path], encoding)
+
+
+def _put_one(model: Any, record: Substitutions, paths: Sequence[str], encoding: Encoding) -> bool:
+    """Put one module in the places of all these linears, if there is a faster one; return whether there is."""
+    linears = [model.get_submodule(path) for path in paths]
+    faster = encoding.for_inference(linears, model.dtype)
+    if faster is None:
+        return False
+    faster.eval()
+    if len(linears) == 1:
+        record.put(model, paths[0], faster)
+        return True
+    shared = SharedInput(faster, linears).eval()
+    for index, (path, linear) in enumerate(zip(paths, linears, strict=True)):
+        record.put(model, path, SharedInputPart(linear, shared, index))
+    return True

@@ -66,7 +66,7 @@ class SharedInput(nn.Module):
 class SharedInputPart(nn.Module):
     """What stands in for one of the linears: the same tensors, computed with as a part of a whole.
 
-    With a gradient for its weight it computes by itself: the joined weight takes none.
+    With a gradient for them it computes by itself: the joined weight takes none.
     """
 
     def __init__(self, linear: Any, shared: SharedInput, index: int) -> None:
@@ -74,13 +74,13 @@ class SharedInputPart(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         for name, tensor in linear.named_parameters():
             self.register_parameter(name, tensor)
-        if linear.bias is None:
-            self.register_parameter("bias", None)
+        for name, buffer in linear.named_buffers(recurse=False):
+            self.register_buffer(name, buffer, name not in linear._non_persistent_buffers_set)
         self.shared, self._index, self._linear = shared, index, (linear,)
         self.training = linear.training
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and self.weight.requires_grad:
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._parameters.values()):
             return self._linear[0](x)
         return self.shared(x, self._index)
 
@@ -90,4 +90,4 @@ class SharedInputPart(nn.Module):
         return format(f"{self!r} (optimized for inference: {RESTORE})", spec)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"in_features={self.in_features}, out_features={self.out_features}"
