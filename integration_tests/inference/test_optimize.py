@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import AutoModelForCausalLM, CompileConfig
 
 from integration_tests.quantization.quantized_models import needs_bnb, needs_gptq, wide
 from integration_tests.tiny_models import tiny, tokens
@@ -21,7 +22,6 @@ from optimum_dobisvd.inference.optimize import restore_after_inference
 from optimum_dobisvd.inference.shared_input import SharedInput
 from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.structures.base import CompressedLinear, compressed_linears
-from transformers import AutoModelForCausalLM, CompileConfig
 
 IDS = tokens(2, 12)
 _RANKS = {"float": 24, "int8": 32, "remap": 32, "gptq4_g32": 32, "gptq3_g32": 32, "nf4": 64}
@@ -37,7 +37,9 @@ FORMATS = [
 ]
 
 
-def compressed(structure: str, encoding: str, dtype: torch.dtype = torch.float32, model: Any = None, **kinds: str) -> Any:
+def compressed(
+    structure: str, encoding: str, dtype: torch.dtype = torch.float32, model: Any = None, **kinds: str
+) -> Any:
     """A model whose matrices all have that format, but for those whose names end like one of `kinds`."""
     model = wide("llama", dtype) if model is None else model
     modules = {}
@@ -99,7 +101,8 @@ def test_it_computes_what_it_did_before(structure: str, encoding: str, dtype: to
 
 
 @pytest.mark.parametrize(
-    ("structure", "encoding"), [("low_rank", "float"), ("pivoted", "int8"), pytest.param("dense", "gptq4_g32", marks=needs_gptq)]
+    ("structure", "encoding"),
+    [("low_rank", "float"), ("pivoted", "int8"), pytest.param("dense", "gptq4_g32", marks=needs_gptq)],
 )
 def test_what_reads_one_input_is_one_product(structure: str, encoding: str) -> None:
     model = compressed(structure, encoding)

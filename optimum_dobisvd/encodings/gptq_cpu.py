@@ -27,6 +27,12 @@ class GPTQOnCPU(nn.Module):
     the model's dtype: `w = code * scale + offset`. `packed` and `grid` are what PyTorch's kernel takes.
     """
 
+    shifts: Tensor
+    steps: Tensor
+    offsets: Tensor
+    groups: Tensor | None
+    order: Tensor | None
+    joined_bias: Tensor | None
     packed: Tensor | None
     grid: Tensor | None
 

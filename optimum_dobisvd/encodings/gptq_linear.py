@@ -160,8 +160,6 @@ def is_unpacked(kernel: nn.Module, bits: int, group_size: int) -> bool:
     outputs: Any = kernel.out_features
     expected = GPTQTensors(inputs, outputs, "bias" in held, bits, group_size, "meta").held()
     return all(
-        key in held
-        and held[key].shape == tensor.shape
-        and (held[key].dtype == tensor.dtype or key == "scales")
+        key in held and held[key].shape == tensor.shape and (held[key].dtype == tensor.dtype or key == "scales")
         for key, tensor in expected.items()
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..factorization.factors import LARGEST_FRACTION, Gauge, rounded_up
 from .base import Encoding, InputGram, LinearShape, OutputErrors, stacked
-from .int8_matmul import UNIT, int8_matmul, is_aligned
+from .int8_matmul import CPU_MULTIPLE, UNIT, int8_matmul, is_aligned
 
 _LARGEST = 127
 NO_ADAPTERS = "stored in 8 bits, which take no adapter: name linears that are dense, or call convert(model) first"
@@ -113,6 +113,8 @@ class Int8(Encoding):
         if len(eight) < 2 or len(eight) < len(linears) or not whole or len({columns for _, columns in parts}) > 1:
             return None
         rows = [linear.out_features for linear in eight]
+        if any(count % CPU_MULTIPLE for count in rows):
+            return None  # what the next linear reads is a slice of what this one gives, and must be where it can
         part = (sum(rows), parts[0][1])
         new = Int8Linear(eight[0].in_features, sum(rows), part, bias=False, device="meta")
         for key in dict(eight[0].named_parameters(), bias=None):

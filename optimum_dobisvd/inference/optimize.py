@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..encodings.base import Encoding
 from ..encodings.registry import encoding_named
@@ -115,7 +114,9 @@ def _refuse(model: Any, compressed: Mapping[str, CompressedLinear]) -> None:
     training = next((name for name, module in model.named_modules() if module.training), None)
     if training is not None:
         where = f"{what} is" if not training else f"{training} of {what} is"
-        raise ValueError(f"{where} in training mode, and an optimized model cannot be trained: call model.eval() first")
+        raise ValueError(
+            f"{where} in training mode, and an optimized model cannot be trained: call model.eval() first"
+        )
     for name, module in model.named_modules():
         if hasattr(module, "base_layer") or hasattr(module, "original_module"):
             raise ValueError(

@@ -12,6 +12,15 @@ from torch import Tensor, nn
 from ..model.substitutions import RESTORE
 
 
+class _Kept:
+    """The parts that nobody has asked for yet. No module, in which setting an attribute takes microseconds."""
+
+    def __init__(self) -> None:
+        self.input: Tensor | None = None
+        self.parts: list[Tensor | None] = []
+        self.left = 0
+
+
 class SharedInput(nn.Module):
     """The product of one input with the weights of several linears, kept until each of them has asked for its part.
 
@@ -26,20 +35,22 @@ class SharedInput(nn.Module):
         super().__init__()
         self._linears, self._joined = tuple(linears), (joined,)  # in tuples: not registered
         self._sizes = [int(linear.out_features) for linear in linears]  # type: ignore[arg-type]
-        self._input: Tensor | None = None
-        self._parts: tuple[Tensor | None, ...] = ()
+        self._kept = _Kept()
         self._share_memory()
 
-    def forward(self, x: Tensor, index: int) -> Tensor:
-        parts = self._parts if self._input is x else ()
-        if not parts or parts[index] is None:
-            parts = self._joined[0](x).split(self._sizes, dim=-1)
-        part = parts[index]
-        assert part is not None
-        left = tuple(None if place == index else other for place, other in enumerate(parts))
-        done = all(other is None for other in left)
-        self._input, self._parts = (None, ()) if done else (x, left)
-        return part
+    def part(self, x: Tensor, index: int) -> Tensor:
+        """Return the product of `x` with the weight of one of the linears."""
+        kept = self._kept
+        if kept.input is not x or kept.parts[index] is None:
+            kept.parts = list(self._joined[0](x).split(self._sizes, dim=-1))
+            kept.input, kept.left = x, len(kept.parts)
+        found = kept.parts[index]
+        assert found is not None
+        kept.parts[index] = None
+        kept.left -= 1
+        if kept.left == 0:
+            kept.input = None
+        return found
 
     def _share_memory(self) -> None:
         bounds = list(pairwise(accumulate(self._sizes, initial=0)))
@@ -80,9 +91,9 @@ class SharedInputPart(nn.Module):
         self.training = linear.training
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._parameters.values()):
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.parameters(recurse=False)):
             return self._linear[0](x)
-        return self.shared(x, self._index)
+        return self.shared.part(x, self._index)
 
     def __format__(self, spec: str) -> str:
         # PEFT refuses a module with f"Target module {module} is not supported": the only place in its message where a

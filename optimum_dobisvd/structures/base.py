@@ -149,7 +149,7 @@ class CompressedLinear(nn.Module, ABC):
 
     # The module.
 
-    def set_inference(self, on: bool) -> None:  # noqa: B027 - most structures have nothing to do
+    def set_inference(self, on: bool) -> None:
         """Keep what makes products faster and is not saved, or drop it again."""
 
     @property
