@@ -321,16 +321,16 @@ def test_gptq_runs_in_a_kernel_that_reads_four_bits() -> None:
 )
 def test_it_compiles_as_one_graph(structure: str, encoding: str, dtype: torch.dtype) -> None:
     model = compressed(structure, encoding, dtype)
-    expected = {length: logits(model, IDS[:, :length]) for length in (1, 12)}
+    inputs = [IDS[:1, :1], IDS]  # one row, whose slices lie anywhere in a buffer; and many
+    expected = [logits(model, ids) for ids in inputs]
     optimized(model, dense=[])
-    for length, wanted in expected.items():
+    for ids, wanted in zip(inputs, expected, strict=True):
         torch._dynamo.reset()
         forward = torch.compile(model, fullgraph=True, mode="reduce-overhead")
-        with torch.no_grad():
-            found = forward(input_ids=IDS[:, :length], use_cache=False).logits.float()
-            again = forward(input_ids=IDS[:, :length].flip(0), use_cache=False).logits.float()
-        assert_near(found, wanted, dtype, encoding)
-        assert_near(again, wanted.flip(0), dtype, encoding)
+        for _ in range(2):
+            with torch.no_grad():
+                found = forward(input_ids=ids, use_cache=False).logits.float()
+            assert_near(found, wanted, dtype, encoding)
     torch._dynamo.reset()
 
 

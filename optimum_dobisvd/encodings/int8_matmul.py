@@ -141,10 +141,10 @@ def _compiled_product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor
     `Int8.for_inference` sees to it that slices do.
     """
     few = len(x) <= _CPU_FEW_ROWS and x.dtype is torch.bfloat16 and x.shape[1] % CPU_MULTIPLE == 0
-    if not (few and x.device.type == "cpu" and _IS_X86):
+    if scale is None or scale.dtype is not x.dtype or not (few and x.device.type == "cpu" and _IS_X86):
         return _dequantizing(x, weight, scale)
-    factors = x.new_full((len(weight),), 1 / UNIT) if scale is None else scale.to(x.dtype) / UNIT
-    return torch._weight_int8pack_mm(x.contiguous(), weight, factors)
+    # Inductor's kernel takes a scale that is in memory, not one that it would have to compute.
+    return torch._weight_int8pack_mm(x.contiguous(), weight, scale) * (1 / UNIT)
 
 
 def _choose(x: Tensor, weight: Tensor) -> Kernel:
