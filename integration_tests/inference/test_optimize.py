@@ -344,3 +344,16 @@ def test_generate_with_a_static_cache_gives_the_same_tokens(structure: str) -> N
     found = generated(model, cache_implementation="static", compile_config=compiled)
     assert torch.equal(found, expected)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2", "phi", "deepseek_v3"])
+def test_other_architectures(name: str) -> None:
+    model = tiny(name)
+    config = DobiSVDConfig(method="output_pca", ratio=0.7, dataset=tokens(6, 24), structure="low_rank")
+    model = DobiSVDQuantizer(config).quantize_model(model)
+    expected = logits(model)
+    optimized(model, dense=[])
+    assert_near(logits(model), expected, torch.float32)
+    experts = [module for each, module in model.named_modules() if each.endswith(".w1") or each.endswith("gate_proj")]
+    assert name != "mixtral" or all(hasattr(module.first, "shared") for module in experts if hasattr(module, "first"))
+    assert torch.equal(logits(restored(model)), expected)
