@@ -22,6 +22,8 @@ _NAMES = {
     "adapter_targets": "integrations.adapter_targets",
     "stable_svd": "factorization.stable_svd",
     "convert": "checkpoint.convert",
+    "optimize_for_inference": "inference.optimize",
+    "restore_after_inference": "inference.optimize",
 }
 
 __all__ = [
@@ -33,6 +35,8 @@ __all__ = [
     "adapter_targets",
     "convert",
     "load_quantized_model",
+    "optimize_for_inference",
+    "restore_after_inference",
     "stable_svd",
 ]
 

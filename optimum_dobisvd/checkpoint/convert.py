@@ -16,6 +16,7 @@ from ..config import DobiSVDConfig
 from ..encodings.base import QUANT_METHOD, Encoding
 from ..encodings.registry import encoding_named, encoding_of
 from ..factorization.factors import Factors
+from ..inference.optimize import restore_after_inference
 from ..model.layout import find_blocks, find_layout
 from ..model.offloaded import dense_weight
 from ..model.patterns import matching_names, resolve_overrides
@@ -59,6 +60,7 @@ def convert(
             "quantize_model of a DobiSVDQuantizer returns"
         )
     encoding.require()
+    restore_after_inference(model)
     if encoding.needs_text and windows is None:
         raise ValueError(f"{encoding.name} needs calibration text: pass windows")
     blocks = find_blocks(model, nontext=config.nontext_modules)

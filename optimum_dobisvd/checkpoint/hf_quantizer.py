@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..config import DobiSVDConfig
+from ..inference.optimize import restore_after_inference
 from .loading import CompressedLoader
 from .saving import DOCUMENTS, with_safe_save, without_safe_save
 
@@ -26,6 +27,7 @@ class DobiSVDHfQuantizer(CompressedLoader):
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        restore_after_inference(model)
         dense = super()._dequantize(model, dtype=dtype)
         without_safe_save(model)
         return dense

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..model.substitutions import originals
 from ..structures.base import compressed_linears, restore_tensors
 from .auto_classes import auto_classes
 from .bundle import MODELING_FILE, modeling_source
@@ -53,6 +54,14 @@ def save_compressed(model: Any, save_directory: str | os.PathLike[str], *args: A
     target = Path(os.path.realpath(save_directory))
     if target.is_file():
         raise ValueError(f"{target} is a file; name a folder")
+    with originals(model):
+        _save_whole(model, save_directory, target, args, kwargs)
+
+
+def _save_whole(
+    model: Any, save_directory: str | os.PathLike[str], target: Path, args: tuple, kwargs: dict[str, Any]
+) -> None:
+    """`save_compressed` of a model in whose modules' places nothing else stands."""
     adapter_only = getattr(model, "_hf_peft_config_loaded", False)
     if not adapter_only:
         _refuse_layers_of_peft(model)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base import Encoding, LinearShape
+from .base import Encoding, LinearShape, stacked
 
 
 class Float(Encoding):
@@ -40,3 +41,13 @@ class Float(Encoding):
             )
         linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
         return linear, weight
+
+    def for_inference(self, linears: Sequence[nn.Module], dtype: torch.dtype) -> nn.Module | None:
+        plain = [linear for linear in linears if type(linear) is nn.Linear]
+        if len(plain) < 2 or len(plain) < len(linears):
+            return None
+        rows = [linear.out_features for linear in plain]
+        new = nn.Linear(plain[0].in_features, sum(rows), bias=False, device="meta")
+        new.register_parameter("weight", stacked([linear.weight for linear in plain], rows))
+        new.register_parameter("bias", stacked([linear.bias for linear in plain], rows))
+        return new.eval()

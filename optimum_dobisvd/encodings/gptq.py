@@ -7,7 +7,7 @@ import copy
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from transformers import GPTQConfig
 
 from ..factorization.factors import Gauge
 from .base import Encoding, Feedback, InputGram, LinearShape, OutputErrors
+from .gptq_cpu import GPTQOnCPU, can_run_on_cpu
 from .gptq_linear import (
     GPTQ_IN_MEMORY,
     GPTQTensors,
     gptq_kernel,
+    is_unpacked,
     quiet_gptqmodel,
     require_gptqmodel,
     require_unpacked,
@@ -178,6 +180,11 @@ class GPTQ(Encoding):
             return module
         shape = (module.out_features, module.in_features)
         return gptq_kernel(module.held(), shape, self.bits, self.group_size, self.settings.to_dict())
+
+    def for_inference(self, linears: Sequence[nn.Module], dtype: torch.dtype) -> nn.Module | None:
+        if not all(is_unpacked(linear, self.bits, self.group_size) for linear in linears):
+            return None
+        return GPTQOnCPU(linears, self.bits, dtype) if can_run_on_cpu(linears, self.bits) else None
 
     def before_saving(self, name: str, module: nn.Module, dtype: torch.dtype) -> None:
         require_unpacked(name, module, self.bits, self.group_size)

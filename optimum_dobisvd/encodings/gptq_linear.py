@@ -146,14 +146,20 @@ def _kernel_class(bits: int, group_size: int, options: Mapping[str, Any], device
 
 def require_unpacked(name: str, kernel: nn.Module, bits: int, group_size: int) -> None:
     """Raise ValueError if the kernel has put its tensors into another layout than checkpoints', as fast ones do."""
+    if not is_unpacked(kernel, bits, group_size):
+        raise ValueError(
+            f"{name} cannot be saved: its kernel, {type(kernel).__name__}, has repacked its tensors; load the model "
+            "without backend in its GPTQConfig to save it again, or copy the checkpoint"
+        )
+
+
+def is_unpacked(kernel: nn.Module, bits: int, group_size: int) -> bool:
+    """Whether the kernel's tensors are in the layout that checkpoints have them in."""
     held = dict(kernel.named_buffers())
     inputs: Any = kernel.in_features
     outputs: Any = kernel.out_features
     expected = GPTQTensors(inputs, outputs, "bias" in held, bits, group_size, "meta").held()
-    for key, tensor in expected.items():
-        found = held.get(key)
-        if found is None or found.shape != tensor.shape or (found.dtype != tensor.dtype and key != "scales"):
-            raise ValueError(
-                f"{name} cannot be saved: its kernel, {type(kernel).__name__}, has repacked its tensors; load the "
-                "model without backend in its GPTQConfig to save it again, or copy the checkpoint"
-            )
+    return all(
+        key in held and held[key].shape == tensor.shape and (held[key].dtype == tensor.dtype or key == "scales")
+        for key, tensor in expected.items()
+    )

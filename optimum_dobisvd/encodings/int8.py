@@ -7,14 +7,15 @@ model's dtype first and values against the rounded scale, so the rounding of sca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..factorization.factors import LARGEST_FRACTION, Gauge, rounded_up
-from .base import Encoding, InputGram, LinearShape, OutputErrors
-from .int8_matmul import UNIT, int8_matmul, is_aligned
+from .base import Encoding, InputGram, LinearShape, OutputErrors, stacked
+from .int8_matmul import CPU_MULTIPLE, UNIT, int8_matmul, is_aligned
 
 _LARGEST = 127
 NO_ADAPTERS = "stored in 8 bits, which take no adapter: name linears that are dense, or call convert(model) first"
@@ -104,6 +105,22 @@ class Int8(Encoding):
         read_offloaded_as_stored(name, module)
         return module
 
+    def for_inference(self, linears: Sequence[nn.Module], dtype: torch.dtype) -> nn.Module | None:
+        """Join linears whose rows are all in 8 bits, as far to the right as each other's."""
+        eight = [linear for linear in linears if isinstance(linear, Int8Linear)]
+        parts = [linear.part for linear in eight]
+        whole = all(rows == linear.out_features for linear, (rows, _) in zip(eight, parts, strict=True))
+        if len(eight) < 2 or len(eight) < len(linears) or not whole or len({columns for _, columns in parts}) > 1:
+            return None
+        rows = [linear.out_features for linear in eight]
+        if any(count % CPU_MULTIPLE for count in rows):
+            return None  # what the next linear reads is a slice of what this one gives, and must be where it can
+        part = (sum(rows), parts[0][1])
+        new = Int8Linear(eight[0].in_features, sum(rows), part, bias=False, device="meta")
+        for key in dict(eight[0].named_parameters(), bias=None):
+            new.register_parameter(key, stacked([getattr(linear, key) for linear in eight], rows))
+        return new.eval()
+
     def loaded_model(self, model: Any) -> None:
         """Give the model memory of its own, if its file is mapped to where the CPU kernel cannot take the weights.
 
@@ -144,7 +161,7 @@ class Int8Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        rows, columns = self._part = part or (out_features, in_features)
+        rows, columns = self.part = part or (out_features, in_features)
         self._add("weight", (rows, columns), device, torch.int8)
         self._add("scale", (rows,), device, dtype)
         rest = rest_shape((out_features, in_features), (rows, columns))
@@ -158,7 +175,7 @@ class Int8Linear(nn.Module):
         self.register_parameter(key, nn.Parameter(values, requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, columns = self._part
+        rows, columns = self.part
         if columns < self.in_features:
             eight, sixteen = x[..., :columns], x[..., columns:]
             y = (int8_matmul(eight, self.weight) + nn.functional.linear(sixteen, self.rest)) * self.scale
@@ -170,7 +187,7 @@ class Int8Linear(nn.Module):
 
     def dense_matrix(self) -> Tensor:
         """Return the matrix it stands for, float32."""
-        rows, columns = self._part
+        rows, columns = self.part
         scale = self.scale.float()[:, None]
         part = self.weight.float() * (scale / UNIT)
         if rows < self.out_features:

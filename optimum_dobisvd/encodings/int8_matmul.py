@@ -33,9 +33,10 @@ KERNEL_CALLS: Counter[str] = Counter()
 
 # `_weight_int8pack_mm` reads beyond its operands where the inner dimension is no multiple of its vectors: with AVX2 of
 # 8 (wrong results, then a segmentation fault), with AVX-512 of 16.
-_CPU_MULTIPLE = 16
+CPU_MULTIPLE = 16
 # And with AVX-512 it crashes on operands at other addresses, as those in a mapped file are by the length of its head.
 _CPU_ALIGNMENT = 64
+_IS_X86 = platform.machine() in ("x86_64", "AMD64")
 _CACHED = 1 << 22
 """Elements that are unpacked at once on a CPU."""
 # Above so many rows the bf16 instructions of newer CPUs beat it, unpacking included.
@@ -118,8 +119,8 @@ class _Int8Matmul(torch.autograd.Function):
 
 def _dispatch(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    if torch.compiler.is_compiling():  # the compiler fuses the unpacking into the product
-        return _dequantizing(rows, weight, scale).view(*x.shape[:-1], len(weight))
+    if torch.compiler.is_compiling():
+        return _compiled_product(rows, weight, scale).view(*x.shape[:-1], len(weight))
     kernel = _choose(rows, weight)
     try:
         product = kernel.run(rows, weight, scale)
@@ -131,6 +132,19 @@ def _dispatch(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
         return _dispatch(x, weight, scale)
     KERNEL_CALLS[kernel.name] += 1
     return product.view(*x.shape[:-1], len(weight))
+
+
+def _compiled_product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """What becomes part of a graph: the CPU kernel for few rows; else the compiler fuses unpacking into the product.
+
+    Addresses are not known while a graph is made. The compiler's own buffers begin where the kernel can take them, and
+    `Int8.for_inference` sees to it that slices do.
+    """
+    few = len(x) <= _CPU_FEW_ROWS and x.dtype is torch.bfloat16 and x.shape[1] % CPU_MULTIPLE == 0
+    if scale is None or scale.dtype is not x.dtype or not (few and x.device.type == "cpu" and _IS_X86):
+        return _dequantizing(x, weight, scale)
+    # Inductor's kernel takes a scale that is in memory, not one that it would have to compute.
+    return torch._weight_int8pack_mm(x.contiguous(), weight, scale) * (1 / UNIT)
 
 
 def _choose(x: Tensor, weight: Tensor) -> Kernel:
@@ -196,7 +210,7 @@ def _dequantizing(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _cpu_refuses(x: Tensor, weight: Tensor) -> str | None:
-    if platform.machine() not in ("x86_64", "AMD64"):
+    if not _IS_X86:
         return f"the int8 kernel was not tried on {platform.machine()}"
     if x.dtype not in (torch.bfloat16, torch.float16) and not WIDENED_FOR_SPEED.get():
         return f"the CPU kernel is for 16-bit activations, these are {x.dtype} (load with dtype=torch.bfloat16)"
@@ -210,7 +224,7 @@ def _cpu_is_outrun(x: Tensor, weight: Tensor) -> bool:
 
 
 def _cpu_packed(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    missing = -x.shape[1] % _CPU_MULTIPLE
+    missing = -x.shape[1] % CPU_MULTIPLE
     if missing:
         x, weight = torch.nn.functional.pad(x, (0, missing)), torch.nn.functional.pad(weight, (0, missing))
     # In float16 a scale over 128 could fall below the normal range; in bfloat16 it is exact.

@@ -149,6 +149,14 @@ class CompressedLinear(nn.Module, ABC):
 
     # The module.
 
+    def set_inference(self, on: bool) -> None:
+        """Keep what makes products faster and is not saved, or drop it again."""
+
+    @property
+    def input_linear(self) -> str:
+        """The name of the linear that reads the input."""
+        return next(iter(self.linears(self.out_features, self.in_features, self.rank)))
+
     @property
     def bias(self) -> nn.Parameter | None:
         """The bias, wherever it lies."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,12 @@ class PivotedLinear(CompressedLinear):
     first: nn.Module
     second: nn.Module
     permutation: Tensor
+    sources: Tensor | None
+    """For every output the row of the two stacked linears that gives it, int64; None but in inference."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("sources", None, persistent=False)
 
     @classmethod
     def linears(cls, out_features: int, in_features: int, rank: int | None) -> dict[str, tuple[int, int]]:
@@ -123,12 +130,22 @@ class PivotedLinear(CompressedLinear):
     def forward(self, x: Tensor) -> Tensor:
         pivots = self.first(x)
         rest = self.second(pivots)
+        if self.sources is not None:
+            # A third to a half of the time of storing to places, and compilers fuse it into what comes next.
+            stacked = torch.cat([pivots, rest], dim=-1)
+            return self._with_bias(stacked.gather(-1, self.sources.expand(stacked.shape)))
         places = self.permutation.long()
         y = pivots.new_empty(*pivots.shape[:-1], self.out_features)
         y.index_copy_(-1, places[: self.rank], pivots)
         y.index_copy_(-1, places[self.rank :], rest.to(y.dtype))
+        return self._with_bias(y)
+
+    def _with_bias(self, y: Tensor) -> Tensor:
         # As nn.Linear does under autocast: a bias in float32 would make the output float32.
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def set_inference(self, on: bool) -> None:
+        self.sources = self.permutation.long().argsort() if on else None
 
     def factors(self) -> tuple[Tensor, Tensor]:
         matrices = self.matrices()

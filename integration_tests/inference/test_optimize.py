@@ -1,0 +1,359 @@
+"""`optimize_for_inference`: the same model, faster; as it was when it is saved, converted or trained."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoModelForCausalLM, CompileConfig
+
+from integration_tests.quantization.quantized_models import needs_bnb, needs_gptq, wide
+from integration_tests.tiny_models import tiny, tokens
+from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer, Plan, convert
+from optimum_dobisvd import optimize_for_inference as optimized
+from optimum_dobisvd import restore_after_inference as restored
+from optimum_dobisvd.allocation.plan import PlannedModule
+from optimum_dobisvd.encodings.gptq_cpu import GPTQOnCPU
+from optimum_dobisvd.inference.measured import SPEEDS, speed_key
+from optimum_dobisvd.inference.optimize import restore_after_inference
+from optimum_dobisvd.inference.shared_input import SharedInput
+from optimum_dobisvd.model.layout import find_layout
+from optimum_dobisvd.structures.base import CompressedLinear, compressed_linears
+
+IDS = tokens(2, 12)
+_RANKS = {"float": 24, "int8": 32, "remap": 32, "gptq4_g32": 32, "gptq3_g32": 32, "nf4": 64}
+_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+FORMATS = [
+    *[(structure, encoding) for encoding in ("float", "int8") for structure in ("dense", "low_rank", "pivoted")],
+    ("low_rank", "remap"),
+    *[
+        pytest.param(structure, encoding, marks=needs)
+        for encoding, needs in (("gptq4_g32", needs_gptq), ("gptq3_g32", needs_gptq), ("nf4", needs_bnb))
+        for structure in ("dense", "low_rank", "pivoted")
+    ],
+]
+
+
+def compressed(
+    structure: str, encoding: str, dtype: torch.dtype = torch.float32, model: Any = None, **kinds: str
+) -> Any:
+    """A model whose matrices all have that format, but for those whose names end like one of `kinds`."""
+    model = wide("llama", dtype) if model is None else model
+    modules = {}
+    for target in find_layout(model).targets:
+        own = kinds.get(target.name.rpartition(".")[2], structure)
+        rank = None if own == "dense" else min(_RANKS[encoding], min(target.out_features, target.in_features) // 2)
+        planned = PlannedModule(own, encoding, rank)
+        fits = planned.format.unsupported_reason(target.out_features, target.in_features, rank) is None
+        modules[target.name] = planned if fits else PlannedModule("dense", encoding)
+    plan = Plan(modules, method="output_pca", ratio=None, allocation="by hand")
+    quantization = None if encoding == "float" else encoding
+    config = DobiSVDConfig(method="output_pca", dataset=tokens(6, 24), plan=plan, quantization=quantization)
+    return DobiSVDQuantizer(config).quantize_model(model)
+
+
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits.float()
+
+
+def generated(model: Any, **settings: Any) -> torch.Tensor:
+    mask = torch.ones_like(IDS)
+    return model.generate(
+        IDS, attention_mask=mask, max_new_tokens=10, min_new_tokens=10, do_sample=False, pad_token_id=1, **settings
+    )
+
+
+def joined(model: Any) -> int:
+    """How many products take the place of several."""
+    return sum(isinstance(module, SharedInput) for module in model.modules())
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, encoding: str = "float") -> None:
+    # gptqmodel's kernel unpacks to float16, whatever it computes in.
+    tolerance = max(_TOLERANCES[dtype], 2e-3) if encoding.startswith("gptq") else _TOLERANCES[dtype]
+    assert float((found - expected).norm() / expected.norm()) < tolerance
+
+
+@pytest.mark.parametrize("dtype", list(_TOLERANCES), ids=str)
+@pytest.mark.parametrize(("structure", "encoding"), FORMATS)
+def test_it_computes_what_it_did_before(structure: str, encoding: str, dtype: torch.dtype) -> None:
+    if (structure, encoding) == ("dense", "float"):
+        model = compressed("low_rank", "float", dtype, q_proj="dense", k_proj="dense", up_proj="dense")
+    else:
+        model = compressed(structure, encoding, dtype)
+    expected, tokens_before = logits(model), generated(model)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert optimized(model, dense=[]) is model
+    assert_near(logits(model), expected, dtype, encoding)
+    one = IDS[:1, :1]
+    assert_near(logits(model, one), logits(restored(copy.deepcopy(model)), one), dtype, encoding)
+    if dtype is torch.float32:
+        assert torch.equal(generated(model), tokens_before)
+    found = model.state_dict()
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    restored(model)
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize(
+    ("structure", "encoding"),
+    [("low_rank", "float"), ("pivoted", "int8"), pytest.param("dense", "gptq4_g32", marks=needs_gptq)],
+)
+def test_what_reads_one_input_is_one_product(structure: str, encoding: str) -> None:
+    model = compressed(structure, encoding)
+    parameters = {name: tensor.shape for name, tensor in model.named_parameters()}
+    optimized(model, dense=[])
+    assert joined(model) == 2 * 2  # q, k and v; gate and up; of two blocks
+    assert {name: tensor.shape for name, tensor in model.named_parameters()} == parameters
+
+
+def test_dense_linears_are_joined_with_each_other_beside_factorized_ones() -> None:
+    model = compressed("low_rank", "int8", q_proj="dense")  # in 8 bits, too: one product with the first of k and v
+    optimized(model, dense=[])
+    shared = model.model.layers[0].self_attn.k_proj.first.shared
+    assert shared is model.model.layers[0].self_attn.q_proj.linear.shared
+    mixed = compressed("low_rank", "float", q_proj="dense")
+    optimized(mixed, dense=[])
+    assert mixed.model.layers[0].self_attn.q_proj.shared is mixed.model.layers[0].self_attn.v_proj.first.shared
+
+
+def test_weights_are_held_once() -> None:
+    model = optimized(compressed("low_rank", "float"), dense=[])
+    attention = model.model.layers[0].self_attn
+    storages = {part.first.weight.untyped_storage().data_ptr() for part in (attention.q_proj, attention.k_proj)}
+    assert len(storages) == 1
+    moved = model.to(torch.bfloat16)
+    storages = {part.first.weight.untyped_storage().data_ptr() for part in (attention.q_proj, attention.k_proj)}
+    assert len(storages) == 1
+    again = compressed("low_rank", "float").to(torch.bfloat16)
+    assert_near(logits(moved), logits(again), torch.bfloat16)
+
+
+class Reader(nn.Module):
+    """Calls its linears on inputs of its own choice."""
+
+    def __init__(self, linears: list[nn.Linear]) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(linears)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1)), max_size=12))
+def test_the_order_of_calls_does_not_matter(calls: list[tuple[int, int]]) -> None:
+    from optimum_dobisvd.encodings.float import Float
+    from optimum_dobisvd.inference.shared_input import SharedInputPart
+
+    linears = [nn.Linear(4, rows, bias=rows == 3) for rows in (2, 3, 4)]
+    inputs = [torch.randn(5, 4), torch.randn(5, 4)]
+    with torch.no_grad():
+        expected = [[linear(x) for x in inputs] for linear in linears]
+        whole = Float().for_inference(linears, torch.float32)
+        assert whole is not None
+        shared = SharedInput(whole, linears)
+        parts = [SharedInputPart(linear, shared, index) for index, linear in enumerate(linears)]
+        for which, given_input in calls:
+            torch.testing.assert_close(parts[which](inputs[given_input]), expected[which][given_input])
+
+
+def test_gradients_of_weights_are_right() -> None:
+    """Outside of `no_grad`, each linear computes by itself: the joined weight takes no gradient."""
+    model = compressed("low_rank", "float")
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        model(input_ids=IDS).logits.square().mean().backward()
+        return model.get_parameter("model.layers.0.self_attn.k_proj.first.weight").grad.clone()
+
+    before = gradient()
+    optimized(model, dense=[])
+    torch.testing.assert_close(gradient(), before)
+
+
+def test_a_model_in_training_mode_is_refused() -> None:
+    model = compressed("low_rank", "float")
+    model.model.layers[1].train()
+    with pytest.raises(ValueError, match=r"model\.layers\.1 of LlamaForCausalLM is in training mode.*model\.eval\(\)"):
+        optimized(model)
+    model.train()
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM is in training mode.*model\.eval\(\)"):
+        optimized(model)
+    assert not joined(model)
+
+
+def test_training_later_is_refused_until_it_is_undone() -> None:
+    model = optimized(compressed("low_rank", "float"), dense=[])
+    with pytest.raises(ValueError, match=r"optimized for inference.*restore_after_inference"):
+        model.train()
+    assert not any(module.training for module in model.modules())
+    assert model.eval() is model
+    restore_after_inference(model).train()
+    assert model.model.layers[0].training
+
+
+def test_adapters_are_refused_in_words() -> None:
+    peft = pytest.importorskip("peft")
+    model = optimized(compressed("low_rank", "float"), dense=[])
+    with pytest.raises(ValueError, match="optimized for inference.*restore_after_inference"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["first"]))
+    adapted = peft.get_peft_model(compressed("low_rank", "float"), peft.LoraConfig(target_modules=["first"]))
+    with pytest.raises(ValueError, match=r"layer of PEFT.*merge_and_unload"):
+        optimized(adapted.base_model.model.eval())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rows": 0}, "rows=0: give a number above 0"),
+        ({"dense": "q_proj"}, r"dense='q_proj': give 'measured', or a list of names, \['q_proj'\]"),
+        ({"dense": ["z_proj"]}, "z_proj"),
+        ({"inputs": {"input_idx": IDS}}, r"cannot be called.*input_ids.*pass inputs="),
+    ],
+)
+def test_what_makes_no_sense_is_refused_and_changes_nothing(given: dict[str, Any], message: str) -> None:
+    model = compressed("low_rank", "float")
+    with pytest.raises(ValueError, match=message):
+        optimized(model, **given)
+    assert not joined(model)
+    assert model.train().training
+
+
+def test_dense_models_and_a_second_time_are_refused() -> None:
+    with pytest.raises(ValueError, match="is not compressed: pass what from_pretrained loads"):
+        optimized(tiny("llama"))
+    model = optimized(compressed("low_rank", "float"))
+    with pytest.raises(ValueError, match=r"has been optimized.*restore_after_inference\(model\) first"):
+        optimized(model)
+
+
+@pytest.mark.parametrize("encoding", ["float", "int8", pytest.param("gptq4_g32", marks=needs_gptq)])
+def test_it_is_saved_as_if_it_had_not_been(encoding: str, tmp_path: Any) -> None:
+    model = compressed("pivoted", encoding)
+    model.save_pretrained(tmp_path / "before")
+    optimized(model, dense=["o_proj"])
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "after")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+    assert torch.equal(logits(model), expected)
+    assert joined(model)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "after", dtype=torch.float32)
+    assert_near(logits(optimized(loaded, dense=[])), expected, torch.float32, encoding)
+
+
+def test_it_can_be_converted_and_dequantized() -> None:
+    model = compressed("low_rank", "float")
+    expected = logits(model)
+    convert(optimized(model), "int8")
+    assert {module.encoding for module in compressed_linears(model).values()} == {"int8"}
+    assert model.train().training
+    other = optimized(compressed("pivoted", "float")).dequantize()
+    assert not compressed_linears(other)
+    assert not joined(other)
+    assert logits(other).shape == expected.shape
+
+
+def test_matrices_can_be_named_that_run_dense() -> None:
+    model = compressed("pivoted", "float")
+    expected = logits(model)
+    optimized(model, dense=["layers.0.mlp.down_proj", "q_proj"])
+    running = [type(layer.mlp.down_proj) for layer in model.model.layers]
+    assert running[0] is nn.Linear
+    assert issubclass(running[1], CompressedLinear)
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.shared is attention.k_proj.first.shared  # dense rows beside pivot rows: one product
+    assert_near(logits(model), expected, torch.float32)
+
+
+def test_matrices_slower_than_dense_ones_run_dense() -> None:
+    model = compressed("low_rank", "float")
+    known = dict(SPEEDS)
+    try:
+        for name, module in compressed_linears(model).items():
+            SPEEDS[speed_key(module, 3)] = 2.0 if name.endswith("o_proj") else 0.5
+        optimized(model, rows=3)
+        assert type(model.model.layers[0].self_attn.o_proj) is nn.Linear
+        assert isinstance(model.model.layers[0].mlp.down_proj, CompressedLinear)
+    finally:
+        SPEEDS.clear()
+        SPEEDS.update(known)
+
+
+def test_speeds_are_measured_once() -> None:
+    known = dict(SPEEDS)
+    SPEEDS.clear()
+    try:
+        model = optimized(compressed("pivoted", "float"), rows=(1, 7))
+        first = dict(SPEEDS)
+        assert {key[5] for key in first} == {1, 7}
+        assert all(ratio > 0 for ratio in first.values())
+        optimized(restored(model), rows=(1, 7))
+        assert first == SPEEDS
+    finally:
+        SPEEDS.clear()
+        SPEEDS.update(known)
+
+
+@needs_gptq
+def test_gptq_runs_in_a_kernel_that_reads_four_bits() -> None:
+    model = optimized(compressed("low_rank", "gptq4_g32", torch.bfloat16), dense=[])
+    second = model.model.layers[0].mlp.down_proj.second
+    assert isinstance(second, GPTQOnCPU)
+    assert second.packed is not None
+    assert second.packed.nbytes == second.in_features * second.out_features // 2
+
+
+@pytest.mark.parametrize(
+    ("structure", "encoding", "dtype"),
+    [
+        ("low_rank", "float", torch.float32),
+        ("pivoted", "float", torch.float32),
+        ("pivoted", "int8", torch.bfloat16),
+        ("low_rank", "remap", torch.bfloat16),
+        pytest.param("pivoted", "gptq4_g32", torch.bfloat16, marks=needs_gptq),
+        pytest.param("dense", "gptq4_g32", torch.float32, marks=needs_gptq),
+    ],
+)
+def test_it_compiles_as_one_graph(structure: str, encoding: str, dtype: torch.dtype) -> None:
+    model = compressed(structure, encoding, dtype)
+    inputs = [IDS[:1, :1], IDS]  # one row, whose slices lie anywhere in a buffer; and many
+    expected = [logits(model, ids) for ids in inputs]
+    optimized(model, dense=[])
+    for ids, wanted in zip(inputs, expected, strict=True):
+        torch._dynamo.reset()
+        forward = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+        for _ in range(2):
+            with torch.no_grad():
+                found = forward(input_ids=ids, use_cache=False).logits.float()
+            assert_near(found, wanted, dtype, encoding)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("structure", ["low_rank", "pivoted"])
+def test_generate_with_a_static_cache_gives_the_same_tokens(structure: str) -> None:
+    model = compressed(structure, "float")
+    expected = generated(model)
+    optimized(model, dense=[])
+    compiled = CompileConfig(fullgraph=True, mode="reduce-overhead")
+    compiled._compile_all_devices = True  # transformers compiles on GPUs alone unless it is told so
+    found = generated(model, cache_implementation="static", compile_config=compiled)
+    assert torch.equal(found, expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2", "phi", "deepseek_v3"])
+def test_other_architectures(name: str) -> None:
+    model = tiny(name)
+    config = DobiSVDConfig(method="output_pca", ratio=0.7, dataset=tokens(6, 24), structure="low_rank")
+    model = DobiSVDQuantizer(config).quantize_model(model)
+    expected = logits(model)
+    optimized(model, dense=[])
+    assert_near(logits(model), expected, torch.float32)
+    experts = [module for each, module in model.named_modules() if each.endswith(".w1") or each.endswith("gate_proj")]
+    assert name != "mixtral" or all(hasattr(module.first, "shared") for module in experts if hasattr(module, "first"))
+    assert torch.equal(logits(restored(model)), expected)

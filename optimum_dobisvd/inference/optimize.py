@@ -1,0 +1,202 @@
+"""Make a loaded compressed model faster to generate with, in place, and back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..encodings.base import Encoding
+from ..encodings.registry import encoding_named
+from ..model.linears import is_dense_linear
+from ..model.patterns import select
+from ..model.substitutions import (
+    Substitutions,
+    begin_substitutions,
+    end_substitutions,
+    has_substitutions,
+)
+from ..structures.base import CompressedLinear, compressed_linears, to_dense
+from ..structures.format import AS_IS
+from .groups import shared_inputs
+from .measured import slower_than_dense
+from .shared_input import SharedInput, SharedInputPart
+
+logger = logging.getLogger(__name__)
+
+MEASURED = "measured"
+"""Run those matrices dense that are slower than dense ones where it is measured."""
+
+
+@torch.no_grad()
+def optimize_for_inference(
+    model: Any,
+    *,
+    rows: int | Sequence[int] = 1,
+    dense: str | Iterable[str] = MEASURED,
+    inputs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Make a compressed model faster to generate with, in place. What it computes stays the same but for rounding.
+
+    * Linears that read the same input (`q`, `k` and `v`; `gate` and `up`) are one product, of the first linears where
+      they are factorized. Their weights become views of one tensor; nothing is held twice.
+    * Matrices whose structure is slower than a dense product run dense. Dense weights are then held beside the stored
+      ones. Matrices in fewer bits than the model's stay so.
+    * Linears go through the kernel that is fastest on this machine where their encoding knows several. 4-bit GPTQ
+      linears on a CPU are packed once more for it.
+    * Where `pivoted` rows go is looked up once.
+
+    `model.save_pretrained` writes what it would have written before; `convert`, `dequantize` and
+    `restore_after_inference` bring the model back. `torch.compile` takes it as one graph, so that
+    `generate(cache_implementation="static")` can be compiled. Until then it cannot be trained and takes no adapters.
+
+    Args:
+        model: compressed, in evaluation mode, where it is to run and in the dtype it is to run in.
+        rows: of one product: the batch size in decoding, batch x tokens of a prompt in prefill. With several, what is
+            fastest over all.
+        dense: `measured`, or names or patterns (as in `overrides`) of the matrices to run dense, without a
+            measurement; an empty list is none.
+        inputs: what to call the model with once, to see which linears read the same input; None is a few tokens.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the model is not compressed, is in training mode, has been optimized before, has layers of PEFT or
+            is offloaded, or cannot be called with a few tokens; a name matches nothing. Then nothing was changed.
+    """
+    compressed = compressed_linears(model)
+    _refuse(model, compressed)
+    counts = [rows] if isinstance(rows, int) else list(rows)
+    if not counts or not all(isinstance(count, int) and count > 0 for count in counts):
+        raise ValueError(f"rows={rows!r}: give a number above 0 (the batch size in decoding), or several")
+    linears = compressed | {name: each for name, each in model.named_modules() if is_dense_linear(each)}
+    inner = {f"{name}.{child}" for name, module in compressed.items() for child, _ in module.named_children()}
+    outer = {name: module for name, module in linears.items() if name not in inner}
+    groups = shared_inputs(model, outer, inputs)
+    names = _run_dense(compressed, counts, dense)
+    record = begin_substitutions(model)
+    for name in names:
+        record.put(model, name, to_dense(compressed[name]).eval())
+    for name, module in compressed.items():
+        if name not in names:
+            module.set_inference(True)
+    for paths in _linears_by_input(model, compressed, groups):
+        _put_faster(model, record, paths)
+    return model
+
+
+def restore_after_inference(model: Any) -> Any:
+    """Undo `optimize_for_inference`, in place: the model can be trained again. Returns the model."""
+    shared = [module for module in model.modules() if isinstance(module, SharedInput)]
+    end_substitutions(model)
+    for each in shared:
+        each.release()
+    for module in compressed_linears(model).values():
+        module.set_inference(False)
+    return model
+
+
+def _refuse(model: Any, compressed: Mapping[str, CompressedLinear]) -> None:
+    """ValueError for a model that cannot be optimized, with what to do."""
+    what = type(model).__name__
+    if has_substitutions(model):
+        raise ValueError(
+            f"{what} has been optimized for inference: to do it otherwise, call restore_after_inference(model) first"
+        )
+    if not compressed:
+        raise ValueError(
+            f"{what} is not compressed: pass what from_pretrained loads of a compressed checkpoint, or what "
+            "quantize_model of a DobiSVDQuantizer returns"
+        )
+    training = next((name for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        where = f"{what} is" if not training else f"{training} of {what} is"
+        raise ValueError(
+            f"{where} in training mode, and an optimized model cannot be trained: call model.eval() first"
+        )
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer") or hasattr(module, "original_module"):
+            raise ValueError(
+                f"{name} is a layer of PEFT, whose adapter would have to be joined, too: optimize what "
+                "merge_and_unload() or unload() of the PeftModel returns"
+            )
+    for name, module in compressed.items():
+        if any(tensor.device.type == "meta" for tensor in module.parameters()):
+            raise ValueError(
+                f"{name} is offloaded, and weights that are fetched for every product cannot be joined: load the "
+                "model without cpu or disk offload, or leave it as it is"
+            )
+
+
+def _run_dense(
+    compressed: Mapping[str, CompressedLinear], rows: Sequence[int], dense: str | Iterable[str]
+) -> dict[str, None]:
+    """Names of the matrices that are to run dense."""
+    if dense == MEASURED:
+        found = [
+            name
+            for name, module in compressed.items()
+            if encoding_named(module.encoding).trainable and slower_than_dense(module, rows)
+        ]
+        if found:
+            logger.info("%d of %d matrices run dense, which is faster: %s", len(found), len(compressed), found)
+        return dict.fromkeys(found)
+    if isinstance(dense, str):
+        raise ValueError(f"dense={dense!r}: give {MEASURED!r}, or a list of names, [{dense!r}]")
+    wanted = select(dense, compressed)
+    return {name: None for name in compressed if name in wanted}
+
+
+def _linears_by_input(
+    model: Any, compressed: Mapping[str, CompressedLinear], groups: Sequence[Sequence[str]]
+) -> list[dict[str, Encoding]]:
+    """Linears that read the same input, with their encodings, each by itself where no other does."""
+    encodings: dict[str, Encoding] = {}
+    for name in compressed:
+        if model.get_submodule(name) is compressed[name]:  # and does not run dense
+            encoding = encoding_named(compressed[name].encoding)
+            encodings |= {f"{name}.{child}": encoding for child, _ in compressed[name].named_children()}
+    found = []
+    for group in groups:
+        modules = {name: model.get_submodule(name) for name in group}
+        paths = {
+            f"{name}.{module.input_linear}" if isinstance(module, CompressedLinear) else name: None
+            for name, module in modules.items()
+        }
+        found.append({path: encodings.pop(path, AS_IS.encoding) for path in paths})
+    return found + [{path: encoding} for path, encoding in encodings.items()]
+
+
+def _put_faster(model: Any, record: Substitutions, paths: Mapping[str, Encoding]) -> None:
+    """Put what is faster in the place of linears with the same input: of those alike together, or of each alone."""
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for path, encoding in paths.items():
+        linear = model.get_submodule(path)
+        tensor = next(iter((*linear.parameters(), *linear.buffers())), None)
+        if tensor is None or linear._forward_hooks or linear._forward_pre_hooks or hasattr(linear, "_hf_hook"):
+            continue  # a hook of a user or of Accelerate would not be called any more
+        alike.setdefault((encoding.name, linear.in_features, tensor.device, tensor.dtype), []).append(path)
+    for together in alike.values():
+        encoding = paths[together[0]]
+        if not _put_one(model, record, together, encoding) and len(together) > 1:
+            for path in together:
+                _put_one(model, record, [path], encoding)
+
+
+def _put_one(model: Any, record: Substitutions, paths: Sequence[str], encoding: Encoding) -> bool:
+    """Put one module in the places of all these linears, if there is a faster one; return whether there is."""
+    linears = [model.get_submodule(path) for path in paths]
+    faster = encoding.for_inference(linears, model.dtype)
+    if faster is None:
+        return False
+    faster.eval()
+    if len(linears) == 1:
+        record.put(model, paths[0], faster)
+        return True
+    shared = SharedInput(faster, linears).eval()
+    for index, (path, linear) in enumerate(zip(paths, linears, strict=True)):
+        record.put(model, path, SharedInputPart(linear, shared, index))
+    return True
