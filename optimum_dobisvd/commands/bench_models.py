@@ -25,6 +25,9 @@ from ..report.table import bytes_text
 from .bench_sources import Models, checkpoint_models, synthetic_models
 from .machine import available_device_memory, available_memory
 
+_ENOUGH_ROWS = 512
+"""Rows of a product from which on more of them change no ratio of speeds."""
+
 
 def measure(options: dict[str, Any], console: Any) -> SpeedReport:
     """Run the benchmark that these options ask for. Raises as `bench.execute` does; before a model is loaded."""
@@ -94,26 +97,24 @@ def _requests(
             options["attention"],
             options["new_tokens"],
             models.files.get(loaded, ()),
-            _optimizer() if name == "fused" else None,
+            _optimizer(options) if name == "fused" else None,
             memory,
         )
     return requests
 
 
-def _optimizer() -> Callable[[Any], Any] | None:
-    """What makes a model fast at inference; None where this version has none."""
-    import optimum_dobisvd
+def _optimizer(options: dict[str, Any]) -> Callable[[Any], Any]:
+    """Return what makes a model fast at what is measured: rows of one product are those of steps and of prompts."""
+    from ..inference.optimize import optimize_for_inference
 
-    return getattr(optimum_dobisvd, "optimize_for_inference", None)
+    batches = options["batch"]
+    prefilled = {min(batch * prompt, _ENOUGH_ROWS) for batch in batches for prompt in options["prompt"]}
+    return partial(optimize_for_inference, rows=sorted({*batches, *prefilled}))
 
 
 def _rows(names: list[str], models: Models) -> list[Row]:
     """The rows asked for that there are models for, in order; notes say what is left out."""
-    dense, fuses = "dense" in models.loads, _optimizer() is not None
-    if not fuses and {"fused", "compiled"} & set(names):
-        models.notes.append(
-            "this version has no optimize_for_inference: the row fused is left out, and compiled is not fused"
-        )
+    dense = "dense" in models.loads
     compared = "dense" if dense and "dense" in names else None
     compiled_against = "dense-compiled" if dense and "dense-compiled" in names else compared
     every = [
@@ -121,10 +122,9 @@ def _rows(names: list[str], models: Models) -> list[Row]:
         Row("dense-compiled", "dense", compiled=True),
         Row("checkpoint", "checkpoint", against=compared),
         Row("fused", "fused", against=compared),
-        Row("compiled", "fused" if fuses else "checkpoint", compiled=True, against=compiled_against),
+        Row("compiled", "fused", compiled=True, against=compiled_against),
     ]
     rows = [row for row in every if row.name in names and (dense or row.worker != "dense")]
-    rows = [row for row in rows if fuses or row.worker != "fused"]
     if not rows:
         raise ValueError(f"no row is left of --rows {' '.join(names)}: {'; '.join(models.notes)}")
     return rows
