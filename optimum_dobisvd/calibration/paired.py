@@ -51,11 +51,7 @@ class PairedRunner(BlockRunner):
                 block is not finite (names it).
         """
         with self._running(), frozen(self.model), torch.no_grad():
-            if not self._blocks_stand_alone():
-                raise ValueError(
-                    f"{type(self.model).__name__} passes state between its blocks, and learned rounding runs one "
-                    "block at a time: take quantization='gptq...' instead"
-                )
+            self._require_separate_blocks()
             self._record(self._batches)
             before = list(self._hidden)
             for name, block in tqdm(self._blocks.items(), desc=description, unit="block"):
@@ -67,6 +63,18 @@ class PairedRunner(BlockRunner):
                         change(name, block, BlockPasses(targets, self._outputs_of(name, block)))
                     self._advance(name, block)
 
+    def require_separate_blocks(self) -> None:
+        """Raise ValueError if the model passes state between its blocks, so that they cannot be run one by one."""
+        with self._running(), torch.no_grad():
+            self._require_separate_blocks()
+
+    def _require_separate_blocks(self) -> None:
+        if not self._blocks_stand_alone():
+            raise ValueError(
+                f"{type(self.model).__name__} passes state between its blocks, and learned rounding runs one block at "
+                "a time: take rounding='nearest', or for GPTQ and 4 bits of bitsandbytes 'feedback'"
+            )
+
     def _outputs_of(self, name: str, block: nn.Module) -> Callable[[int], Tensor]:
         def outputs(index: int) -> Tensor:
             with torch.enable_grad():
@@ -76,7 +84,7 @@ class PairedRunner(BlockRunner):
 
     def _widened(self, block: nn.Module, hidden: Tensor) -> AbstractContextManager[None]:
         widens = self._in_float32(block, self._device or hidden.device, hidden.dtype)
-        return in_float32(block) if widens else contextlib.nullcontext()
+        return in_float32(block, keep_changes=True) if widens else contextlib.nullcontext()
 
     def _rows(self, name: str, index: int, hidden: Tensor) -> Tensor:
         return token_rows(name, hidden, self._batches[index][1])

@@ -14,11 +14,12 @@ from ..calibration.dataset import CalibrationWindows
 from ..calibration.paired import PairedRunner
 from ..config import DobiSVDConfig
 from ..encodings.base import QUANT_METHOD, Encoding
-from ..encodings.registry import encoding_named, encoding_of
+from ..encodings.registry import encoding_named, encoding_of, rounded
 from ..factorization.factors import Factors
 from ..model.layout import find_blocks, find_layout
 from ..model.offloaded import dense_weight
 from ..model.patterns import matching_names, resolve_overrides
+from ..pipeline.learn_rounding import check_learnable
 from ..pipeline.quantize import quantize
 from ..pipeline.validate import check_coverage, refuse_offloaded
 from ..structures.base import CompressedLinear, compressed_linears, matrix_shape, to_dense
@@ -29,7 +30,13 @@ from .hf_quantizer import attach, forget_compression
 
 
 def convert(
-    model: Any, quantization: Any = None, *, structure: str | None = None, windows: CalibrationWindows | None = None
+    model: Any,
+    quantization: Any = None,
+    *,
+    structure: str | None = None,
+    windows: CalibrationWindows | None = None,
+    rounding: str | None = None,
+    rounding_settings: Mapping[str, Any] | None = None,
 ) -> Any:
     """Store the matrices of a loaded model in another encoding or structure, in place; its config says so afterwards.
 
@@ -44,14 +51,16 @@ def convert(
         structure: of all factorized matrices (`low_rank`, `pivoted`, or `dense`, which keeps no factors); None leaves
             each its own.
         windows: calibration windows for encodings that round on text; GPTQ needs some.
+        rounding, rounding_settings: as in `DobiSVDConfig`. Codes are learned towards the model as it is.
 
     Raises:
         ImportError: a library is missing; names the extra.
-        ValueError: an unknown structure, or one that the encoding does not go with; the model is not compressed, has
-            nothing to store so, matrices that another library quantized or that are offloaded, or too few that the
-            encoding fits; or there is no text for one that needs some. Then nothing was changed.
+        ValueError: an unknown structure or rounding, or one that the encoding does not go with; the model is not
+            compressed, has nothing to store so, matrices that another library quantized or that are offloaded, or too
+            few that the encoding fits; or there is no text for one that needs some. Then nothing was changed.
     """
-    encoding, config = encoding_of(quantization), getattr(model.config, "quantization_config", None)
+    encoding = rounded(encoding_of(quantization), rounding, rounding_settings or {})
+    config = getattr(model.config, "quantization_config", None)
     wanted = None if structure is None else STRUCTURES.get(structure)
     if not isinstance(config, DobiSVDConfig):
         raise ValueError(
@@ -60,18 +69,22 @@ def convert(
         )
     encoding.require()
     if encoding.needs_text and windows is None:
-        raise ValueError(f"{encoding.name} needs calibration text: pass windows")
+        raise ValueError(f"{encoding.text_is_missing}: pass windows, or take rounding='nearest', which reads none")
     blocks = find_blocks(model, nontext=config.nontext_modules)
+    learned = encoding.learned
     with torch.inference_mode(False), torch.no_grad():
-        _rewrite(model, encoding, wanted, config)
-        size = config.batch_size if encoding.learned is None else encoding.learned.batch_size
+        size = config.batch_size if learned is None else learned.batch_size
         runner = None if windows is None else PairedRunner(model, blocks, windows, batch_size=size)
+        if runner is not None and learned is not None:
+            check_learnable(runner, learned)
+        _rewrite(model, encoding, wanted, config)
         quantize(model, encoding, runner)
     modules = {
         name: PlannedModule(each.structure, each.encoding, each.rank).to_dict()
         for name, each in compressed_linears(model).items()
     }
-    described = replace(config, modules=modules, quantization=encoding.as_applied(), mixed=False)
+    applied = {"quantization": encoding.as_applied(), "rounding": None, "rounding_settings": {}}
+    described = replace(config, modules=modules, mixed=False, **applied)
     attach(model, described if structure is None else replace(described, structure=structure))
     forget_compression(model)
     return model
@@ -134,7 +147,8 @@ def _write_one(model: Any, name: str, format: Format) -> None:
 
 def _reason_against(module: CompressedLinear | None, encoding: Encoding, shape: tuple[int, int]) -> str | None:
     """Why a matrix is not written anew, None if it is."""
-    if module is not None and module.encoding != "float" and encoding.quant_method != QUANT_METHOD:
+    chooses = encoding.quant_method != QUANT_METHOD or encoding.uses_text
+    if module is not None and not encoding_named(module.encoding).trainable and chooses:
         return f"it is stored as {module.encoding}"
     return encoding.unsupported_reason(*shape)
 

@@ -32,6 +32,21 @@ QUANTIZATION_HELP = (
     "GPTQConfig, AutoRoundConfig or BitsAndBytesConfig as JSON"
 )
 
+ROUNDING = (
+    Option(
+        "rounding",
+        "how codes are chosen: nearest, feedback (GPTQ's) or learned on the outputs of whole blocks (default: what "
+        "the quantization means: feedback for GPTQ and nf4, learned for autoround, nearest in 8 bits)",
+        choices=("nearest", "feedback", "learned"),
+    ),
+    Option(
+        "rounding_settings",
+        'of --rounding learned, such as {"steps": 50, "nsamples": 64, "seqlen": 512}',
+        kind=dict,
+        metavar="JSON",
+    ),
+)
+
 METHOD = (
     Option(
         "method",
@@ -57,6 +72,7 @@ METHOD = (
         f"{QUANTIZATION_HELP} (default: the model's dtype, or what the method says)",
         metavar="ENCODING",
     ),
+    *ROUNDING,
     Option(
         "mixed",
         "every matrix takes whichever encoding costs the loss least: that of --quantization (GPTQ at any bits), int8 "
@@ -145,7 +161,8 @@ def compression_config(options: dict[str, Any], dataset: Any) -> DobiSVDConfig:
     """Return the configuration these options ask for. Raises ValueError for an impossible value."""
     from ..config import DobiSVDConfig
 
-    return DobiSVDConfig(dataset=dataset, **{key: options[key] for key in _CONFIG_KEYS})
+    given = {key: options[key] for key in _CONFIG_KEYS}
+    return DobiSVDConfig(dataset=dataset, **{**given, "rounding_settings": given["rounding_settings"] or {}})
 
 
 def with_method_resolved(options: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ class Float(Encoding):
     """Plain `nn.Linear`: what PEFT, GPTQ and bitsandbytes find by its type, and what can be trained."""
 
     name = "float"
+    roundings: ClassVar[tuple[str, ...]] = ()
     trainable = True
 
     @classmethod

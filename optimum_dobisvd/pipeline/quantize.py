@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..calibration.paired import PairedRunner
 from ..calibration.runner import BlockRunner
 from ..encodings.base import Encoding
-from ..encodings.registry import encoding_named
+from ..encodings.registry import beside
 from ..factorization.parallel import in_threads, one_thread_if_small, workers_for
 from ..statistics.collect import BlockStatistics, InputCollector
 from ..statistics.pooling import pool_name
@@ -43,7 +43,7 @@ def quantize(
 
     Args:
         model: compressed; those still hold plain linears.
-        encoding: with its settings; others of its kind (GPTQ's other bits) are made with the same.
+        encoding: with its settings; others (GPTQ's other bits, `int8` beside it) are made with the same.
         runner: of the calibration windows, None without. Encodings that need no text round each value on its own then.
         dense: the linears that compressed ones stand for, for codes that are learned: they are let go of one by one.
             None: the compressed ones as they are.
@@ -54,17 +54,20 @@ def quantize(
     """
     if encoding.trainable:
         return  # plain linears are what it is made of
-    kinds = {name: encoding_named(name, encoding.settings) for name in (encoding.name, *encoding.alternatives)}
-    meant = {name: each for name, each in compressed_linears(model).items() if each.encoding in kinds}
+    compressed = compressed_linears(model)
+    found = {name: beside(encoding, name) for name in dict.fromkeys(each.encoding for each in compressed.values())}
+    own = (encoding.name, *encoding.alternatives)
+    kinds = {name: each for name, each in found.items() if name in own or each.waits}
+    meant = {name: each for name, each in compressed.items() if each.encoding in kinds}
     waiting = {
         name: each for name, each in meant.items() if all(type(child) is nn.Linear for child in each.children())
     }
     if waiting and runner is None and encoding.needs_text:
-        raise ValueError(f"{encoding.name} needs calibration text: name some with dataset= of the DobiSVDConfig")
+        raise ValueError(f"{encoding.text_is_missing}: name some with dataset= of the DobiSVDConfig")
     with encoding.quiet() if waiting else contextlib.nullcontext():
-        if waiting and encoding.learned is not None and runner is not None:
+        if waiting and runner is not None and encoding.learned is not None:
             learn_rounding(waiting, kinds, encoding.learned, runner, {} if dense is None else dense)
-        elif waiting and encoding.uses_text and runner is not None:
+        elif waiting and runner is not None and encoding.uses_text:
             quantize_sequentially(waiting, kinds, runner, one_input_at_a_time=encoding.one_input_at_a_time)
         else:
             if waiting and encoding.uses_text:
@@ -75,7 +78,7 @@ def quantize(
                 )
             for name, module in waiting.items():
                 _quantize_one(name, module, kinds[module.encoding], None)
-    if meant:
+    if any(each.encoding in own for each in meant.values()):
         encoding.loaded_model(model)
     restore_tensors(meant, kinds)
 
