@@ -136,7 +136,8 @@ class DobiSVDConfig(QuantizationConfigMixin):
         else:
             self.ratio = _checked_ratio(0.8 if self.ratio is None else self.ratio)
         self.rounding_settings = dict(self.rounding_settings or {})
-        _ = self.encoding  # raises for a rounding that it does not go with
+        if self.rounding is not None or self.rounding_settings:
+            _ = self.encoding  # raises for a rounding that it does not go with
         self.overrides = dict(self.overrides or {})
         self.training = dict(self.training or {})
         left = self.modules_to_not_convert or []

@@ -34,16 +34,16 @@ class LearnableBlocks(LearnableLinear):
 
     def _scale(self) -> Tensor:
         wanted = self._groups.abs().amax(-1, keepdim=True) * self.highest
+        wanted = torch.where(wanted > 0, wanted, 1)
         with torch.no_grad():
             state = self._made[0].weight.quant_state
             set_scales(state, wanted.flatten().to(state.code))
             stored = scales_of(state).to(wanted).view_as(wanted)
-        scale = straight_through(wanted, stored)
-        return torch.where(scale > 0, scale, 1)
+        return straight_through(wanted, stored)
 
     def _indices(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Return which value of the table every weight becomes, and where between them it is, with a gradient."""
-        units = self._groups / scale
+        units = self._groups / torch.where(scale > 0, scale, 1)  # 8 bits of a scale may leave nothing of it
         below = (torch.bucketize(units.detach(), self._code, right=True) - 1).clamp(0, len(self._code) - 2)
         gap = self._code[below + 1] - self._code[below]
         place = (units.detach() - self._code[below]) / gap + self.offsets.detach()

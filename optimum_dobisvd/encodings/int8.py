@@ -199,9 +199,9 @@ class LearnableRows(LearnableLinear):
     """The grid of a row is from minus to plus 127 of its scale, which is rounded up to the model's dtype."""
 
     def _scale(self) -> Tensor:
-        largest = self._groups.abs().amax(-1, keepdim=True) * self.highest / LARGEST_FRACTION
-        largest = torch.where(largest > 0, largest, 1)
-        return straight_through(largest, rounded_up(largest.detach(), self.dtype).float())
+        largest = self._groups.abs().amax(-1, keepdim=True) * self.highest
+        stored = torch.where(largest > 0, largest, LARGEST_FRACTION).detach().double() / LARGEST_FRACTION
+        return straight_through(largest / LARGEST_FRACTION, rounded_up(stored, self.dtype).float())
 
     def _integers(self, scale: Tensor) -> Tensor:
         shifted = (self._groups / scale * UNIT + self.offsets).clamp(-_LARGEST, _LARGEST)
