@@ -82,6 +82,10 @@ def test_the_best_rounding_is_kept_where_the_last_one_is_worse() -> None:
         ({"iters": 0}, "whole number"),
         ({"lr": "fast"}, "number above 0"),
         ({"act_bits": 8}, "leave it out"),
+        ({"sym": "no"}, "must be True or False"),
+        ({"backend": "marlin"}, "leave it out"),
+        ({"packing_format": "auto_round:auto_awq"}, "leave it out"),
+        ({"super_bits": 6}, "leave it out"),
         ({"layer_config": {"q_proj": {"bits": 8}}}, "modules_to_not_convert"),
     ],
 )

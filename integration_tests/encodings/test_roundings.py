@@ -1,5 +1,6 @@
 """How codes are chosen is asked for apart from what they are stored in, and refused in words where it cannot be."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -105,7 +106,7 @@ def test_what_is_trained_along_moves_by_adam_and_goes_back_with_the_best_roundin
     for extra in (0.0, -5.0, 0.0, 0.0):
         seen.append(norm.detach().clone())
         descent.step((learnable(torch.ones(1, 32)).sum() * 0 + norm.sum()) + extra)
-    steps = [float((before - after).float().mean()) for before, after in zip(seen, seen[1:], strict=False)]
+    steps = [float((before - after).float().mean()) for before, after in pairwise(seen)]
     assert steps == pytest.approx([0.1, 0.075, 0.05], abs=0.01), "a fixed length that falls to zero"
     descent.take_best()
     assert torch.equal(norm.detach(), seen[1])

@@ -70,14 +70,11 @@ def convert(
     encoding.require()
     if encoding.needs_text and windows is None:
         raise ValueError(f"{encoding.text_is_missing}: pass windows, or take rounding='nearest', which reads none")
-    blocks = find_blocks(model, nontext=config.nontext_modules)
-    learned = encoding.learned
     with torch.inference_mode(False), torch.no_grad():
-        size = config.batch_size if learned is None else learned.batch_size
-        runner = None if windows is None else PairedRunner(model, blocks, windows, batch_size=size)
-        if runner is not None and learned is not None:
-            check_learnable(runner, learned)
-        _rewrite(model, encoding, wanted, config)
+        formats = _new_formats(model, encoding, wanted, config)
+        runner = None if windows is None else _runner(model, encoding, windows, config)
+        for name, format in formats.items():
+            _write_one(model, name, format)
         quantize(model, encoding, runner)
     modules = {
         name: PlannedModule(each.structure, each.encoding, each.rank).to_dict()
@@ -90,8 +87,20 @@ def convert(
     return model
 
 
-def _rewrite(model: Any, encoding: Encoding, structure: type[CompressedLinear] | None, config: DobiSVDConfig) -> None:
-    """Write every matrix anew in encoding and structure, unquantized yet where that takes text."""
+def _runner(model: Any, encoding: Encoding, windows: CalibrationWindows, config: DobiSVDConfig) -> PairedRunner:
+    """Return what takes the windows through the model. ValueError if codes are to be learned, and cannot be in it."""
+    learned = encoding.learned
+    size = config.batch_size if learned is None else learned.batch_size
+    runner = PairedRunner(model, find_blocks(model, nontext=config.nontext_modules), windows, batch_size=size)
+    if learned is not None:
+        check_learnable(runner, learned)
+    return runner
+
+
+def _new_formats(
+    model: Any, encoding: Encoding, structure: type[CompressedLinear] | None, config: DobiSVDConfig
+) -> dict[str, Format]:
+    """Return what is to be written anew, and how. ValueError as `convert`."""
     compressed = compressed_linears(model)
     dense = untouched_linears(model, config) if encoding.name in encoding.dense_encodings else {}
     formats = {name: Format(_structure_of(module, structure), encoding) for name, module in compressed.items()}
@@ -110,12 +119,13 @@ def _rewrite(model: Any, encoding: Encoding, structure: type[CompressedLinear] |
     shapes = {name: matrix_shape(module) for name, module in linears.items()}
     reasons = {name: _reason_against(compressed.get(name), encoding, shape) for name, shape in shapes.items()}
     check_coverage(encoding, shapes, reasons, config.min_coverage)
-    for name, reason in reasons.items():
-        format = formats.get(name, Format(AS_IS.structure, encoding))
-        found = compressed.get(name)
-        stays = found is not None and (found.structure, found.encoding) == format.key
-        if reason is None and not stays:
-            _write_one(model, name, format)
+    meant = {
+        name: formats.get(name, Format(AS_IS.structure, encoding))
+        for name, reason in reasons.items()
+        if reason is None
+    }
+    now = {name: (module.structure, module.encoding) for name, module in compressed.items()}
+    return {name: format for name, format in meant.items() if now.get(name) != format.key}
 
 
 def _structure_of(module: CompressedLinear, wanted: type[CompressedLinear] | None) -> type[CompressedLinear]:
