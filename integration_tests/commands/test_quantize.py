@@ -208,7 +208,14 @@ def test_roundings_that_cannot_be_are_named(wide: Path, capfd: Any) -> None:
     int8 = (*COMPRESS, "--ratio", "0.4", "--quantization", "int8")
     refused("invalid choice: 'learnt'", 2, *int8, "--rounding", "learnt", "out")
     refused("rounding='feedback' does not go with int8", 1, *int8, "--rounding", "feedback", "out")
-    refused("has no 'step'; did you mean 'steps'", 1, *int8, *LEARNED[:3], '{"step": 2}', "out")
+    refused(
+        "has not; did you mean 'steps'",
+        1,
+        *int8,
+        *LEARNED[:3],
+        '{"step": 2}',
+        "out",
+    )
     refused("does not go with float", 1, *COMPRESS, "--method", "svd", "--rounding", "learned", "out")
     assert dobisvd("compress", "--model", "wide", "--method", "svd", "--ratio", "0.8", "low") == 0
     command = ("quantize", "low", "--quantization", "int8", "--out", "out")

@@ -163,14 +163,22 @@ def test_any_that_the_encoding_takes_can_be_asked_for_and_others_are_refused(nam
     ("options", "words"),
     [
         ({"rounding": "learnt"}, "rounding is one of 'nearest', 'feedback', 'learned', got 'learnt'"),
-        ({"rounding": "learned", "rounding_settings": {"step": 9}}, "no 'step'; did you mean 'steps'"),
-        ({"rounding": "learned", "rounding_settings": {"zzz": 9}}, "no 'zzz'; there are: steps, nsamples"),
+        (
+            {"rounding": "learned", "rounding_settings": {"step": 9}},
+            "'step', which .* has not; did you mean 'steps'",
+        ),
+        ({"rounding": "learned", "rounding_settings": {"zzz": 9}}, "'zzz', which .*; there are: steps, nsamples"),
         ({"rounding": "learned", "rounding_settings": {"steps": 0}}, "steps of learned rounding must be a whole"),
         ({"rounding": "learned", "rounding_settings": {"steps": 2.5}}, "steps of learned rounding must be a whole"),
         ({"rounding": "learned", "rounding_settings": {"batch_size": None}}, "batch_size of learned"),
         ({"rounding": "learned", "rounding_settings": {"rest_learning_rate": -1}}, "rest_learning_rate .* above 0"),
-        ({"rounding": "feedback", "rounding_settings": {"steps": 5}}, "'steps', and rounding 'feedback' has no"),
-        ({"rounding_settings": {"steps": 5}}, "'steps', and rounding 'feedback' has no"),
+        (
+            {"rounding": "feedback", "rounding_settings": {"steps": 5}},
+            "'steps', which rounding 'feedback' has not; there are: target",
+        ),
+        ({"rounding": "nearest", "rounding_settings": {"target": "dense"}}, "there are: none"),
+        ({"rounding_settings": {"target": "dens"}}, "target is one of 'compressed', 'dense', got 'dens'"),
+        ({"rounding_settings": {"steps": 5}}, "'steps', which rounding 'feedback' has not; there are: target"),
     ],
 )
 def test_settings_that_there_are_not_are_refused(options: dict[str, Any], words: str) -> None:

@@ -19,7 +19,7 @@ from ..factorization.factors import Factors
 from ..model.layout import find_blocks, find_layout
 from ..model.offloaded import dense_weight
 from ..model.patterns import matching_names, resolve_overrides
-from ..pipeline.learn_rounding import check_learnable
+from ..pipeline.learn_rounding import check_runnable
 from ..pipeline.quantize import quantize
 from ..pipeline.validate import check_coverage, refuse_offloaded
 from ..structures.base import CompressedLinear, compressed_linears, matrix_shape, to_dense
@@ -92,8 +92,7 @@ def _runner(model: Any, encoding: Encoding, windows: CalibrationWindows, config:
     learned = encoding.learned
     size = config.batch_size if learned is None else learned.batch_size
     runner = PairedRunner(model, find_blocks(model, nontext=config.nontext_modules), windows, batch_size=size)
-    if learned is not None:
-        check_learnable(runner, learned)
+    check_runnable(runner, encoding)
     return runner
 
 

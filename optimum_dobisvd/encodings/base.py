@@ -242,6 +242,11 @@ class Encoding(ABC):
         return self.uses_text
 
     @property
+    def needs_dense(self) -> bool:
+        """Whether the dense model is run beside the compressed one while it rounds."""
+        return self.rounding.needs_dense
+
+    @property
     def learned(self) -> LearnedRoundingSettings | None:
         """How codes are learned on the outputs of whole blocks; None where each linear is rounded by itself."""
         return self.rounding.learned

@@ -11,6 +11,9 @@ from .learned_rounding import LearnedRoundingSettings
 
 ROUNDINGS = ("nearest", "feedback", "learned")
 """Each value to the nearest code; error feedback on the Gram of a linear's inputs (GPTQ); descent on block outputs."""
+TARGETS = ("compressed", "dense")
+"""What error feedback keeps a linear's outputs near to, on the inputs that the quantized linears before it give: what
+it gives unrounded on these inputs, or on those of the dense model."""
 
 
 @dataclass(frozen=True)
@@ -20,17 +23,24 @@ class Rounding:
     Attributes:
         algorithm: one of `ROUNDINGS`.
         learned: settings of the descent; None unless the algorithm is `learned`.
+        target: of `feedback`, one of `TARGETS`.
         without_text: whether values are rounded to the nearest code where there is no text to do better on.
     """
 
     algorithm: str
     learned: LearnedRoundingSettings | None = None
+    target: str = "compressed"
     without_text: bool = False
 
     @property
     def reads_text(self) -> bool:
         """Whether it is calibrated on text."""
         return self.algorithm != "nearest"
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether it runs the dense model beside the compressed one, block by block."""
+        return self.learned is not None or self.target == "dense"
 
     @property
     def needs_text(self) -> bool:
@@ -46,22 +56,26 @@ class Rounding:
         chosen = self.algorithm if algorithm is None else algorithm
         if chosen not in ROUNDINGS:
             raise ValueError(f"rounding is one of {', '.join(map(repr, ROUNDINGS))}, got {algorithm!r}")
-        if chosen != "learned":
-            if settings:
-                raise ValueError(
-                    f"rounding_settings has {next(iter(settings))!r}, and rounding {chosen!r} has no settings: leave "
-                    "it out, or take rounding='learned'"
-                )
-            return self if algorithm is None else Rounding(chosen)
-        return Rounding(chosen, replace(self.learned or LearnedRoundingSettings(), **_settings_of_learned(settings)))
+        _check_settings(chosen, settings)
+        if chosen == "learned":
+            return Rounding(chosen, replace(self.learned or LearnedRoundingSettings(), **settings))
+        target = settings.get("target", "compressed")
+        if target not in TARGETS:
+            raise ValueError(f"rounding_settings: target is one of {', '.join(map(repr, TARGETS))}, got {target!r}")
+        if algorithm is None and target == self.target:
+            return self
+        return Rounding(chosen, target=target)
 
 
-def _settings_of_learned(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of `learned`. ValueError for one that there is not, naming a near one."""
-    known = [field.name for field in fields(LearnedRoundingSettings)]
+def _check_settings(algorithm: str, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for a setting that the algorithm does not have, naming a near one."""
+    known = {
+        "nearest": [],
+        "feedback": ["target"],
+        "learned": [field.name for field in fields(LearnedRoundingSettings)],
+    }
     for key in settings:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
-            raise ValueError(f"rounding_settings has no {key!r}; {hint}")
-    return dict(settings)
+        if key not in known[algorithm]:
+            near = difflib.get_close_matches(key, known[algorithm], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known[algorithm]) or 'none'}"
+            raise ValueError(f"rounding_settings has {key!r}, which rounding {algorithm!r} has not; {hint}")

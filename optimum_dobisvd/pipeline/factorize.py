@@ -41,7 +41,7 @@ class Replacement:
         self.errors: dict[str, float | None] = {}
         self._model, self._plan, self._undo_on_error = model, plan, undo_on_error
         self._linears, self._device, self._encoding = job.layout.linears, job.device, job.config.encoding
-        self._keep = self._encoding.learned is not None
+        self._keep = self._encoding.needs_dense
         self._replaced: dict[str, Module] = {}
         total = sum(not module.leaves_as_is for module in plan.modules.values())
         self._progress = tqdm(total=total, desc="factorizing", unit="matrix")
@@ -63,7 +63,7 @@ class Replacement:
         self._replaced[name] = linear
 
     def finish(self, name: str) -> None:
-        """Let go of the dense linear `name`, unless it may have to be put back, or codes are learned towards it."""
+        """Let go of the dense linear `name`, unless it may have to be put back, or it is rounded towards."""
         if not self._undo_on_error:
             del self._linears[name]
             if not self._keep:
@@ -73,7 +73,7 @@ class Replacement:
     def dense_linears(self) -> dict[str, Module]:
         """Return the dense linears that are still there, by name; here they stay only if they may have to be put back.
 
-        They are there for an encoding whose codes are learned.
+        They are there for an encoding that is rounded towards them.
         """
         found = dict(self._replaced)
         if not self._undo_on_error:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -12,18 +11,19 @@ import torch
 from torch import nn
 
 from ..calibration.paired import BlockPasses, PairedRunner
-from ..calibration.temporarily import weights_device
 from ..encodings.base import Encoding
 from ..encodings.learned_rounding import LearnableLinear, LearnedRoundingSettings, SignedDescent
 from ..structures.base import CompressedLinear
+from .dense_beside import dense_again
 from .rest_of_blocks import RestOfBlocks
 
 
-def check_learnable(runner: PairedRunner, settings: LearnedRoundingSettings) -> None:
-    """Raise ValueError if codes cannot be learned in the runner's model, before anything is changed in it."""
-    if settings.rest_learning_rate is not None:
+def check_runnable(runner: PairedRunner, encoding: Encoding) -> None:
+    """Raise ValueError if the encoding cannot be rounded in the runner's model, before anything is changed in it."""
+    if encoding.learned is not None and encoding.learned.rest_learning_rate is not None:
         RestOfBlocks(runner.model)
-    runner.require_separate_blocks()
+    if encoding.needs_dense:
+        runner.require_separate_blocks()
 
 
 def learn_rounding(
@@ -75,7 +75,7 @@ def learn_rounding(
                 here[name].set_submodule(child, kernel.train(here[name].training))
 
     with contextlib.nullcontext() if rest is None else rest:
-        runner.run_paired(partial(dense_again, runner.model, dense), change, "learning to round")
+        runner.run_paired(partial(dense_again, runner.model, dense, release=True), change, "learning to round")
 
 
 def _make_learnable(module: CompressedLinear, encoding: Encoding, dtype: torch.dtype) -> dict[str, LearnableLinear]:
@@ -86,22 +86,3 @@ def _make_learnable(module: CompressedLinear, encoding: Encoding, dtype: torch.d
         made[child] = encoding.learnable(plain, dtype).to(plain.weight.device)
         module.set_submodule(child, made[child])
     return made
-
-
-@contextmanager
-def dense_again(model: nn.Module, dense: dict[str, nn.Module], block: str) -> Iterator[None]:
-    """A context in which the dense linears of a block are in their places again; after it they are let go of.
-
-    `dense` has them by name, as those of other blocks.
-    """
-    inside = {name: linear for name, linear in dense.items() if f"{name}.".startswith(f"{block}.")}
-    now = {name: model.get_submodule(name) for name in inside}
-    homes = {name: weights_device(linear) for name, linear in inside.items()}
-    try:
-        for name, linear in inside.items():  # the block may be on the compute device meanwhile
-            model.set_submodule(name, linear.to(weights_device(now[name])))
-        yield
-    finally:
-        for name, module in now.items():
-            model.set_submodule(name, module)
-            dense.pop(name).to(homes[name])
