@@ -41,8 +41,10 @@ ROUNDING = (
     ),
     Option(
         "rounding_settings",
-        'of --rounding learned, such as {"steps": 50, "nsamples": 64, "seqlen": 512}',
+        'of --rounding learned, such as {"steps": 50, "nsamples": 64}; of feedback, {"target": "dense"} '
+        "to aim at the dense model's outputs",
         kind=dict,
+        from_config=True,
         metavar="JSON",
     ),
 )
@@ -161,8 +163,7 @@ def compression_config(options: dict[str, Any], dataset: Any) -> DobiSVDConfig:
     """Return the configuration these options ask for. Raises ValueError for an impossible value."""
     from ..config import DobiSVDConfig
 
-    given = {key: options[key] for key in _CONFIG_KEYS}
-    return DobiSVDConfig(dataset=dataset, **{**given, "rounding_settings": given["rounding_settings"] or {}})
+    return DobiSVDConfig(dataset=dataset, **{key: options[key] for key in _CONFIG_KEYS})
 
 
 def with_method_resolved(options: dict[str, Any]) -> dict[str, Any]:
