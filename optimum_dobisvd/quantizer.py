@@ -106,7 +106,7 @@ class DobiSVDQuantizer:
                     job = replace(job, layout=layout_of(model, job.config))
                 check_weights(model, job.config, job.layout)
                 check_loss(model, job)
-                runner = quantization_runner(model, job)
+                runner = quantization_runner(model, job) if job.config.encoding.needs_dense else None
                 if runner is not None:
                     check_runnable(runner, job.config.encoding)
                 if job.config.encoding.settings is not None or job.config.encoding.waits:
