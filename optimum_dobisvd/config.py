@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from accelerate.utils import convert_file_size_to_int
@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .allocation.rank_training import RankTraining
 from .encodings.base import QUANT_METHOD, Encoding
-from .encodings.registry import encoding_named, encoding_of
+from .encodings.registry import beside, encoding_named, encoding_of, rounded
 from .methods import Method, method_named
 from .structures.format import Format, format_named
 from .structures.registry import AUTO, STRUCTURE_SETTINGS
@@ -56,6 +56,12 @@ class DobiSVDConfig(QuantizationConfigMixin):
             `"int8"`, `"remap"` (Dobi-SVD's 8+16 bit), a `GPTQConfig`, an `AutoRoundConfig` (GPTQ's tensors, codes
             learned) or a `BitsAndBytesConfig`, or the names of these (`"gptq4_g32"`, `"autoround3_g32"`, `"nf4"`,
             `"llm_int8"`). `ratio` and `budget` count its bits.
+        rounding: how codes are chosen, whatever they are stored in: `"nearest"`, each value on its own; `"feedback"`,
+            GPTQ's, on the inputs of each linear; `"learned"`, on the outputs of whole blocks (SignRound). By default
+            what `quantization` means: `feedback` for GPTQ and 4 bits of bitsandbytes, `learned` for an
+            `AutoRoundConfig`, `nearest` for 8 bits.
+        rounding_settings: of `"learned"`, as `LearnedRoundingSettings` has them, e.g. `{"steps": 50, "nsamples": 64}`;
+            they go before those of an `AutoRoundConfig`.
         mixed: every matrix takes whichever encoding costs the loss least: that of `quantization`, with GPTQ at any
             bits, `int8` or 16 bits (`global` only).
         dataset: calibration text: a name (`wikitext2`, `c4`, `ptb`), a path to .txt/.jsonl/.parquet (gz too), a list
@@ -94,6 +100,8 @@ class DobiSVDConfig(QuantizationConfigMixin):
     factorization: str | None = None
     structure: str | None = None
     quantization: Any = None
+    rounding: str | None = None
+    rounding_settings: dict[str, Any] = field(default_factory=dict)
     mixed: bool = False
     dataset: Any = field(default=None, repr=False, compare=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
@@ -127,6 +135,9 @@ class DobiSVDConfig(QuantizationConfigMixin):
             self.budget = size_in_bytes(self.budget, "budget")
         else:
             self.ratio = _checked_ratio(0.8 if self.ratio is None else self.ratio)
+        self.rounding_settings = dict(self.rounding_settings or {})
+        if self.rounding is not None or self.rounding_settings:
+            _ = self.encoding  # raises for a rounding that it does not go with
         self.overrides = dict(self.overrides or {})
         self.training = dict(self.training or {})
         left = self.modules_to_not_convert or []
@@ -197,15 +208,17 @@ class DobiSVDConfig(QuantizationConfigMixin):
     def encoding(self) -> Encoding:
         """How factors, and matrices that are not factorized, are stored."""
         if self.quantization is not None:
-            return encoding_of(self.quantization, strict=False)
-        return encoding_named("int8" if self.mixed else self.resolved_method().encoding)
+            found = encoding_of(self.quantization, strict=False)
+        else:
+            found = encoding_named("int8" if self.mixed else self.resolved_method().encoding)
+        return rounded(found, self.rounding, self.rounding_settings)
 
     @property
     def formats(self) -> tuple[Format, ...]:
         """The format of factors, and others that the allocation may choose for a matrix."""
         encoding, structures = self.encoding, STRUCTURE_SETTINGS.get(self.resolved_method().structure)
         names = dict.fromkeys([encoding.name, *((*encoding.alternatives, "int8", "float") if self.mixed else ())])
-        encodings = [encoding_named(name, encoding.settings) for name in names]
+        encodings = [beside(encoding, name) for name in names]
         made = [Format(structure, each) for each in encodings for structure in structures]
         return tuple(format for format in made if format.conflict is None)
 
@@ -261,13 +274,15 @@ class DobiSVDConfig(QuantizationConfigMixin):
         described = replace(self, modules=modules, dataset=dataset, **blank)
         # One that was given no matrix is forgotten: at load it would be taken for one that is still to come.
         quantization = described.encoding.as_applied() if described.is_quantized else None
-        return replace(described, quantization=quantization)
+        return replace(described, quantization=quantization, rounding=None, rounding_settings={})
 
     def to_dict(self) -> dict[str, Any]:
         """Return what goes into config.json: everything but the inputs of the run; a dataset by its name only."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _RUN_ONLY}
         if self.quantization is not None:
             values["quantization"] = self.encoding.remembered()
+        if self.modules is None and self.encoding.learned is not None:  # which a GPTQConfig does not say
+            values |= {"rounding": "learned", "rounding_settings": asdict(self.encoding.learned)}
         dataset = values["dataset"]
         if isinstance(dataset, str | os.PathLike):
             values["dataset"] = os.path.basename(os.fspath(dataset))

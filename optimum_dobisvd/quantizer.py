@@ -22,6 +22,7 @@ from .pipeline.allocate import allocate, measure_losses, predicted_increase
 from .pipeline.collect import borrowed_by, collect, quantization_runner
 from .pipeline.factorize import Replacement, factorize
 from .pipeline.job import Job
+from .pipeline.learn_rounding import check_runnable
 from .pipeline.quantize import quantize
 from .pipeline.stages import Stages
 from .pipeline.validate import (
@@ -105,7 +106,10 @@ class DobiSVDQuantizer:
                     job = replace(job, layout=layout_of(model, job.config))
                 check_weights(model, job.config, job.layout)
                 check_loss(model, job)
-                if job.config.encoding.settings is not None:
+                runner = quantization_runner(model, job) if job.config.encoding.needs_dense else None
+                if runner is not None:
+                    check_runnable(runner, job.config.encoding)
+                if job.config.encoding.settings is not None or job.config.encoding.waits:
                     refuse_offloaded(job.layout.linears)
                 if job.held_out is not None:
                     refuse_offloaded(job.layout.linears, LEARNING)

@@ -25,13 +25,30 @@ from optimum.commands.optimum_cli import main
 sys.argv = ["optimum-cli", "dobisvd", *sys.argv[1:]]
 main()
 """
+# And here while codes are learned, in the second block: nothing is written then.
+LEARNING = """
+import pathlib, sys, time
+from optimum_dobisvd.encodings.learned_rounding import SignedDescent
+take, steps = SignedDescent.step, []
+def step(self, loss):
+    steps.append(0)
+    if len(steps) == 4:
+        pathlib.Path("reached").touch()
+        time.sleep(600)
+    take(self, loss)
+SignedDescent.step = step
+from optimum.commands.optimum_cli import main
+sys.argv = ["optimum-cli", "dobisvd", *sys.argv[1:]]
+main()
+"""
+LEARNED = ["--quantization", "int8", "--rounding", "learned", "--rounding-settings", '{"steps": 3}']
 ALWAYS = ["dense", "held-out.txt", "small", "text.txt"]
 
 
-def start_and_wait(work: Path) -> subprocess.Popen:
+def start_and_wait(work: Path, code: str = STOPPING, *options: str) -> subprocess.Popen:
     """Start `compress` into the existing `small` and return when it has stopped in the middle."""
     process = subprocess.Popen(
-        [sys.executable, "-c", STOPPING, *COMPRESS, "small", "--ratio", "0.5"],
+        [sys.executable, "-c", code, *COMPRESS, "small", "--ratio", "0.5", *options],
         cwd=work,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -87,3 +104,18 @@ def test_a_run_that_goes_on_elsewhere_is_left_alone(work: Path) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_kill_while_codes_are_learned_leaves_nothing_half_written(work: Path, number: signal.Signals) -> None:
+    before = contents(work / "small")
+    process = start_and_wait(work, LEARNING, *LEARNED)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert contents(work / "small") == before
+    left = [name for name in names_in(work) if name not in ALWAYS]
+    assert all(name.startswith(".small.") for name in left), left
+    assert not left or number == signal.SIGKILL
+    assert dobisvd(*COMPRESS, "small", "--ratio", "0.5", *LEARNED) == 0
+    assert names_in(work) == ALWAYS, "the next run tidies up"

@@ -169,3 +169,54 @@ def test_bad_quantizations_are_named(wide: Path, capfd: Any) -> None:
     assert dobisvd(*COMPRESS, "--budget", "1KB", "out") == 1
     assert "what is not compressed" in capfd.readouterr().err
     assert not Path("out").exists()
+
+
+LEARNED = ("--rounding", "learned", "--rounding-settings", '{"steps": 2, "nsamples": 3}')
+
+
+def test_codes_are_chosen_as_asked_on_the_command_line(wide: Path, capfd: Any) -> None:
+    assert dobisvd(*COMPRESS, *TO_LOW_RANK, "low") == 0
+    small = (*COMPRESS, "--method", "output_pca", "--ratio", "0.4", "--quantization", "int8")
+    for options, command, out in (
+        (LEARNED, small, "one"),
+        ((), small, "two"),
+        (LEARNED, ("quantize", "low", "--quantization", "int8", *DRAW, "--out"), "three"),
+        ((), ("quantize", "low", "--quantization", "int8", "--out"), "four"),
+    ):
+        command = (*command, out, *options)
+        assert dobisvd(*command) == 0, capfd.readouterr().err
+        assert encodings_of(AutoModelForCausalLM.from_pretrained(out)) == {"int8"}
+    for learned, nearest in (("one", "two"), ("three", "four")):
+        files = [load_file(f"{name}/model.safetensors") for name in (learned, nearest)]
+        assert any(not torch.equal(files[0][name], value) for name, value in files[1].items())
+        steps = yaml.safe_load(Path(learned, "dobisvd_recipe.yaml").read_text())["steps"]
+        saved = next(iter(steps[-1].values()))
+        assert saved["rounding"] == "learned"
+        assert saved["rounding_settings"] == {"steps": 2, "nsamples": 3}
+    first = load_file("one/model.safetensors")
+    assert dobisvd("run", "one/dobisvd_recipe.yaml", "--set", "compress.overwrite=true") == 0
+    again = load_file("one/model.safetensors")
+    assert all(torch.equal(first[name], again[name]) for name in first), "the recipe repeats the run"
+
+
+def test_roundings_that_cannot_be_are_named(wide: Path, capfd: Any) -> None:
+    def refused(words: str, code: int, *command: str) -> None:
+        assert dobisvd(*command) == code
+        assert words in capfd.readouterr().err
+        assert not Path("out").exists()
+
+    int8 = (*COMPRESS, "--ratio", "0.4", "--quantization", "int8")
+    refused("invalid choice: 'learnt'", 2, *int8, "--rounding", "learnt", "out")
+    refused("rounding='feedback' does not go with int8", 1, *int8, "--rounding", "feedback", "out")
+    refused(
+        "has not; did you mean 'steps'",
+        1,
+        *int8,
+        *LEARNED[:3],
+        '{"step": 2}',
+        "out",
+    )
+    refused("does not go with float", 1, *COMPRESS, "--method", "svd", "--rounding", "learned", "out")
+    assert dobisvd("compress", "--model", "wide", "--method", "svd", "--ratio", "0.8", "low") == 0
+    command = ("quantize", "low", "--quantization", "int8", "--out", "out")
+    refused("int8 needs calibration text for its rounding (learned), and low does not say", 1, *command, *LEARNED)

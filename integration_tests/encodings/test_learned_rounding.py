@@ -8,7 +8,8 @@ from torch import nn
 from transformers import AutoRoundConfig
 
 from optimum_dobisvd.encodings.gptq import fake_quantize_groups
-from optimum_dobisvd.encodings.learned_rounding import LearnableLinear, LearnedRoundingSettings, SignedDescent
+from optimum_dobisvd.encodings.gptq_rounding import LearnableGroups
+from optimum_dobisvd.encodings.learned_rounding import LearnedRoundingSettings, SignedDescent
 from optimum_dobisvd.encodings.registry import encoding_of
 
 
@@ -26,7 +27,7 @@ def linear(m: int, n: int, seed: int = 0, bias: bool = True) -> nn.Linear:
 )
 def test_rounding_begins_as_the_nearest_on_gptqs_grid(m, groups, bits, symmetric, seed) -> None:
     plain = linear(m, 16 * groups, seed)
-    learned = LearnableLinear(plain, bits, 16, symmetric)
+    learned = LearnableGroups(plain, bits, 16, symmetric)
     found = learned.weight.detach().unflatten(1, (-1, 16))
     step, zero = (each.detach() for each in learned.grid())
     values = plain.weight.detach().unflatten(1, (-1, 16))
@@ -43,7 +44,7 @@ def test_descent_loses_less_than_the_nearest_codes_and_keeps_to_the_grid(symmetr
     plain = linear(24, 64)
     inputs = torch.randn(256, 8) @ torch.randn(8, 64) + 0.1 * torch.randn(256, 64)
     target = plain(inputs).detach()
-    learned = LearnableLinear(plain, 3, 32, symmetric)
+    learned = LearnableGroups(plain, 3, 32, symmetric)
 
     def loss() -> torch.Tensor:
         return nn.functional.mse_loss(learned(inputs), target)
@@ -57,13 +58,13 @@ def test_descent_loses_less_than_the_nearest_codes_and_keeps_to_the_grid(symmetr
     step, zero = learned.grid()
     codes = learned.codes(step, zero)
     assert torch.equal(codes, codes.round())
-    assert 0 <= float(codes.min()) <= float(codes.max()) <= 7
+    assert 0 <= float(codes.detach().min()) <= float(codes.detach().max()) <= 7
     assert torch.equal(step, step.half().float())
     assert float(learned.offsets.abs().max()) <= 0.5
 
 
 def test_the_best_rounding_is_kept_where_the_last_one_is_worse() -> None:
-    learned = LearnableLinear(linear(4, 32), 4, 32, False)
+    learned = LearnableGroups(linear(4, 32), 4, 32, False)
     descent = SignedDescent([learned], LearnedRoundingSettings(steps=2, learning_rate=0.4))
     before = learned.weight.detach().clone()
     for loss in (1.0, 2.0):
@@ -81,6 +82,10 @@ def test_the_best_rounding_is_kept_where_the_last_one_is_worse() -> None:
         ({"iters": 0}, "whole number"),
         ({"lr": "fast"}, "number above 0"),
         ({"act_bits": 8}, "leave it out"),
+        ({"sym": "no"}, "must be True or False"),
+        ({"backend": "marlin"}, "leave it out"),
+        ({"packing_format": "auto_round:auto_awq"}, "leave it out"),
+        ({"super_bits": 6}, "leave it out"),
         ({"layer_config": {"q_proj": {"bits": 8}}}, "modules_to_not_convert"),
     ],
 )

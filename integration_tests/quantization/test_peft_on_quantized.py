@@ -21,9 +21,10 @@ model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1]).eval()
 with torch.no_grad():
     save_file({"logits": model(input_ids=torch.arange(2, 26).view(2, 12)).logits.contiguous()}, sys.argv[2])
 """
+BY_GPTQ = ("gptq", "autoround")
 
 
-@pytest.fixture(params=marked("gptq", "nf4", "llm_int8"))
+@pytest.fixture(params=marked("gptq", "autoround", "nf4", "llm_int8"))
 def base(request, tmp_path):
     wide("llama", torch.bfloat16).save_pretrained(tmp_path / "dense")
     quantized(tmp_path / "dense", request.param, torch.bfloat16).save_pretrained(tmp_path / "base")
@@ -63,12 +64,12 @@ def test_an_adapter_is_trained_saved_and_reloaded_in_a_new_process(base, tmp_pat
 def test_merging_gives_a_checkpoint_of_the_same_encodings_or_is_refused_in_words(base, tmp_path, caplog):
     key, folder = base
     model = adapted(folder)
-    assert ("train and merge before quantizing" in caplog.text) == (key == "gptq"), "told before the training"
+    assert ("train and merge before quantizing" in caplog.text) == (key in BY_GPTQ), "told before the training"
     with torch.no_grad():
         for name, value in model.named_parameters():
             if "lora_B" in name:
                 value.normal_(0, 0.01)
-    if key == "gptq":
+    if key in BY_GPTQ:
         with pytest.raises(ValueError, match="Cannot merge LORA layers when the model is gptq quantized"):
             model.merge_and_unload()
         return

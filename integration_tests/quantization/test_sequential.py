@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from integration_tests.statistics.tiny_model_statistics import assert_gram_close, inputs_by_linear, windows_of
 from integration_tests.tiny_models import tiny, tokens
-from optimum_dobisvd.calibration.runner import BlockRunner
+from optimum_dobisvd.calibration.paired import PairedRunner
 from optimum_dobisvd.encodings.bitsandbytes import FourBit
 from optimum_dobisvd.factorization.factors import Factors
 from optimum_dobisvd.model.layout import find_layout
@@ -64,7 +64,7 @@ def quantize_keeping_grams(model: Any, side: str, one_input_at_a_time: bool) -> 
     """Quantize all compressed linears on these windows; returns the Grams."""
     ids, mask, _ = windows_with_padding(side)
     keeper = GramKeeper()
-    runner = BlockRunner(model, find_layout(model).blocks, windows_of(ids, mask), batch_size=2)
+    runner = PairedRunner(model, find_layout(model).blocks, windows_of(ids, mask), batch_size=2)
     quantize_sequentially(compressed_linears(model), {"nf4": keeper}, runner, one_input_at_a_time=one_input_at_a_time)
     return keeper.grams
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from ..encodings.registry import encoding_named
+from ..encodings.registry import beside
 from ..model.target import Target
 from ..structures.format import AS_IS, Format
 from .plan import PlannedModule, bytes_as
@@ -147,7 +147,7 @@ def size_options(target: Target, format: Format, rank_multiple: int | None, min_
 
 def dense_formats(target: Target, format: Format) -> tuple[Format, ...]:
     """Return what a matrix may be stored as that is not factorized, smallest first; the last leaves it as it is."""
-    named = [encoding_named(name, format.encoding.settings) for name in format.encoding.dense_encodings]
+    named = [beside(format.encoding, name) for name in format.encoding.dense_encodings]
     fitting = [
         Format(AS_IS.structure, encoding)
         for encoding in named

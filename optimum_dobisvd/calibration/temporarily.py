@@ -52,10 +52,11 @@ def computes_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @contextlib.contextmanager
-def in_float32(module: nn.Module, without: Iterable[nn.Module] = ()) -> Iterator[None]:
+def in_float32(module: nn.Module, without: Iterable[nn.Module] = (), *, keep_changes: bool = False) -> Iterator[None]:
     """Widen a module's bfloat16 parameters and buffers to float32; afterwards the original tensors are put back.
 
-    Its device must have memory for both. Modules in it that are in `without` are left as they are.
+    Its device must have memory for both. Modules in it that are in `without` are left as they are. With `keep_changes`
+    the original tensors take the values that the wide ones have by then, rounded.
     """
     left = {id(tensor) for each in without for tensor in (*each.parameters(), *each.buffers())}
     tensors = (*module.parameters(), *module.buffers())
@@ -69,7 +70,7 @@ def in_float32(module: nn.Module, without: Iterable[nn.Module] = ()) -> Iterator
     finally:
         WIDENED_FOR_SPEED.reset(widened)
         for tensor, value in zip(held, values, strict=True):
-            tensor.data = value
+            tensor.data = value.copy_(tensor.data) if keep_changes else value
 
 
 @contextlib.contextmanager

@@ -14,12 +14,13 @@ from ..calibration.dataset import CalibrationWindows
 from ..calibration.paired import PairedRunner
 from ..config import DobiSVDConfig
 from ..encodings.base import QUANT_METHOD, Encoding
-from ..encodings.registry import encoding_named, encoding_of
+from ..encodings.registry import encoding_named, encoding_of, rounded
 from ..factorization.factors import Factors
 from ..inference.optimize import restore_after_inference
 from ..model.layout import find_blocks, find_layout
 from ..model.offloaded import dense_weight
 from ..model.patterns import matching_names, resolve_overrides
+from ..pipeline.learn_rounding import check_runnable
 from ..pipeline.quantize import quantize
 from ..pipeline.validate import check_coverage, refuse_offloaded
 from ..structures.base import CompressedLinear, compressed_linears, matrix_shape, to_dense
@@ -30,7 +31,13 @@ from .hf_quantizer import attach, forget_compression
 
 
 def convert(
-    model: Any, quantization: Any = None, *, structure: str | None = None, windows: CalibrationWindows | None = None
+    model: Any,
+    quantization: Any = None,
+    *,
+    structure: str | None = None,
+    windows: CalibrationWindows | None = None,
+    rounding: str | None = None,
+    rounding_settings: Mapping[str, Any] | None = None,
 ) -> Any:
     """Store the matrices of a loaded model in another encoding or structure, in place; its config says so afterwards.
 
@@ -45,14 +52,16 @@ def convert(
         structure: of all factorized matrices (`low_rank`, `pivoted`, or `dense`, which keeps no factors); None leaves
             each its own.
         windows: calibration windows for encodings that round on text; GPTQ needs some.
+        rounding, rounding_settings: as in `DobiSVDConfig`. Codes are learned towards the model as it is.
 
     Raises:
         ImportError: a library is missing; names the extra.
-        ValueError: an unknown structure, or one that the encoding does not go with; the model is not compressed, has
-            nothing to store so, matrices that another library quantized or that are offloaded, or too few that the
-            encoding fits; or there is no text for one that needs some. Then nothing was changed.
+        ValueError: an unknown structure or rounding, or one that the encoding does not go with; the model is not
+            compressed, has nothing to store so, matrices that another library quantized or that are offloaded, or too
+            few that the encoding fits; or there is no text for one that needs some. Then nothing was changed.
     """
-    encoding, config = encoding_of(quantization), getattr(model.config, "quantization_config", None)
+    encoding = rounded(encoding_of(quantization), rounding, rounding_settings or {})
+    config = getattr(model.config, "quantization_config", None)
     wanted = None if structure is None else STRUCTURES.get(structure)
     if not isinstance(config, DobiSVDConfig):
         raise ValueError(
@@ -62,25 +71,37 @@ def convert(
     encoding.require()
     restore_after_inference(model)
     if encoding.needs_text and windows is None:
-        raise ValueError(f"{encoding.name} needs calibration text: pass windows")
-    blocks = find_blocks(model, nontext=config.nontext_modules)
+        raise ValueError(f"{encoding.text_is_missing}: pass windows, or take rounding='nearest', which reads none")
     with torch.inference_mode(False), torch.no_grad():
-        _rewrite(model, encoding, wanted, config)
-        size = config.batch_size if encoding.learned is None else encoding.learned.batch_size
-        runner = None if windows is None else PairedRunner(model, blocks, windows, batch_size=size)
+        formats = _new_formats(model, encoding, wanted, config)
+        runner = None if windows is None else _runner(model, encoding, windows, config)
+        for name, format in formats.items():
+            _write_one(model, name, format)
         quantize(model, encoding, runner)
     modules = {
         name: PlannedModule(each.structure, each.encoding, each.rank).to_dict()
         for name, each in compressed_linears(model).items()
     }
-    described = replace(config, modules=modules, quantization=encoding.as_applied(), mixed=False)
+    applied = {"quantization": encoding.as_applied(), "rounding": None, "rounding_settings": {}}
+    described = replace(config, modules=modules, mixed=False, **applied)
     attach(model, described if structure is None else replace(described, structure=structure))
     forget_compression(model)
     return model
 
 
-def _rewrite(model: Any, encoding: Encoding, structure: type[CompressedLinear] | None, config: DobiSVDConfig) -> None:
-    """Write every matrix anew in encoding and structure, unquantized yet where that takes text."""
+def _runner(model: Any, encoding: Encoding, windows: CalibrationWindows, config: DobiSVDConfig) -> PairedRunner:
+    """Return what takes the windows through the model. ValueError if codes are to be learned, and cannot be in it."""
+    learned = encoding.learned
+    size = config.batch_size if learned is None else learned.batch_size
+    runner = PairedRunner(model, find_blocks(model, nontext=config.nontext_modules), windows, batch_size=size)
+    check_runnable(runner, encoding)
+    return runner
+
+
+def _new_formats(
+    model: Any, encoding: Encoding, structure: type[CompressedLinear] | None, config: DobiSVDConfig
+) -> dict[str, Format]:
+    """Return what is to be written anew, and how. ValueError as `convert`."""
     compressed = compressed_linears(model)
     dense = untouched_linears(model, config) if encoding.name in encoding.dense_encodings else {}
     formats = {name: Format(_structure_of(module, structure), encoding) for name, module in compressed.items()}
@@ -99,12 +120,13 @@ def _rewrite(model: Any, encoding: Encoding, structure: type[CompressedLinear] |
     shapes = {name: matrix_shape(module) for name, module in linears.items()}
     reasons = {name: _reason_against(compressed.get(name), encoding, shape) for name, shape in shapes.items()}
     check_coverage(encoding, shapes, reasons, config.min_coverage)
-    for name, reason in reasons.items():
-        format = formats.get(name, Format(AS_IS.structure, encoding))
-        found = compressed.get(name)
-        stays = found is not None and (found.structure, found.encoding) == format.key
-        if reason is None and not stays:
-            _write_one(model, name, format)
+    meant = {
+        name: formats.get(name, Format(AS_IS.structure, encoding))
+        for name, reason in reasons.items()
+        if reason is None
+    }
+    now = {name: (module.structure, module.encoding) for name, module in compressed.items()}
+    return {name: format for name, format in meant.items() if now.get(name) != format.key}
 
 
 def _structure_of(module: CompressedLinear, wanted: type[CompressedLinear] | None) -> type[CompressedLinear]:
@@ -136,7 +158,8 @@ def _write_one(model: Any, name: str, format: Format) -> None:
 
 def _reason_against(module: CompressedLinear | None, encoding: Encoding, shape: tuple[int, int]) -> str | None:
     """Why a matrix is not written anew, None if it is."""
-    if module is not None and module.encoding != "float" and encoding.quant_method != QUANT_METHOD:
+    chooses = encoding.quant_method != QUANT_METHOD or encoding.uses_text
+    if module is not None and not encoding_named(module.encoding).trainable and chooses:
         return f"it is stored as {module.encoding}"
     return encoding.unsupported_reason(*shape)
 

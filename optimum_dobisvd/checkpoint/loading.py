@@ -9,7 +9,7 @@ import torch
 from transformers.quantizers.base import HfQuantizer
 
 from ..encodings.base import Encoding
-from ..encodings.registry import encoding_named, encoding_of
+from ..encodings.registry import encoding_named, encoding_of, rounded
 from ..model.experts import align, fuse, linearize, linearized_experts
 from ..model.linears import is_linear, weight_matrix
 from ..structures.base import CompressedLinear, compressed_linears, to_dense
@@ -61,7 +61,9 @@ class CompressedLoader(HfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         setting = getattr(quantization_config, "quantization", None)
-        self.encoding = encoding_of(setting, strict=False)
+        rounding = getattr(quantization_config, "rounding", None)
+        how = getattr(quantization_config, "rounding_settings", None) or {}
+        self.encoding = rounded(encoding_of(setting, strict=False), rounding, how)
         entries = ((getattr(quantization_config, "modules", None) or {}) if self.pre_quantized else {}).values()
         # Only the one whose settings are given can be made with them.
         kinds = self._kinds = {self.encoding.name, *self.encoding.alternatives}

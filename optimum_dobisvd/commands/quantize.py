@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .options import CommandSpec, Option, UsageError
 from .running import RUNNING
-from .shared_options import DTYPE, QUANTIZATION_HELP, TRUST_REMOTE_CODE
+from .shared_options import DTYPE, QUANTIZATION_HELP, ROUNDING, TRUST_REMOTE_CODE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +20,7 @@ _GROUPS = {
     "checkpoint": (
         Option("model", "folder of a low-rank checkpoint", positional=True, required=True, metavar="OUT"),
         Option("quantization", QUANTIZATION_HELP, required=True, metavar="ENCODING"),
+        *ROUNDING,
         Option("out", "folder of the quantized checkpoint (default: OUT-ENCODING)", metavar="DIR"),
         Option(
             "overwrite", "replace that folder even if it holds other files", kind=bool, default=False, transient=True
@@ -64,7 +65,7 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
 
     Raises whatever a bad option, checkpoint or text raises; then nothing is written.
     """
-    from ..encodings.registry import encoding_of
+    from ..encodings.registry import encoding_of, rounded
     from ..pipeline.windows import check_windows
     from ..report.table import bytes_text, ratio_text
     from .checkpoint_report import read_config
@@ -74,6 +75,7 @@ def execute(options: dict[str, Any], console: Console) -> dict[str, Any]:
     from .sources import model_source
 
     encoding = encoding_of(options["quantization"])
+    encoding = rounded(encoding, options["rounding"], options["rounding_settings"] or {})
     target = check_target(options["out"] or _default_folder(options), options["overwrite"])
     config = read_config(Path(options["model"]))
     if config.foreign_encodings:
@@ -155,17 +157,17 @@ def _windows(
     from dataclasses import replace
 
     from ..calibration.dataset import load_windows
-    from ..pipeline.windows import quantization_windows
+    from ..pipeline.windows import quantization_windows, windows_for
     from .sources import calibration_dataset
 
     if not encoding.uses_text:
         return None
     draw = {key: options[key] for key in _DRAW}
     if options["dataset"] is not None:
-        return load_windows(calibration_dataset(options["dataset"]), tokenizer, **draw)
+        return windows_for(encoding, load_windows(calibration_dataset(options["dataset"]), tokenizer, **draw))
     if encoding.needs_text and encoding.own_text is None:
         raise ValueError(
-            f"{encoding.name} needs calibration text, and {options['model']} does not say what it was calibrated on: "
+            f"{encoding.text_is_missing}, and {options['model']} does not say what it was calibrated on: "
             "name some with --dataset"
         )
     return quantization_windows(encoding, None, replace(config, dataset=None, **draw), tokenizer)
@@ -189,7 +191,8 @@ def _quantize_into(
     before = checkpoint_bytes(model)
     if options["min_coverage"] is not None:
         model.config.quantization_config.min_coverage = options["min_coverage"]
-    convert(model, encoding.settings or encoding.name, windows=windows)
+    how = {key: options[key] for key in ("rounding", "rounding_settings")}
+    convert(model, encoding.settings or encoding.name, windows=windows, **how)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     copy_processor_files(model_source(options["model"]), folder)

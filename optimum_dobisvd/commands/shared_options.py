@@ -32,6 +32,23 @@ QUANTIZATION_HELP = (
     "GPTQConfig, AutoRoundConfig or BitsAndBytesConfig as JSON"
 )
 
+ROUNDING = (
+    Option(
+        "rounding",
+        "how codes are chosen: nearest, feedback (GPTQ's) or learned on the outputs of whole blocks (default: what "
+        "the quantization means: feedback for GPTQ and nf4, learned for autoround, nearest in 8 bits)",
+        choices=("nearest", "feedback", "learned"),
+    ),
+    Option(
+        "rounding_settings",
+        'of --rounding learned, such as {"steps": 50, "nsamples": 64}; of feedback, {"target": "dense"} '
+        "to aim at the dense model's outputs",
+        kind=dict,
+        from_config=True,
+        metavar="JSON",
+    ),
+)
+
 METHOD = (
     Option(
         "method",
@@ -57,6 +74,7 @@ METHOD = (
         f"{QUANTIZATION_HELP} (default: the model's dtype, or what the method says)",
         metavar="ENCODING",
     ),
+    *ROUNDING,
     Option(
         "mixed",
         "every matrix takes whichever encoding costs the loss least: that of --quantization (GPTQ at any bits), int8 "

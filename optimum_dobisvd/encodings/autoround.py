@@ -1,19 +1,16 @@
-"""GPTQ's encoding with learned codes: what transformers' `AutoRoundConfig` asks for."""
+"""GPTQ's encoding with learned codes, unless others are asked for: what transformers' `AutoRoundConfig` means."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-import torch
-from torch import Tensor, nn
 from transformers import AutoRoundConfig, GPTQConfig
 
-from .base import Feedback
 from .gptq import GPTQ, GPTQ_BITS, check_group_size
 from .gptq_linear import require_gptqmodel
-from .gptq_rounding import packed_kernel
-from .learned_rounding import LearnableLinear, LearnedRoundingSettings
+from .learned_rounding import LearnedRoundingSettings
+from .rounding import Rounding
 from .settings import with_method
 
 _NAME = re.compile(r"autoround([2348])(?:_g(\d+))?")
@@ -26,7 +23,8 @@ _LEARNING = {
     "lr": "learning_rate",
 }
 """Options of auto-round that say how codes are learned, and what they are called here."""
-_OF_LOADERS = ("quant_method", "backend", "packing_format")
+_OF_LOADERS = {"quant_method": "auto-round", "backend": "auto", "packing_format": "auto_round:gptq"}
+"""Options that say how others would read it, at the values that say nothing."""
 
 
 class AutoRound(GPTQ):
@@ -38,7 +36,8 @@ class AutoRound(GPTQ):
     def __init__(self, bits: int, group_size: int, settings: AutoRoundConfig) -> None:
         stored = GPTQConfig(bits=bits, group_size=group_size, sym=settings.sym, act_group_aware=False)
         super().__init__(bits, group_size, stored)
-        self._stored, self.settings, self.learned = stored, settings, _settings_of(settings)
+        self._stored, self.settings = stored, settings
+        self.rounding = Rounding("learned", _settings_of(settings))
 
     @classmethod
     def named(cls, name: str, settings: Any = None) -> GPTQ | None:
@@ -72,30 +71,6 @@ class AutoRound(GPTQ):
     def require(self) -> None:
         require_gptqmodel()
 
-    def quantize(
-        self, linear: nn.Linear, full_rank: int, dtype: torch.dtype, gram: Tensor | None = None
-    ) -> tuple[nn.Module, Tensor]:
-        raise ValueError(f"codes of {self.name} are learned on whole blocks, which takes calibration text: name some")
-
-    def learnable(self, linear: nn.Linear) -> LearnableLinear:
-        size = linear.in_features if self.group_size == -1 else self.group_size
-        return LearnableLinear(linear, self.bits, size, bool(self._settings.sym))
-
-    @torch.no_grad()
-    def from_learned(self, linear: LearnableLinear) -> nn.Module:
-        step, zero = linear.grid()
-        weight = ((linear.codes(step, zero) - zero) * step).flatten(1)
-        rounded = nn.Linear(weight.shape[1], len(weight), bias=linear.bias is not None, device="meta")
-        rounded.weight, rounded.bias = nn.Parameter(weight, requires_grad=False), linear.bias
-        group_of_input = torch.arange(weight.shape[1], dtype=torch.int32) // (weight.shape[1] // step.shape[1])
-        grid = (step.squeeze(-1), zero.squeeze(-1), group_of_input)
-        return packed_kernel(rounded, grid, self.bits, self.group_size, self._settings)
-
-    @property
-    def _feedback(self) -> Feedback:
-        # Losses are told as if error feedback chose the codes, important inputs first. Learned ones lose less.
-        return Feedback(0.01)
-
     @property
     def _settings(self) -> GPTQConfig:
         return self._stored
@@ -113,13 +88,15 @@ def _settings_of(config: AutoRoundConfig) -> LearnedRoundingSettings:
 
 
 def _check(config: AutoRoundConfig) -> None:
-    known = (*_STORED, *_LEARNING, *_OF_LOADERS)
     for option, value in vars(config).items():
-        if option not in known and value is not None:
+        known = option in (*_STORED, *_LEARNING) or value == _OF_LOADERS.get(option)
+        if not known and value is not None:
             raise ValueError(
                 f"AutoRoundConfig({option}={value!r}) says nothing that GPTQ's tensors can hold: leave it out (there "
                 f"are {', '.join((*_STORED, *_LEARNING))}; what is to stay as it is goes into modules_to_not_convert)"
             )
+    if not isinstance(config.sym, bool):
+        raise ValueError(f"AutoRoundConfig(sym={config.sym!r}): it must be True or False")
     if config.bits not in GPTQ_BITS:
         raise ValueError(
             f"AutoRoundConfig(bits={config.bits}) cannot be stored: GPTQ's tensors have "

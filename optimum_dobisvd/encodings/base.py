@@ -7,6 +7,7 @@ torch, transformers and each other, and other libraries by name where they are n
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..factorization.factors import Gauge
 from .learned_rounding import LearnableLinear, LearnedRoundingSettings
+from .rounding import Rounding
 
 QUANT_METHOD = "dobi_svd"
 """What config.json calls this format."""
@@ -154,10 +156,8 @@ class Encoding(ABC):
         own_text, own_tokenizer: calibration text that its settings name, and its tokenizer; None where they do not.
         one_input_at_a_time: whether linears of a block that read different inputs are quantized one after the other,
             each on what the ones before it give, rather than all on what the dense ones give.
-        uses_text: whether it rounds better with the Gram of the linear's inputs; such linears are quantized
-            sequentially, each on the inputs that the quantized ones before it give.
-        needs_text: whether it cannot round without.
-        learned: how codes are learned on the outputs of whole blocks; None where each linear is rounded by itself.
+        roundings: algorithms that can choose its codes (see `ROUNDINGS`).
+        rounding: the one that does; `rounded_by` gives the same encoding with another.
         quantizes_in_threads: whether several linears can be quantized at once.
         trainable: whether its weights can be trained.
         adapter_refusal: why PEFT can put no adapter on its linears, in words; None if it can.
@@ -179,10 +179,9 @@ class Encoding(ABC):
     own_text: Any = None
     own_tokenizer: Any = None
     one_input_at_a_time: bool = False
-    uses_text: bool = False
-    learned: LearnedRoundingSettings | None = None
+    roundings: ClassVar[tuple[str, ...]] = ("nearest",)
+    rounding: Rounding = Rounding("nearest")
     quantizes_in_threads: ClassVar[bool] = False
-    needs_text: ClassVar[bool] = False
     trainable: ClassVar[bool] = False
     adapter_refusal: ClassVar[str | None] = None
     merges_adapters: ClassVar[bool] = True
@@ -213,6 +212,49 @@ class Encoding(ABC):
     def alternatives(self) -> tuple[str, ...]:
         """Other encodings of this kind that a mixture may choose."""
         return ()
+
+    def rounded_by(self, rounding: Rounding) -> Encoding:
+        """Return the same encoding with codes that are chosen so. ValueError if they cannot be."""
+        if rounding.algorithm not in self.roundings:
+            known = " or ".join(map(repr, self.roundings)) or "no rounding at all: give a quantization, or drop it"
+            raise ValueError(f"rounding={rounding.algorithm!r} does not go with {self.name}, which takes {known}")
+        other = copy.copy(self)
+        other.rounding = rounding
+        return other
+
+    @property
+    def uses_text(self) -> bool:
+        """Whether it rounds on text. Such linears are quantized once all matrices are factorized.
+
+        By error feedback each is rounded on the inputs that the quantized ones before it give, by learning all of a
+        block at once.
+        """
+        return self.rounding.reads_text
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether it cannot round without."""
+        return self.rounding.needs_text
+
+    @property
+    def waits(self) -> bool:
+        """Whether its linears stay plain until all matrices are factorized."""
+        return self.uses_text
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether the dense model is run beside the compressed one while it rounds."""
+        return self.rounding.needs_dense
+
+    @property
+    def learned(self) -> LearnedRoundingSettings | None:
+        """How codes are learned on the outputs of whole blocks; None where each linear is rounded by itself."""
+        return self.rounding.learned
+
+    @property
+    def text_is_missing(self) -> str:
+        """The beginning of an error: it needs text, and there is none."""
+        return f"{self.name} needs calibration text for its rounding ({self.rounding.algorithm})"
 
     def remembered(self) -> Any:
         """Return the setting as config.json keeps it: JSON values, without the inputs of one run."""
@@ -286,12 +328,12 @@ class Encoding(ABC):
             ValueError: it cannot be done; says why.
         """
 
-    def learnable(self, linear: nn.Linear) -> LearnableLinear:
-        """Return what stands in a linear's place while its codes are learned."""
+    def learnable(self, linear: nn.Linear, dtype: torch.dtype) -> LearnableLinear:
+        """Return what stands in a linear's place while its codes are learned; `dtype` is the model's."""
         raise TypeError(f"codes of {self.name} are not learned")
 
-    def from_learned(self, linear: LearnableLinear) -> nn.Module:
-        """Return what takes the place of a linear whose codes have been learned."""
+    def from_learned(self, linear: Any) -> nn.Module:
+        """Return what takes the place of what `learnable` gave, with the codes and scales that it has by now."""
         raise TypeError(f"codes of {self.name} are not learned")
 
     # Checkpoints.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from transformers import BitsAndBytesConfig
 
 from ..factorization.factors import Gauge
 from .base import Encoding, Feedback, InputGram, LinearShape, OutputErrors
+from .bitsandbytes_learning import LearnableBlocks
 from .bitsandbytes_rounding import (
     dequantized_weight,
     hf_quantizer_of,
@@ -24,6 +26,7 @@ from .bitsandbytes_rounding import (
 )
 from .error_feedback import NearestOfCode
 from .int8 import fake_quantize_rows
+from .rounding import Rounding
 from .settings import check_options, refuse_layer_names, with_method
 
 _FOUR_BIT_NAME = re.compile(r"(nf4|fp4)(_dq)?")
@@ -135,7 +138,8 @@ class FourBit(BitsAndBytes):
     """Two values a byte, a scale for 64 of them."""
 
     bits = 4
-    uses_text = True
+    roundings: ClassVar[tuple[str, ...]] = ("feedback", "nearest", "learned")
+    rounding = Rounding("feedback", without_text=True)
     quantizes_in_threads = True
     # Blocks that run on into the next row are legal, and bitsandbytes 0.50 unpacks them wrongly on CPUs: errors of
     # half a matrix wherever inputs are a multiple of 16 and not of 64.
@@ -165,6 +169,9 @@ class FourBit(BitsAndBytes):
     def rounding_errors(
         self, weight: Tensor, full_rank: int, gram: InputGram, rows: Tensor | None = None
     ) -> OutputErrors:
+        if self.rounding.algorithm == "nearest":
+            rounded = fake_quantize_to_code(weight, CODES[self.kind], gram.matrix.diagonal(), fractions=(1.0,))
+            return gram.errors(rounded - weight, rows)
         feedback = Feedback(_FEEDBACK_DAMPING)
         rounded = fake_quantize_to_code(weight, CODES[self.kind], gram.conditional_variances(feedback))
         return gram.errors_with_feedback(rounded - weight, feedback, rows)
@@ -173,9 +180,19 @@ class FourBit(BitsAndBytes):
         self, linear: nn.Linear, full_rank: int, dtype: torch.dtype, gram: Tensor | None = None
     ) -> tuple[nn.Module, Tensor]:
         """Round with error feedback where there is a Gram, every value on its own where there is none."""
-        if gram is None:
+        if gram is None or not self.uses_text:
             return super().quantize(linear, full_rank, dtype)
         return round_with_feedback(linear, self.settings, gram, dtype)
+
+    @property
+    def loss_name(self) -> str:
+        return f"{self.name}-nearest" if self.rounding.algorithm == "nearest" else self.name
+
+    def learnable(self, linear: nn.Linear, dtype: torch.dtype) -> LearnableBlocks:
+        return LearnableBlocks(linear, self.settings, dtype)
+
+    def from_learned(self, linear: LearnableBlocks) -> nn.Module:
+        return linear.quantized()
 
     def tensors(self, shape: LinearShape) -> dict[str, tuple[list[int], str | None]]:
         packed, blocks = -(-shape.numel // 2), -(-shape.numel // _BNB_BLOCK)
@@ -205,11 +222,13 @@ class LLMInt8(BitsAndBytes):
         return {"weight": ([shape.out_features, shape.in_features], "I8"), "SCB": ([shape.out_features], "F32")}
 
 
-def fake_quantize_to_code(weight: Tensor, code: tuple[float, ...], felt: Tensor) -> Tensor:
+def fake_quantize_to_code(
+    weight: Tensor, code: tuple[float, ...], felt: Tensor, fractions: Sequence[float] = _EXPECTED_FRACTIONS
+) -> Tensor:
     """Return the nearest value of a code to every weight (`m x n`), in units of a scale of 64 neighbors.
 
-    The scale is the fraction of their largest magnitude that loses least, by how much each input is `felt` (`n`); see
-    `ErrorFeedback.fitted_scales`.
+    The scale is the one of these fractions of their largest magnitude that loses least, by how much each input is
+    `felt` (`n`); see `ErrorFeedback.fitted_scales`.
     """
 
     def blocks(values: Tensor) -> Tensor:
@@ -222,8 +241,8 @@ def fake_quantize_to_code(weight: Tensor, code: tuple[float, ...], felt: Tensor)
     # In float32, which decides between values just as well and is several times as fast.
     units = (flat / largest).float()
     nearest = NearestOfCode(torch.tensor(sorted(code), device=weight.device))
-    fractions = nearest.best_fractions(units, costs, _EXPECTED_FRACTIONS)[:, None]
-    rounded = (nearest(units / fractions) * fractions).to(weight) * largest
+    best = nearest.best_fractions(units, costs, fractions)[:, None]
+    rounded = (nearest(units / best) * best).to(weight) * largest
     return rounded.reshape(-1)[: weight.numel()].view(weight.shape)
 
 

@@ -69,13 +69,18 @@ def round_with_feedback(linear: nn.Linear, settings: Any, gram: Tensor, dtype: t
     matrix = linear.weight.detach()
     code, ascending = state.code.double().sort()
     feedback = ErrorFeedback(gram)
-    fitted = feedback.fitted_scales(matrix, code, _scales(state).view(len(matrix), -1).to(matrix.device))
-    _set_scales(state, fitted.flatten().to(state.code))
-    chosen, rounded = feedback.round(matrix, code, _scales(state).view_as(fitted).to(matrix.device))
-    values = ascending[chosen].to(torch.uint8).view(-1, 2)
-    # Two to a byte, the first one in the upper half.
-    new.weight.data = (values[:, 0] << 4 | values[:, 1]).view_as(new.weight.data)
+    fitted = feedback.fitted_scales(matrix, code, scales_of(state).view(len(matrix), -1).to(matrix.device))
+    set_scales(state, fitted.flatten().to(state.code))
+    chosen, rounded = feedback.round(matrix, code, scales_of(state).view_as(fitted).to(matrix.device))
+    set_codes(new, ascending[chosen])
     return new, rounded
+
+
+def set_codes(linear: Any, codes: Tensor) -> None:
+    """Give one of bitsandbytes' 4-bit linears its codes (whole numbers from 0 to 15, `m x n`)."""
+    values = codes.to(torch.uint8).view(-1, 2)
+    # Two to a byte, the first one in the upper half.
+    linear.weight.data = (values[:, 0] << 4 | values[:, 1]).view_as(linear.weight.data)
 
 
 def put_empty_linears(module: nn.Module, settings: Any, *, pre_quantized: bool) -> None:
@@ -93,16 +98,16 @@ def keep_as_saved(module: nn.Module) -> None:
         setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - a type checker takes it for a tensor
 
 
-def _scales(state: Any) -> Tensor:
-    """One for every block, float32."""
+def scales_of(state: Any) -> Tensor:
+    """Return the scale of every block, float32, from what bitsandbytes keeps of a 4-bit weight."""
     if not state.nested:
         return cast(Tensor, state.absmax)
     functional = importlib.import_module("bitsandbytes.functional")
     return cast(Tensor, functional.dequantize_blockwise(state.absmax, state.state2) + state.offset)
 
 
-def _set_scales(state: Any, scales: Tensor) -> None:
-    """As bitsandbytes stores them, which for double quantization is as near as 8 bits come."""
+def set_scales(state: Any, scales: Tensor) -> None:
+    """Store scales as bitsandbytes does, which for double quantization is as near as 8 bits come."""
     if not state.nested:
         state.absmax = scales
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ class Float(Encoding):
     """Plain `nn.Linear`: what PEFT, GPTQ and bitsandbytes find by its type, and what can be trained."""
 
     name = "float"
+    roundings: ClassVar[tuple[str, ...]] = ()
     trainable = True
 
     @classmethod

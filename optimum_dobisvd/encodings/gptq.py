@@ -8,7 +8,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,8 @@ from .gptq_linear import (
     require_gptqmodel,
     require_unpacked,
 )
-from .gptq_rounding import gptq_round
+from .gptq_rounding import LearnableGroups, gptq_round, packed_kernel
+from .rounding import Rounding
 from .settings import check_options, refuse_layer_names, with_method
 
 GPTQ_BITS = (2, 3, 4, 8)
@@ -45,9 +46,9 @@ class GPTQ(Encoding):
     quant_method = "gptq"
     gauge = Gauge.ROTATED
     loss_is_measured = True
-    uses_text = True
-    needs_text = True
     merges_adapters = False
+    roundings: ClassVar[tuple[str, ...]] = ("feedback", "nearest", "learned")
+    rounding = Rounding("feedback")
 
     def __init__(self, bits: int, group_size: int, settings: GPTQConfig | None = None) -> None:
         self.bits, self.group_size, self.settings = bits, group_size, settings
@@ -60,6 +61,11 @@ class GPTQ(Encoding):
         if settings is not None:
             self.own_text, self.own_tokenizer = settings.dataset, settings.tokenizer
             self.one_input_at_a_time = bool(settings.true_sequential)
+
+    @property
+    def waits(self) -> bool:
+        """Even where it reads no text: factors are made in threads, and gptqmodel packs one linear at a time."""
+        return True
 
     @classmethod
     def named(cls, name: str, settings: Any = None) -> GPTQ | None:
@@ -132,6 +138,8 @@ class GPTQ(Encoding):
 
     @property
     def loss_name(self) -> str:
+        if self.rounding.algorithm == "nearest":
+            return f"{self.name}-{'symmetric' if self._settings.sym else 'asymmetric'}-nearest"
         grid, order = "symmetric" if self._settings.sym else "asymmetric", self._feedback.largest_first
         return f"{self.name}-{grid}-damping{self._feedback.damping:g}{'-ordered' if order else ''}"
 
@@ -141,6 +149,9 @@ class GPTQ(Encoding):
 
     @property
     def _feedback(self) -> Feedback:
+        if self.learned is not None:
+            # Losses are told as if error feedback chose the codes, important inputs first. Learned ones lose less.
+            return Feedback(0.01)
         # gptqmodel's other order keeps groups together and puts important inputs first as far as that goes.
         ordered = bool(self._settings.desc_act or self._settings.act_group_aware)
         return Feedback(float(self._settings.damp_percent), ordered)
@@ -149,15 +160,27 @@ class GPTQ(Encoding):
         self, weight: Tensor, full_rank: int, gram: InputGram, rows: Tensor | None = None
     ) -> OutputErrors:
         rounded = fake_quantize_groups(weight, self.bits, self.group_size, symmetric=bool(self._settings.sym))
+        if self.rounding.algorithm == "nearest":
+            return gram.errors(rounded - weight, rows)
         return gram.errors_with_feedback(rounded - weight, self._feedback, rows)
 
     def quantize(
         self, linear: nn.Linear, full_rank: int, dtype: torch.dtype, gram: Tensor | None = None
     ) -> tuple[nn.Module, Tensor]:
-        """Round with GPTQ on the Gram of the linear's inputs."""
+        """Round with GPTQ on the Gram of the linear's inputs, or every value on its own."""
+        if self.rounding.algorithm == "nearest":
+            nearest = self.learnable(linear, dtype)
+            return self.from_learned(nearest), nearest.plain().weight.detach()
         if gram is None:
-            raise ValueError("GPTQ needs the inputs of what it rounds: name calibration text with dataset=")
-        return gptq_round(linear, gram, self.bits, self.group_size, self.settings)
+            raise ValueError(f"{self.text_is_missing}: name some with dataset=")
+        return gptq_round(linear, gram, self.bits, self.group_size, self._settings)
+
+    def learnable(self, linear: nn.Linear, dtype: torch.dtype) -> LearnableGroups:
+        size = linear.in_features if self.group_size == -1 else self.group_size
+        return LearnableGroups(linear, self.bits, size, bool(self._settings.sym))
+
+    def from_learned(self, linear: LearnableGroups) -> nn.Module:
+        return packed_kernel(linear.plain(), linear.stored_grid(), self.bits, self.group_size, self._settings)
 
     def require(self) -> None:
         require_gptqmodel(None if self.settings is None else self.settings.backend)

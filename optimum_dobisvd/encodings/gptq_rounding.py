@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .gptq_linear import GPTQ_IN_MEMORY, gptq_kernel
+from .learned_rounding import LearnableLinear, straight_through
 
 
 def gptq_round(linear: Any, gram: Tensor, bits: int, group_size: int, settings: Any) -> tuple[nn.Module, Tensor]:
@@ -48,6 +49,50 @@ def packed_kernel(
         group_size,
         {"desc_act": settings.desc_act, "sym": settings.sym, "backend": None},
     )
+
+
+class LearnableGroups(LearnableLinear):
+    """GPTQ's grid, with as many bits of a code and neighboring inputs in a group as are given.
+
+    `symmetric`: it reaches as far below zero as above.
+    """
+
+    def __init__(self, linear: nn.Linear, bits: int, group_size: int, symmetric: bool) -> None:
+        super().__init__(linear, group_size, linear.weight.dtype)
+        self._largest, self._symmetric = 2**bits - 1, symmetric
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Return step (in float16, as it is stored) and zero point (a whole number) of every group."""
+        if self._symmetric:
+            reach = self._groups.abs().amax(-1, keepdim=True) * self.highest
+            below, above = -reach, reach
+        else:
+            below = self._groups.amin(-1, keepdim=True).clamp_max(0) * self.lowest
+            above = self._groups.amax(-1, keepdim=True).clamp_min(0) * self.highest
+        step = (above - below) / self._largest
+        step = straight_through(step, step.half().float())
+        step = torch.where(step > 0, step, 1)
+        if self._symmetric:
+            return step, torch.full_like(step, (self._largest + 1) // 2)
+        zero = -below / step
+        return step, straight_through(zero, zero.round()).clamp(0, self._largest)
+
+    def codes(self, step: Tensor, zero: Tensor) -> Tensor:
+        """Return the code of every value on that grid, `m x groups x group_size`, floats of whole numbers."""
+        shifted = self._groups / step + self.offsets
+        return (straight_through(shifted, shifted.round()) + zero).clamp(0, self._largest)
+
+    @property
+    def weight(self) -> Tensor:
+        step, zero = self.grid()
+        return ((self.codes(step, zero) - zero) * step).flatten(1)
+
+    @torch.no_grad()
+    def stored_grid(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return steps and zero points (`m x groups`), and which group every input is of (`n`)."""
+        step, zero = self.grid()
+        group_of_input = torch.arange(self.in_features, dtype=torch.int32) // self._groups.shape[-1]
+        return step.squeeze(-1), zero.squeeze(-1), group_of_input
 
 
 def _solver(linear: nn.Linear, bits: int, group_size: int, settings: Any) -> Any:

@@ -7,8 +7,8 @@ model's dtype first and values against the rounded scale, so the rounding of sca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..factorization.factors import LARGEST_FRACTION, Gauge, rounded_up
 from .base import Encoding, InputGram, LinearShape, OutputErrors, stacked
 from .int8_matmul import CPU_MULTIPLE, UNIT, int8_matmul, is_aligned
+from .learned_rounding import LearnableLinear, straight_through
 
 _LARGEST = 127
 NO_ADAPTERS = "stored in 8 bits, which take no adapter: name linears that are dense, or call convert(model) first"
@@ -29,6 +30,7 @@ class Int8(Encoding):
     dense_encodings: tuple[str, ...] = ("int8",)
     # Uniform rounding of rows whose largest value is about four times their root mean square: (4 / 127)^2 / 12.
     relative_error = 8e-5
+    roundings: ClassVar[tuple[str, ...]] = ("nearest", "learned")
     adapter_refusal = NO_ADAPTERS
     scales = ("scale",)
 
@@ -73,11 +75,17 @@ class Int8(Encoding):
             raise ValueError(
                 f"a factor does not fit into {dtype}: its values overflow; load the model in bfloat16 or float32"
             )
-        new = self._module(linear, full_rank, "meta")
-        for key, value in tensors.items():
-            setattr(new, key, nn.Parameter(value.contiguous(), requires_grad=False))
-        new.bias = linear.bias
-        return new.train(linear.training), new.dense_matrix()
+        new = _filled(self._module(linear, full_rank, "meta"), tensors, linear)
+        return new, new.dense_matrix()
+
+    def learnable(self, linear: nn.Linear, dtype: torch.dtype) -> LearnableRows:
+        return LearnableRows(linear, linear.in_features, dtype)
+
+    def from_learned(self, linear: LearnableRows) -> nn.Module:
+        integers, scale = linear.rounded()
+        shape = (linear.in_features, linear.out_features)
+        new = Int8Linear(*shape, bias=linear.bias is not None, device="meta", dtype=linear.dtype)
+        return _filled(new, {"weight": integers, "scale": scale}, linear)
 
     def empty(self, linear: nn.Linear, full_rank: int) -> nn.Module:
         return self._module(linear, full_rank, linear.weight.device)
@@ -201,6 +209,41 @@ class Int8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class LearnableRows(LearnableLinear):
+    """The grid of a row is from minus to plus 127 of its scale, which is rounded up to the model's dtype."""
+
+    def _scale(self) -> Tensor:
+        largest = self._groups.abs().amax(-1, keepdim=True) * self.highest
+        stored = torch.where(largest > 0, largest, LARGEST_FRACTION).detach().double() / LARGEST_FRACTION
+        return straight_through(largest / LARGEST_FRACTION, rounded_up(stored, self.dtype).float())
+
+    def _integers(self, scale: Tensor) -> Tensor:
+        shifted = (self._groups / scale * UNIT + self.offsets).clamp(-_LARGEST, _LARGEST)
+        return straight_through(shifted, shifted.round())
+
+    @property
+    def weight(self) -> Tensor:
+        scale = self._scale()
+        return (self._integers(scale) * (scale / UNIT)).flatten(1)
+
+    @torch.no_grad()
+    def rounded(self) -> tuple[Tensor, Tensor]:
+        """Return integers (`m x n`) and scales (`m`) as they are stored."""
+        scale = self._scale()
+        return self._integers(scale).flatten(1).to(torch.int8), scale.flatten().to(self.dtype)
+
+    def learned(self) -> tuple[nn.Parameter, ...]:
+        return self.offsets, self.highest
+
+
+def _filled(new: Int8Linear, tensors: Mapping[str, Tensor], like: Any) -> Int8Linear:
+    """Give a linear that is on meta its tensors, and the bias and the mode of another."""
+    for key, value in tensors.items():
+        setattr(new, key, nn.Parameter(value.contiguous(), requires_grad=False))
+    new.bias = like.bias
+    return new.train(like.training)
 
 
 def rest_shape(whole: tuple[int, int], part: tuple[int, int]) -> tuple[int, int] | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,11 @@ class LearnedRoundingSettings:
         batch_size: windows in a step.
         learning_rate: of the first step; it falls linearly to zero. None: `1 / steps`, with which an offset can go
             from one end of its range to the other.
+        rest_learning_rate: of what a block computes with unrounded (norms, biases, 16-bit linears), by Adam, falling
+            in the same way; None: that stays as it is.
+
+    Raises:
+        ValueError: a number that cannot be; names the setting.
     """
 
     steps: int = 200
@@ -28,26 +35,38 @@ class LearnedRoundingSettings:
     seqlen: int | None = None
     batch_size: int = 8
     learning_rate: float | None = None
+    rest_learning_rate: float | None = None
+
+    _optional: ClassVar = ("nsamples", "seqlen", "learning_rate", "rest_learning_rate")
+    _rates: ClassVar = ("learning_rate", "rest_learning_rate")
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is None and name in self._optional:
+                continue
+            rate = name in self._rates
+            fits = isinstance(value, int | float if rate else int) and not isinstance(value, bool)
+            if not (fits and value > 0):
+                kind = "a number above 0" if rate else "a whole number of at least 1"
+                raise ValueError(f"{name} of learned rounding must be {kind}, got {value!r}")
 
 
-class LearnableLinear(nn.Module):
-    """A linear that computes with its weight rounded to a uniform grid, while the rounding is learned.
+class LearnableLinear(nn.Module, ABC):
+    """A linear that computes with its weight rounded to a grid, while the rounding is learned.
 
-    `offsets` (`m x n`, from -1/2 to 1/2) are added to a weight in units of its step before it is rounded; `lowest` and
-    `highest` (`m x groups x 1`, from 0 to 1) say how much of the range of a group's values its grid spans. Gradients
-    pass through the rounding as if it were not there.
+    `offsets` (`m x groups x group_size`, from -1/2 to 1/2) are added to a weight in units of its grid's step before it
+    is rounded; `lowest` and `highest` (`m x groups x 1`, from 0 to 1) say how much of the range of a group's values
+    the grid spans. Gradients pass through the rounding as if it were not there. It begins as the nearest rounding.
 
     Args:
         linear: its weight is `m x n`, in any floating dtype.
-        bits: of a code.
         group_size: neighboring inputs of an output that share a grid, a divisor of `n`.
-        symmetric: whether the grid reaches as far below zero as above.
+        dtype: the model's.
     """
 
-    def __init__(self, linear: nn.Linear, bits: int, group_size: int, symmetric: bool) -> None:
+    def __init__(self, linear: nn.Linear, group_size: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bits, self.symmetric = bits, symmetric
+        self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, dtype
         weight = linear.weight.detach().float()
         self.register_buffer("_groups", weight.reshape(len(weight), -1, group_size), persistent=False)
         self.bias = linear.bias
@@ -57,54 +76,60 @@ class LearnableLinear(nn.Module):
 
     _groups: Tensor
 
-    def grid(self) -> tuple[Tensor, Tensor]:
-        """Return step (in float16, as it is stored) and zero point (a whole number) of every group."""
-        if self.symmetric:
-            reach = self._groups.abs().amax(-1, keepdim=True) * self.highest
-            below, above = -reach, reach
-        else:
-            below = self._groups.amin(-1, keepdim=True).clamp_max(0) * self.lowest
-            above = self._groups.amax(-1, keepdim=True).clamp_min(0) * self.highest
-        step = (above - below) / self._largest
-        step = _straight_through(step, step.half().float())
-        step = torch.where(step > 0, step, 1)
-        if self.symmetric:
-            return step, torch.full_like(step, 2 ** (self.bits - 1))
-        zero = -below / step
-        return step, _straight_through(zero, zero.round()).clamp(0, self._largest)
-
-    def codes(self, step: Tensor, zero: Tensor) -> Tensor:
-        """Return the code of every value on that grid, `m x groups x group_size`, floats of whole numbers."""
-        shifted = self._groups / step + self.offsets
-        return (_straight_through(shifted, shifted.round()) + zero).clamp(0, self._largest)
-
     @property
+    @abstractmethod
     def weight(self) -> Tensor:
         """The rounded weight, `m x n`, float32, with a gradient."""
-        step, zero = self.grid()
-        return ((self.codes(step, zero) - zero) * step).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self.weight.to(x.dtype), bias)
 
-    @property
-    def _largest(self) -> int:
-        return 2**self.bits - 1
+    def plain(self) -> nn.Linear:
+        """Return a plain linear of the rounded weight, float32, with the same bias."""
+        with torch.no_grad():
+            weight = self.weight.detach()
+        rounded = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        rounded.weight, rounded.bias = nn.Parameter(weight, requires_grad=False), self.bias
+        return rounded
+
+    def learned(self) -> tuple[nn.Parameter, ...]:
+        """Return what is learned of the rounding."""
+        return self.offsets, self.lowest, self.highest
+
+    @torch.no_grad()
+    def keep_in_range(self) -> None:
+        """Bring offsets and ranges back to where they may be."""
+        self.offsets.clamp_(-_LARGEST_OFFSET, _LARGEST_OFFSET)
+        self.lowest.clamp_(0, 1)
+        self.highest.clamp_(0, 1)
 
 
 class SignedDescent:
     """Descent by the sign of the gradient, each number of a rounding by the same step, kept in its range.
 
-    The rounding with the least loss is remembered.
+    What is best is remembered: the rounding with the least loss, and what was trained along with it.
+
+    Args:
+        linears: whose rounding is learned.
+        settings: of the descent.
+        rest: parameters that are trained along by Adam, on copies in float32.
     """
 
-    def __init__(self, linears: Iterable[LearnableLinear], settings: LearnedRoundingSettings) -> None:
-        self._linears = list(linears)
-        self._parameters = [parameter for linear in self._linears for parameter in _learned(linear)]
+    def __init__(
+        self,
+        linears: Iterable[LearnableLinear],
+        settings: LearnedRoundingSettings,
+        rest: Iterable[nn.Parameter] = (),
+    ) -> None:
+        self._linears, self._rest = list(linears), list(rest)
+        self._rounding = [parameter for linear in self._linears for parameter in linear.learned()]
         self._steps, self._done = settings.steps, 0
         self._rate = 1 / settings.steps if settings.learning_rate is None else settings.learning_rate
-        self._least, self._best = float("inf"), [parameter.detach().clone() for parameter in self._parameters]
+        self._rest_rate = settings.rest_learning_rate or 0.0
+        self._masters = [each.detach().float().clone() for each in self._rest]
+        self._adam = torch.optim.Adam(self._masters, lr=self._rest_rate) if self._rest else None
+        self._least, self._best = float("inf"), [each.detach().clone() for each in self._parameters]
 
     def step(self, loss: Tensor) -> None:
         """Take the loss back and move; `loss` is of the rounding as it was before."""
@@ -114,29 +139,39 @@ class SignedDescent:
             for best, parameter in zip(self._best, self._parameters, strict=True):
                 best.copy_(parameter.detach())
         loss.backward()
-        rate = self._rate * (1 - self._done / self._steps)
+        left = 1 - self._done / self._steps
         with torch.no_grad():
-            for parameter in self._parameters:
+            for parameter in self._rounding:
                 if parameter.grad is not None:
-                    parameter.sub_(parameter.grad.sign_(), alpha=rate)
+                    parameter.sub_(parameter.grad.sign_(), alpha=self._rate * left)
                     parameter.grad = None
-            for linear in self._linears:
-                linear.offsets.clamp_(-_LARGEST_OFFSET, _LARGEST_OFFSET)
-                linear.lowest.clamp_(0, 1)
-                linear.highest.clamp_(0, 1)
+        for linear in self._linears:
+            linear.keep_in_range()
+        if self._adam is not None:
+            self._move_rest(self._adam, self._rest_rate * left)
         self._done += 1
 
     @torch.no_grad()
+    def _move_rest(self, adam: torch.optim.Adam, rate: float) -> None:
+        adam.param_groups[0]["lr"] = rate
+        for master, parameter in zip(self._masters, self._rest, strict=True):
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        adam.step()
+        for master, parameter in zip(self._masters, self._rest, strict=True):
+            parameter.copy_(master)
+
+    @torch.no_grad()
     def take_best(self) -> None:
-        """Go back to the rounding with the least loss."""
+        """Go back to what had the least loss."""
         for best, parameter in zip(self._best, self._parameters, strict=True):
             parameter.copy_(best)
 
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        return [*self._rounding, *self._rest]
 
-def _learned(linear: LearnableLinear) -> tuple[nn.Parameter, ...]:
-    return linear.offsets, linear.lowest, linear.highest
 
-
-def _straight_through(value: Tensor, rounded: Tensor) -> Tensor:
+def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
     """Return `rounded` with the gradient of `value`."""
-    return value + (rounded - value).detach()
+    return rounded.detach() + (value - value.detach())  # nothing is added, so it is exact

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from ..registry import Registry
@@ -54,6 +55,26 @@ def _named(name: str) -> Encoding | None:
 def _make(name: str, settings: Any) -> Encoding | None:
     kinds = (ENCODINGS.get(kind) for kind in ENCODINGS)
     return next((found for kind in kinds if (found := kind.named(name, settings)) is not None), None)
+
+
+def beside(encoding: Encoding, name: str) -> Encoding:
+    """Return the encoding of that name that stands beside another in one model.
+
+    It is made with the settings of the other, and rounded as that one is if it can be. ValueError as `encoding_named`.
+    """
+    found = encoding_named(name, encoding.settings)
+    return found.rounded_by(encoding.rounding) if encoding.rounding.algorithm in found.roundings else found
+
+
+def rounded(encoding: Encoding, rounding: str | None, settings: Mapping[str, Any]) -> Encoding:
+    """Return the encoding with the rounding that a user asks for, `rounding` and `rounding_settings`.
+
+    Raises:
+        ValueError: there is no such rounding or setting, or it does not go with the encoding.
+    """
+    if rounding is None and not settings:
+        return encoding
+    return encoding.rounded_by(encoding.rounding.changed(rounding, settings))
 
 
 def encoding_of(setting: Any, *, strict: bool = True) -> Encoding:

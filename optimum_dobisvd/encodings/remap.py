@@ -6,6 +6,8 @@ for `first` is Alg. 3's scale per rank. Which two values share a slot is nobody'
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from ..factorization.factors import Gauge
 from .int8 import Int8
 
@@ -16,6 +18,7 @@ class Remap(Int8):
     name = "remap"
     gauge = Gauge.EQUAL_LEADING_COLUMNS
     needs_gauge = True
+    roundings: ClassVar[tuple[str, ...]] = ("nearest",)
     dense_encodings: tuple[str, ...] = ()
 
     def part(self, out_features: int, in_features: int, full_rank: int) -> tuple[int, int]:

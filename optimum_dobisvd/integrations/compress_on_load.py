@@ -63,7 +63,16 @@ class CompressOnLoadQuantizer(DobiSVDHfQuantizer):
             return self._quantizer.run(model, self._job, undo_on_error=False)
         converts = self.is_to_be_converted
         model = super()._process_model_after_weight_loading(model, **kwargs)
-        return convert(model, self._config.quantization, windows=self._windows) if converts else model
+        if not converts:
+            return model
+        asked = self._config
+        return convert(
+            model,
+            asked.quantization,
+            windows=self._windows,
+            rounding=asked.rounding,
+            rounding_settings=asked.rounding_settings,
+        )
 
 
 def _is_dense_yet(model: Any) -> None:

@@ -10,13 +10,14 @@ from torch.nn import Module
 from tqdm.auto import tqdm
 
 from ..allocation.plan import Plan
+from ..encodings.registry import beside
 from ..factorization.decompositions import PreparedInputs, map_linears
 from ..factorization.errors import output_error
 from ..factorization.factors import Factors
 from ..factorization.sample_bases import SampleBasisVisitor
 from ..model.offloaded import dense_weight
 from ..statistics.store import StatisticsStore
-from ..structures.format import format_named
+from ..structures.format import Format
 from ..structures.placement import replace_linear
 from .collect import block_runner
 from .job import Job
@@ -39,8 +40,8 @@ class Replacement:
     def __init__(self, model: Any, job: Job, plan: Plan, undo_on_error: bool) -> None:
         self.errors: dict[str, float | None] = {}
         self._model, self._plan, self._undo_on_error = model, plan, undo_on_error
-        self._linears, self._device, self._settings = job.layout.linears, job.device, job.config.encoding.settings
-        self._keep = job.config.encoding.learned is not None
+        self._linears, self._device, self._encoding = job.layout.linears, job.device, job.config.encoding
+        self._keep = self._encoding.needs_dense
         self._replaced: dict[str, Module] = {}
         total = sum(not module.leaves_as_is for module in plan.modules.values())
         self._progress = tqdm(total=total, desc="factorizing", unit="matrix")
@@ -52,7 +53,7 @@ class Replacement:
         """
         module = self._plan.modules[name]
         linear: Any = self._linears[name]
-        format = format_named(*module.format.key, self._settings)
+        format = Format(module.format.structure, beside(self._encoding, module.encoding))
         matrices = replace_linear(self._model, name, format, module.rank, source, gram)
         self.errors[name] = None
         if gram is not None and matrices is not None:
@@ -62,7 +63,7 @@ class Replacement:
         self._replaced[name] = linear
 
     def finish(self, name: str) -> None:
-        """Let go of the dense linear `name`, unless it may have to be put back, or codes are learned towards it."""
+        """Let go of the dense linear `name`, unless it may have to be put back, or it is rounded towards."""
         if not self._undo_on_error:
             del self._linears[name]
             if not self._keep:
@@ -72,7 +73,7 @@ class Replacement:
     def dense_linears(self) -> dict[str, Module]:
         """Return the dense linears that are still there, by name; here they stay only if they may have to be put back.
 
-        They are there for an encoding whose codes are learned.
+        They are there for an encoding that is rounded towards them.
         """
         found = dict(self._replaced)
         if not self._undo_on_error:

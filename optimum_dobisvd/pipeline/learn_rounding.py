@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import contextlib
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..calibration.paired import BlockPasses, PairedRunner
-from ..calibration.temporarily import weights_device
 from ..encodings.base import Encoding
 from ..encodings.learned_rounding import LearnableLinear, LearnedRoundingSettings, SignedDescent
 from ..structures.base import CompressedLinear
+from .dense_beside import dense_again
+from .rest_of_blocks import RestOfBlocks
+
+
+def check_runnable(runner: PairedRunner, encoding: Encoding) -> None:
+    """Raise ValueError if the encoding cannot be rounded in the runner's model, before anything is changed in it."""
+    if encoding.learned is not None and encoding.learned.rest_learning_rate is not None:
+        RestOfBlocks(runner.model)
+    if encoding.needs_dense:
+        runner.require_separate_blocks()
 
 
 def learn_rounding(
@@ -40,27 +50,18 @@ def learn_rounding(
         ValueError: the model cannot be run block by block; an output is not finite (names the block).
     """
     generator = torch.Generator().manual_seed(0)
-
-    @contextmanager
-    def as_dense(block: str) -> Iterator[None]:
-        inside = {name: linear for name, linear in dense.items() if f"{name}.".startswith(f"{block}.")}
-        now = {name: runner.model.get_submodule(name) for name in inside}
-        homes = {name: weights_device(linear) for name, linear in inside.items()}
-        try:
-            for name, linear in inside.items():  # the block may be on the compute device meanwhile
-                runner.model.set_submodule(name, linear.to(weights_device(now[name])))
-            yield
-        finally:
-            for name, module in now.items():
-                runner.model.set_submodule(name, module)
-                dense.pop(name).to(homes[name])
+    dtypes = {name: module.weight.dtype for name, module in waiting.items()}  # passes may widen them meanwhile
+    rest = RestOfBlocks(runner.model) if settings.rest_learning_rate is not None else None
 
     def change(block: str, module: nn.Module, passes: BlockPasses) -> None:
         here = {name: each for name, each in waiting.items() if f"{name}.".startswith(f"{block}.")}
         if not here:
             return
-        learnable = {name: _make_learnable(each, encodings[each.encoding]) for name, each in here.items()}
-        descent = SignedDescent((each for children in learnable.values() for each in children.values()), settings)
+        learnable = {
+            name: _make_learnable(each, encodings[each.encoding], dtypes[name]) for name, each in here.items()
+        }
+        every = [each for children in learnable.values() for each in children.values()]
+        descent = SignedDescent(every, settings, () if rest is None else rest.of(block, module))
         order: list[int] = []
         for _ in range(settings.steps):
             order = order or torch.randperm(len(passes.targets), generator=generator).tolist()
@@ -73,14 +74,15 @@ def learn_rounding(
                 kernel = encodings[here[name].encoding].from_learned(each)
                 here[name].set_submodule(child, kernel.train(here[name].training))
 
-    runner.run_paired(as_dense, change, "learning to round")
+    with contextlib.nullcontext() if rest is None else rest:
+        runner.run_paired(partial(dense_again, runner.model, dense, release=True), change, "learning to round")
 
 
-def _make_learnable(module: CompressedLinear, encoding: Encoding) -> dict[str, LearnableLinear]:
+def _make_learnable(module: CompressedLinear, encoding: Encoding, dtype: torch.dtype) -> dict[str, LearnableLinear]:
     """Put learnable linears in the places of a compressed linear's children."""
     made: dict[str, LearnableLinear] = {}
     for child, linear in list(module.named_children()):
         plain: Any = linear
-        made[child] = encoding.learnable(plain).to(plain.weight.device)
+        made[child] = encoding.learnable(plain, dtype).to(plain.weight.device)
         module.set_submodule(child, made[child])
     return made

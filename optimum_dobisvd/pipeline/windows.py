@@ -13,7 +13,9 @@ from ..encodings.base import Encoding
 from ..model.input_limits import default_seqlen, require_positions, require_tokens
 
 USUAL_SEQLEN = 2048
-_HOW_TO_GIVE_TEXT = "pass GPTQConfig(dataset=[...texts]), or dataset= of the DobiSVDConfig"
+_HOW_TO_GIVE_TEXT = (
+    "pass dataset= of the DobiSVDConfig (or of a GPTQConfig), or take rounding='nearest', which reads none"
+)
 
 
 def with_seqlen(config: DobiSVDConfig, model: Any) -> DobiSVDConfig:
@@ -39,10 +41,12 @@ def calibration_windows(model: Any, config: DobiSVDConfig, tokenizer: Any, held_
         return windows
     needs_data = config.resolved_method().needs_data
     if needs_data or (config.encoding.needs_text and config.encoding.own_text is None):
-        reader = f"method {config.method!r}" if needs_data else config.encoding.name
+        reader, without = f"method {config.method!r} needs calibration text", "use method='svd', which needs none"
+        if not needs_data:
+            reader, without = config.encoding.text_is_missing, "take rounding='nearest', which reads none"
         raise ValueError(
-            f"{reader} needs calibration text: pass dataset= (a name such as 'wikitext2', a file, a list of strings, "
-            "or token tensors), or use method='svd', which needs none"
+            f"{reader}: pass dataset= (a name such as 'wikitext2', a file, a list of strings, or token tensors), or "
+            f"{without}"
         )
     return None
 
@@ -65,17 +69,22 @@ def quantization_windows(
     """
     if not encoding.needs_text:
         return windows if encoding.uses_text else None
-    own, learned = encoding.own_text, encoding.learned
+    own = encoding.own_text
     if own is None and windows is not None:
-        return windows if learned is None else windows.first(learned.nsamples).shortened(learned.seqlen)
+        return windows_for(encoding, windows)
     text = {"c4-new": "c4"}.get(own, own) if isinstance(own, str) else own if own is not None else config.dataset
     if text is None:
-        raise ValueError(f"{encoding.name} needs calibration text: {_HOW_TO_GIVE_TEXT}")
+        raise ValueError(f"{encoding.text_is_missing}: {_HOW_TO_GIVE_TEXT}")
     try:
-        drawn = draw_windows(text, encoding.own_tokenizer or tokenizer, **config.draw)
-        return drawn if learned is None else drawn.first(learned.nsamples).shortened(learned.seqlen)
+        return windows_for(encoding, draw_windows(text, encoding.own_tokenizer or tokenizer, **config.draw))
     except (ValueError, OSError) as error:
-        raise ValueError(f"{encoding.name} needs calibration text: {error}; {_HOW_TO_GIVE_TEXT}") from error
+        raise ValueError(f"{encoding.text_is_missing}: {error}; {_HOW_TO_GIVE_TEXT}") from error
+
+
+def windows_for(encoding: Encoding, windows: CalibrationWindows) -> CalibrationWindows:
+    """Return as many of these windows, and as much of each, as the encoding's rounding is to read."""
+    learned = encoding.learned
+    return windows if learned is None else windows.first(learned.nsamples).shortened(learned.seqlen)
 
 
 def tokenizer_of(model: Any, config: DobiSVDConfig, tokenizer: Any) -> Any:

@@ -19,6 +19,8 @@ from ..encodings.base import Encoding, InputGram, OutputErrors, matrix_of
 from ..factorization.factors import Factors, Gauge
 from ..model.linears import dense_linear, weight_matrix
 
+_AIM_DAMPING = 0.01
+"""Added to the diagonal of the Gram that is solved with, as a share of its mean."""
 RoundingErrors = Callable[[Tensor, InputGram, Tensor | None], OutputErrors]
 """`Encoding.rounding_errors` of weight, Gram of its inputs, and rows or None."""
 QuantizationLoss = Callable[[RoundingErrors], float]
@@ -128,6 +130,31 @@ class CompressedLinear(nn.Module, ABC):
             matrix = before[name].to(gram)
             gram = matrix @ gram @ matrix.T
         return gram
+
+    @classmethod
+    def aimed(
+        cls, linear: str, weights: Mapping[str, Tensor], before: Mapping[str, Tensor], inputs: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Return the weight of a linear whose outputs are nearest to what it gives unrounded in the dense model.
+
+        With `X_d` what the linear would read there, behind unrounded linears, and `X` what it reads here, behind
+        rounded ones, `W + W (X_d X^T - X X^T) (X X^T + damping)^-1` minimizes `||W X_d - Q X||` over `Q`, but for the
+        damping, which keeps it near `W`. So it makes up for what the linears before it lost by rounding, too.
+
+        Args:
+            linear, weights, before: as for `refitted`.
+            inputs: `H`, and `X_d X^T` of the matrix's inputs.
+        """
+        gram, crossed = (each.double() for each in inputs)
+        for name in itertools.takewhile(lambda name: name != linear, cls.linears(1, 1, 1)):
+            exact, rounded = weights[name].to(crossed), before[name].to(crossed)
+            gram, crossed = rounded @ gram @ rounded.T, exact @ crossed @ rounded.T
+        weight = weights[linear].to(gram)
+        if not weight.numel():
+            return weights[linear]
+        damped = gram.clone()
+        damped.diagonal().add_(_AIM_DAMPING * damped.diagonal().mean().clamp_min(1e-300))
+        return weight + torch.linalg.solve(damped, (crossed - gram).T @ weight.T).T
 
     @classmethod
     @abstractmethod

@@ -148,6 +148,7 @@ class Format:
         dtype: torch.dtype,
         full_rank: int,
         gram: Tensor | None = None,
+        crossed: Tensor | None = None,
     ) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
         """Quantize the weights of its linears (`structure.written`, any float dtype) in the order they compute in.
 
@@ -158,6 +159,7 @@ class Format:
             full_rank: `min(m, n)`.
             gram: `H` of the matrix's inputs, for a structure that refits what is still to be rounded, and an encoding
                 that uses text.
+            crossed: `X_d X^T` of its inputs in the dense model and here, to round towards the outputs on the former.
 
         Returns:
             Its children, and the matrices that they stand for, with its own tensors (see `structure.product`).
@@ -166,7 +168,10 @@ class Format:
         children: dict[str, nn.Module] = {}
         matrices = {name: tensor for name, tensor in weights.items() if name not in names}
         for name in names:
-            weight = self.structure.refitted(name, weights, matrices, gram)
+            if gram is None or crossed is None:
+                weight = self.structure.refitted(name, weights, matrices, gram)
+            else:
+                weight = self.structure.aimed(name, weights, matrices, (gram, crossed))
             linear = bare_linear(weight, bias if f"{name}.bias" == self.structure.bias_key else None)
             inputs = None
             if gram is not None and self.encoding.uses_text:

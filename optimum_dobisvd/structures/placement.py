@@ -30,7 +30,7 @@ def replace_linear(
     for structures that refit what is not rounded yet.
 
     Returns what `structure.product` takes: the matrices that its linears compute with; None where they are still plain
-    linears, for an encoding that uses text to quantize sequentially. ValueError where values or scales overflow in the
+    linears, for an encoding that waits. ValueError where values or scales overflow in the
     model's dtype.
     """
     module: Any = model.get_submodule(name)
@@ -42,7 +42,7 @@ def replace_linear(
     if hook is not None:
         _hook_alike(new, hook)
     model.set_submodule(name, new)
-    return None if format.encoding.uses_text else matrices
+    return None if format.encoding.waits else matrices
 
 
 def _built(
@@ -60,7 +60,7 @@ def _built(
     new.encoding = format.encoding.name
     new.weight = torch.empty(0, device=device, dtype=dtype)
     weights = format.structure.written(source, format.encoding.gauge, dtype)
-    now = Format(format.structure, AS_IS.encoding) if format.encoding.uses_text else format
+    now = Format(format.structure, AS_IS.encoding) if format.encoding.waits else format
     here = {child: weight.to(device) for child, weight in weights.items()}
     felt = None if gram is None else gram.to(device)
     children, matrices = now.quantize(here, bias, dtype, min(outputs, inputs), felt)
