@@ -1,10 +1,12 @@
 """From a ratio, overrides or a given plan to what every matrix becomes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoRoundConfig, GPTQConfig
 
 from integration_tests.pipeline.tiny_model_compression import (
     DOWN2,
@@ -56,6 +58,26 @@ def test_rounding_is_priced_by_the_trace_of_the_fisher_information(tmp_path: Pat
             assert measured is not None
             expected = measured[name] * (true / by_kfac)
             torch.testing.assert_close(losses, expected, rtol=0.02, atol=0)  # the root is damped by 1 %
+
+
+def test_a_mixture_is_planned_with_the_losses_of_its_rounding(tmp_path: Path) -> None:
+    model, found = tiny("llama", hidden_size=64, intermediate_size=96), []
+    common: dict[str, Any] = {"bits": 4, "group_size": 32, "sym": False}
+    gptq = GPTQConfig(**common, desc_act=True, act_group_aware=False, damp_percent=0.01)
+    for quantization in (gptq, AutoRoundConfig(**common)):
+        config = DobiSVDConfig(
+            ratio=0.25, dataset=tokens(8, 16), quantization=quantization, mixed=True, statistics=tmp_path
+        )
+        job = prepare(model, config)
+        assert job.windows is not None
+        found.append(measure_losses(job, collect(model, job, job.windows, fingerprint(model, job.windows))))
+    feedback, learned = found
+    assert feedback is not None
+    assert learned is not None
+    for name, losses in feedback.items():
+        for key, loss in losses.items():
+            share = {"gptq2_g32": 0.48, "gptq3_g32": 0.62, "gptq4_g32": 0.73}.get(key[1], 1.0)
+            torch.testing.assert_close(learned[name][key], share * loss)
 
 
 def test_keeping_everything_leaves_the_model_dense() -> None:

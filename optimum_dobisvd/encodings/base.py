@@ -152,6 +152,7 @@ class Encoding(ABC):
         dense_encodings: what a matrix that is not factorized may be stored as beside it, the smallest first; as it is
             (`float`) is always a choice.
         relative_error: share of a linear's energy that rounding takes, for allocators that know no better.
+        learned_loss_share: what learned codes lose, as a share of what `rounding_errors` tells.
         loss_is_measured: whether allocators that score ranks weigh its rounding by measured loss.
         own_text, own_tokenizer: calibration text that its settings name, and its tokenizer; None where they do not.
         one_input_at_a_time: whether linears of a block that read different inputs are quantized one after the other,
@@ -175,6 +176,7 @@ class Encoding(ABC):
     needs_gauge: ClassVar[bool] = False
     dense_encodings: tuple[str, ...] = ()
     relative_error: float = 0.0
+    learned_loss_share: float = 1.0
     loss_is_measured: ClassVar[bool] = False
     own_text: Any = None
     own_tokenizer: Any = None
@@ -293,6 +295,11 @@ class Encoding(ABC):
         return "take another encoding: this one is not for matrices of such sizes"
 
     # Values.
+
+    @property
+    def loss_share(self) -> float:
+        """What its codes lose, as a share of what `rounding_errors` tells."""
+        return 1.0 if self.learned is None else self.learned_loss_share
 
     @property
     def loss_name(self) -> str:

@@ -64,8 +64,12 @@ def known_losses(job: Job, store: StatisticsStore | None) -> QuantizationLosses 
     if store is None or not formats or not all(_has_losses(store, format, job) for format in formats):
         return None
     found = {format.key: store.losses(format.loss_name) or {} for format in formats}
-    shares = _dependences(job, store)
-    return {name: {key: shares[name] * losses[name] for key, losses in found.items()} for name in job.layout.linears}
+    shares = {format.key: format.encoding.loss_share for format in formats}
+    scale = _dependences(job, store)
+    return {
+        name: {key: scale[name] * shares[key] * losses[name] for key, losses in found.items()}
+        for name in job.layout.linears
+    }
 
 
 def _dependences(job: Job, store: StatisticsStore) -> dict[str, float]:
