@@ -144,7 +144,10 @@ def compressed(args: argparse.Namespace, row: Row, tokenizer: Any) -> tuple[Any,
             plain = nn.Linear(weight.shape[1], len(weight), bias=bias is not None)
             plain.weight, plain.bias = nn.Parameter(weight), bias
             linear.set_submodule(child, plain)
-    return model.float(), {"ratio": report.target_bytes / report.dense_target_bytes}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype is torch.bfloat16:  # a quantized model refuses to be cast as a whole
+            tensor.data = tensor.data.float()
+    return model, {"ratio": report.target_bytes / report.dense_target_bytes}
 
 
 def by_auto_round(args: argparse.Namespace, row: Row, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
