@@ -124,7 +124,7 @@ def compressed(args: argparse.Namespace, row: Row, tokenizer: Any) -> tuple[Any,
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     shape = {"bits": "dense", "uniform": "dense"}.get(row.kind, "auto")
     config = DobiSVDConfig(
-        ratio=BYTES_OF_BITS[row.bits],
+        ratio=BYTES_OF_BITS[row.bits] + (0.0005 if row.kind == "uniform" else 0),  # which is exact, and no choice
         structure=shape,
         quantization=encoding_of(row),
         mixed=row.kind != "uniform",
