@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optimum_dobisvd.allocation.quantization_loss import quantization_losses
-from optimum_dobisvd.encodings.base import InputGram
+from optimum_dobisvd.encodings.input_gram import InputGram
 from optimum_dobisvd.factorization.factors import Decomposition
 from optimum_dobisvd.factorization.kfac import kfac, output_root
 from optimum_dobisvd.structures.format import Format, format_named

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, GPTQConfig
 
 from optimum_dobisvd import DobiSVDConfig
-from optimum_dobisvd.encodings.base import Feedback, InputGram, LinearShape, OutputErrors
+from optimum_dobisvd.encodings.base import LinearShape
 from optimum_dobisvd.encodings.bitsandbytes import CODES, fake_quantize_to_code
 from optimum_dobisvd.encodings.gptq import fake_quantize_groups
+from optimum_dobisvd.encodings.input_gram import Feedback, InputGram, OutputErrors
 from optimum_dobisvd.encodings.int8 import fake_quantize_rows
 from optimum_dobisvd.encodings.registry import encoding_named, encoding_of
 

@@ -10,7 +10,8 @@ from transformers import AutoRoundConfig, GPTQConfig
 
 from integration_tests.quantization.quantized_models import SETTINGS, needs_bnb, needs_gptq
 from optimum_dobisvd import DobiSVDConfig
-from optimum_dobisvd.encodings.base import Encoding, InputGram
+from optimum_dobisvd.encodings.base import Encoding
+from optimum_dobisvd.encodings.input_gram import InputGram
 from optimum_dobisvd.encodings.int8 import quantize_rows
 from optimum_dobisvd.encodings.learned_rounding import LearnableLinear, LearnedRoundingSettings, SignedDescent
 from optimum_dobisvd.encodings.registry import beside, encoding_of, rounded

@@ -17,6 +17,7 @@ from optimum_dobisvd import optimize_for_inference as optimized
 from optimum_dobisvd import restore_after_inference as restored
 from optimum_dobisvd.allocation.plan import PlannedModule
 from optimum_dobisvd.encodings.gptq_cpu import GPTQOnCPU
+from optimum_dobisvd.inference.groups import shared_inputs
 from optimum_dobisvd.inference.measured import SPEEDS, speed_key
 from optimum_dobisvd.inference.optimize import restore_after_inference
 from optimum_dobisvd.inference.shared_input import SharedInput
@@ -157,6 +158,22 @@ def test_the_order_of_calls_does_not_matter(calls: list[tuple[int, int]]) -> Non
         parts = [SharedInputPart(linear, shared, index) for index, linear in enumerate(linears)]
         for which, given_input in calls:
             torch.testing.assert_close(parts[which](inputs[given_input]), expected[which][given_input])
+
+
+def test_a_tensor_that_is_changed_in_place_is_another_input() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = nn.Linear(4, 2), nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + 1
+            early = self.q(x) + self.k(x)
+            return early + self.v(x.mul_(2))
+
+    model = Block()
+    found = shared_inputs(model, dict(model.named_children()), {"x": torch.randn(3, 4)})
+    assert found == [["q", "k"]]
 
 
 def test_gradients_of_weights_are_right() -> None:

@@ -7,9 +7,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, G
 from integration_tests.quantization.quantized_models import SETTINGS, marked, needs_bnb, needs_gptq, planned, wide
 from integration_tests.tiny_models import tokens
 from optimum_dobisvd import DobiSVDConfig, LowRankLinear
-from optimum_dobisvd.encodings.base import InputGram, matrix_of
+from optimum_dobisvd.encodings.base import matrix_of
 from optimum_dobisvd.encodings.error_feedback import ErrorFeedback
 from optimum_dobisvd.encodings.gptq import fake_quantize_groups
+from optimum_dobisvd.encodings.input_gram import InputGram
 from optimum_dobisvd.encodings.registry import encoding_of
 from optimum_dobisvd.factorization.kfac import OutputRoot, kfac
 from optimum_dobisvd.structures.format import Format

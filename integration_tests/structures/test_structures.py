@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optimum_dobisvd.encodings.base import InputGram, OutputErrors
+from optimum_dobisvd.encodings.input_gram import InputGram, OutputErrors
 from optimum_dobisvd.factorization.factors import Factors, Gauge
 from optimum_dobisvd.structures.base import RoundingErrors
 from optimum_dobisvd.structures.dense import DenseLinear

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..encodings.base import InputGram
+from ..encodings.input_gram import InputGram
 from ..factorization.factors import Decomposition, Factors
 from ..structures.format import Format
 

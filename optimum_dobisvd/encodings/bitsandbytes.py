@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from ..factorization.factors import Gauge
-from .base import Encoding, Feedback, InputGram, LinearShape, OutputErrors
+from .base import Encoding, LinearShape
 from .bitsandbytes_learning import LearnableBlocks
 from .bitsandbytes_rounding import (
     dequantized_weight,
@@ -25,6 +25,7 @@ from .bitsandbytes_rounding import (
     round_with_feedback,
 )
 from .error_feedback import NearestOfCode
+from .input_gram import Feedback, InputGram, OutputErrors
 from .int8 import fake_quantize_rows
 from .rounding import Rounding
 from .settings import check_options, refuse_layer_names, with_method

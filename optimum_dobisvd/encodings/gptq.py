@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GPTQConfig
 
 from ..factorization.factors import Gauge
-from .base import Encoding, Feedback, InputGram, LinearShape, OutputErrors
+from .base import Encoding, LinearShape
 from .gptq_cpu import GPTQOnCPU, can_run_on_cpu
 from .gptq_linear import (
     GPTQ_IN_MEMORY,
@@ -27,6 +27,7 @@ from .gptq_linear import (
     require_unpacked,
 )
 from .gptq_rounding import LearnableGroups, gptq_round, packed_kernel
+from .input_gram import Feedback, InputGram, OutputErrors
 from .rounding import Rounding
 from .settings import check_options, refuse_layer_names, with_method
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..factorization.factors import LARGEST_FRACTION, Gauge, rounded_up
-from .base import Encoding, InputGram, LinearShape, OutputErrors, stacked
+from .base import Encoding, LinearShape, stacked
+from .input_gram import InputGram, OutputErrors
 from .int8_matmul import CPU_MULTIPLE, UNIT, int8_matmul, is_aligned
 from .learned_rounding import LearnableLinear, straight_through
 

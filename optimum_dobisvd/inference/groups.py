@@ -14,6 +14,8 @@ from torch import Tensor, nn
 def shared_inputs(model: Any, linears: Mapping[str, nn.Module], inputs: Mapping[str, Any] | None) -> list[list[str]]:
     """Return the names of linears that read one and the same tensor, in the order in which they are called.
 
+    One that reads it after a change in place reads another input.
+
     Experts that no token was routed to are taken to be like those of the same class that some were.
 
     Args:
@@ -25,12 +27,12 @@ def shared_inputs(model: Any, linears: Mapping[str, nn.Module], inputs: Mapping[
         ValueError: the model cannot be called so; says what to pass.
     """
     # Tensors are kept while ids are compared, so that none has the id of one that is gone.
-    read: dict[str, list[Tensor]] = defaultdict(list)
+    read: dict[str, list[tuple[Tensor, int]]] = defaultdict(list)
     names = {id(module): name for name, module in linears.items()}
 
     def note(module: nn.Module, given: tuple[Any, ...]) -> None:
         if given:
-            read[names[id(module)]].append(given[0])
+            read[names[id(module)]].append((given[0], _version(given[0])))
 
     hooks = [module.register_forward_pre_hook(note) for module in linears.values()]
     try:
@@ -45,11 +47,16 @@ def shared_inputs(model: Any, linears: Mapping[str, nn.Module], inputs: Mapping[
     finally:
         for hook in hooks:
             hook.remove()
-    by_inputs: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    by_inputs: dict[tuple[tuple[int, int], ...], list[str]] = defaultdict(list)
     for name, tensors in read.items():
-        by_inputs[tuple(map(id, tensors))].append(name)
+        by_inputs[tuple((id(tensor), version) for tensor, version in tensors)].append(name)
     found = [group for group in by_inputs.values() if len(group) > 1]
     return found + _alike(model, found, [name for name in linears if name not in read])
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often it was changed in place, which tensors of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _alike(model: nn.Module, found: list[list[str]], unseen: list[str]) -> list[list[str]]:

@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..encodings.base import Encoding, InputGram, OutputErrors, matrix_of
+from ..encodings.base import Encoding, matrix_of
+from ..encodings.input_gram import InputGram, OutputErrors
 from ..factorization.factors import Factors, Gauge
 from ..model.linears import dense_linear, weight_matrix
 

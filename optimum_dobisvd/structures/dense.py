@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..encodings.base import InputGram
+from ..encodings.input_gram import InputGram
 from ..factorization.factors import Factors, Gauge
 from .base import CompressedLinear, QuantizationLoss
 

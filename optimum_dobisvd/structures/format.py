@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..encodings.base import Encoding, InputGram, LinearShape, OutputErrors
+from ..encodings.base import Encoding, LinearShape
+from ..encodings.input_gram import InputGram, OutputErrors
 from ..encodings.registry import encoding_named
 from ..factorization.factors import Factors
 from ..model.linears import is_conv1d

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..encodings.base import InputGram
+from ..encodings.input_gram import InputGram
 from ..factorization.factors import Factors, Gauge
 from ..factorization.pivots import interpolate
 from .base import CompressedLinear, QuantizationLoss, RoundingErrors
