@@ -224,3 +224,15 @@ def test_on_a_gpu_without_triton_the_extra_package_is_named(monkeypatch: pytest.
     assert kernels.KERNELS[0].refuses(torch.ones(1, 1), torch.ones(1, 1, dtype=torch.int8)) == (
         "Triton is not installed (pip install triton)"
     )
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_graph_of_float32_products_is_the_same_function(rows: int, scaled: bool) -> None:
+    weight = torch.randint(-127, 128, (12, 40), dtype=torch.int8)
+    scale = torch.rand(12) if scaled else None
+    x = torch.randn(2, rows, 40)[:1]
+    exact = x.double() @ weight.double().T / 128 * (1 if scale is None else scale.double())
+    torch._dynamo.reset()
+    found = torch.compile(int8_matmul, backend="eager", fullgraph=True)(x, weight, scale)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)

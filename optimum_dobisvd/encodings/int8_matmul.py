@@ -41,6 +41,8 @@ _CACHED = 1 << 22
 """Elements that are unpacked at once on a CPU."""
 # Above so many rows the bf16 instructions of newer CPUs beat it, unpacking included.
 _CPU_FEW_ROWS = 12
+_CPU_FUSED_ROWS = 4
+"""Up to so many rows of float32, a compiler's loop over 8-bit weights is faster than a product with unpacked ones."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,14 @@ def _dispatch(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
 def _compiled_product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     """What becomes part of a graph: the CPU kernel for few rows; else the compiler fuses unpacking into the product.
 
+    Few rows of float32, which that kernel computes slowly, are a sum that a compiler makes one loop over the weights.
+
     Addresses are not known while a graph is made. The compiler's own buffers begin where the kernel can take them, and
     `Int8.for_inference` sees to it that slices do.
     """
+    if x.device.type == "cpu" and x.dtype is torch.float32 and len(x) <= _CPU_FUSED_ROWS:
+        product = (x[:, None, :] * weight.to(x.dtype)).sum(-1)
+        return product * (1 / UNIT if scale is None else scale.to(x.dtype) / UNIT)
     few = len(x) <= _CPU_FEW_ROWS and x.dtype is torch.bfloat16 and x.shape[1] % CPU_MULTIPLE == 0
     if scale is None or scale.dtype is not x.dtype or not (few and x.device.type == "cpu" and _IS_X86):
         return _dequantizing(x, weight, scale)

@@ -62,6 +62,7 @@ if kind == "AutoScheme":
     settings["scheme"] = AutoScheme(
         avg_bits=float(bits), options=tuple(schemes), nsamples=16, seqlen=rows.shape[1], dataset=texts
     )
+    settings["dataset"] = texts  # beside a scheme it takes no tokens
 else:
     settings |= {"bits": int(bits), "group_size": 32, "sym": False, "enable_alg_ext": bits == "2"}
 tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -158,7 +159,9 @@ def by_auto_round(args: argparse.Namespace, row: Row, tokenizer: Any) -> tuple[A
         tokens, texts, out = (str(Path(folder) / name) for name in ("tokens.safetensors", "texts.json", "model"))
         windows = load_windows(args.dataset, tokenizer, nsamples=NSAMPLES, seqlen=SEQLEN)
         save_file({"ids": windows.input_ids.contiguous()}, tokens)
-        rows = [{"text": tokenizer.decode(window)} for window in windows.input_ids.flatten().split(2 * SEQLEN)]
+        # Read again they may be a few tokens less, and auto-round drops texts that are shorter than its windows.
+        longer = load_windows(args.dataset, tokenizer, nsamples=NSAMPLES, seqlen=SEQLEN + 32)
+        rows = [{"text": tokenizer.decode(window)} for window in longer.input_ids]
         Path(texts).write_text(json.dumps(rows), encoding="utf-8")
         bits = f"{BITS_A_WEIGHT[row.bits]:.3f}" if row.kind == "AutoScheme" else row.bits
         given = [args.model, tokens, texts, row.kind, bits, str(row.steps), out]
