@@ -63,6 +63,24 @@ def test_descent_loses_less_than_the_nearest_codes_and_keeps_to_the_grid(symmetr
     assert float(learned.offsets.abs().max()) <= 0.5
 
 
+@given(bits=st.sampled_from([2, 3, 4]), symmetric=st.booleans(), seed=st.integers(0, 99))
+def test_fitted_ranges_lose_no_more_than_the_whole_ones_in_any_group(bits: int, symmetric: bool, seed: int) -> None:
+    learned = LearnableGroups(linear(8, 48, seed), bits, 16, symmetric)
+    moments = torch.rand(48, generator=torch.Generator().manual_seed(seed)) ** 4
+    moments[:3] = 0  # an input that is always zero counts nothing
+
+    def lost() -> torch.Tensor:
+        missed = (learned.weight.detach() - learned._groups.flatten(1)).square() * moments
+        return missed.unflatten(1, (-1, 16)).sum(-1)
+
+    whole = lost()
+    learned.fit_ranges(moments)
+    fitted = lost()
+    assert bool((fitted <= whole * (1 + 1e-6)).all())
+    assert float(fitted.sum()) < float(whole.sum())
+    assert 0 < float(learned.highest.min()) <= float(learned.highest.max()) <= 1
+
+
 def test_the_best_rounding_is_kept_where_the_last_one_is_worse() -> None:
     learned = LearnableGroups(linear(4, 32), 4, 32, False)
     descent = SignedDescent([learned], LearnedRoundingSettings(steps=2, learning_rate=0.4))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 _LARGEST_OFFSET = 0.5
+_RANGES = tuple(1 - 0.05 * step for step in range(12))
+"""Shares of the range of a group's values that a grid is tried with."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class LearnableLinear(nn.Module, ABC):
 
     `offsets` (`m x groups x group_size`, from -1/2 to 1/2) are added to a weight in units of its grid's step before it
     is rounded; `lowest` and `highest` (`m x groups x 1`, from 0 to 1) say how much of the range of a group's values
-    the grid spans. Gradients pass through the rounding as if it were not there. It begins as the nearest rounding.
+    the grid spans. Gradients pass through the rounding as if it were not there. It begins as the nearest rounding on a
+    grid that spans all of them.
 
     Args:
         linear: its weight is `m x n`, in any floating dtype.
@@ -96,6 +99,33 @@ class LearnableLinear(nn.Module, ABC):
     def learned(self) -> tuple[nn.Parameter, ...]:
         """Return what is learned of the rounding."""
         return self.offsets, self.lowest, self.highest
+
+    @torch.no_grad()
+    def fit_ranges(self, moments: Tensor) -> None:
+        """Begin with the grid of every group on which nearest rounding loses least: a few steps do not find it.
+
+        First both ends are moved together, then each by itself.
+
+        Args:
+            moments: mean square of every input (`n`): what the square of an error there counts.
+        """
+        felt = moments.to(self._groups).view(1, -1, self._groups.shape[-1])
+        best = self._lost(felt)
+        for moved in ((self.lowest, self.highest), (self.highest,), (self.lowest,)):
+            found = [end.clone() for end in moved]
+            for share in _RANGES:
+                for end in moved:
+                    end.fill_(share)
+                lost = self._lost(felt)
+                for end in found:
+                    end[lost < best] = share
+                best = torch.minimum(best, lost)
+            for end, value in zip(moved, found, strict=True):
+                end.copy_(value)
+
+    def _lost(self, felt: Tensor) -> Tensor:
+        """Return what rounding loses in every group, `m x groups x 1`."""
+        return ((self.weight.view_as(self._groups) - self._groups).square() * felt).sum(-1, keepdim=True)
 
     @torch.no_grad()
     def keep_in_range(self) -> None:

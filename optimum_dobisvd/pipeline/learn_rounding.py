@@ -17,6 +17,9 @@ from ..structures.base import CompressedLinear
 from .dense_beside import dense_again
 from .rest_of_blocks import RestOfBlocks
 
+_BATCHES_OF_MOMENTS = 2
+"""From which the mean squares of inputs are taken."""
+
 
 def check_runnable(runner: PairedRunner, encoding: Encoding) -> None:
     """Raise ValueError if the encoding cannot be rounded in the runner's model, before anything is changed in it."""
@@ -57,11 +60,15 @@ def learn_rounding(
         here = {name: each for name, each in waiting.items() if f"{name}.".startswith(f"{block}.")}
         if not here:
             return
+        moments = _input_moments(here, passes)
         learnable = {
             name: _make_learnable(each, encodings[each.encoding], dtypes[name]) for name, each in here.items()
         }
-        every = [each for children in learnable.values() for each in children.values()]
-        descent = SignedDescent(every, settings, () if rest is None else rest.of(block, module))
+        every = {f"{name}.{child}": each for name, made in learnable.items() for child, each in made.items()}
+        for name, each in every.items():
+            if name in moments:  # else it was given no token
+                each.fit_ranges(moments[name])
+        descent = SignedDescent(every.values(), settings, () if rest is None else rest.of(block, module))
         order: list[int] = []
         for _ in range(settings.steps):
             order = order or torch.randperm(len(passes.targets), generator=generator).tolist()
@@ -76,6 +83,24 @@ def learn_rounding(
 
     with contextlib.nullcontext() if rest is None else rest:
         runner.run_paired(partial(dense_again, runner.model, dense, release=True), change, "learning to round")
+
+
+@torch.no_grad()
+def _input_moments(here: Mapping[str, CompressedLinear], passes: BlockPasses) -> dict[str, torch.Tensor]:
+    """Return the mean square of every input of the linears that these are written as, by name, still unrounded."""
+    sums: dict[str, torch.Tensor] = {}
+
+    def observe(name: str, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        rows = args[0].detach().flatten(0, -2).float()
+        sums[name] = sums.get(name, 0) + rows.square().sum(0)
+
+    with contextlib.ExitStack() as hooks:
+        for name, module in here.items():
+            for child, linear in module.named_children():
+                hooks.callback(linear.register_forward_pre_hook(partial(observe, f"{name}.{child}")).remove)
+        for batch in range(min(_BATCHES_OF_MOMENTS, len(passes.targets))):
+            passes.outputs(batch)
+    return {name: total / total.mean().clamp_min(1e-30) for name, total in sums.items()}
 
 
 def _make_learnable(module: CompressedLinear, encoding: Encoding, dtype: torch.dtype) -> dict[str, LearnableLinear]:
