@@ -288,6 +288,13 @@ class Encoding(ABC):
         """
         return None
 
+    def is_row_scaled(self, linear: nn.Module) -> bool:
+        """Whether it computes `x weight^T * scale + bias` from parameters of these names.
+
+        The first is `m x n`, of floating-point numbers or int8 fractions of 128; without a scale this is 1.
+        """
+        return False
+
     def before_saving(self, name: str, module: nn.Module, dtype: torch.dtype) -> None:  # noqa: B027 - most encodings have nothing to do
         """Make sure that a linear's tensors are as checkpoints have them. ValueError names it."""
 
