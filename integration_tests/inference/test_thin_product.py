@@ -142,7 +142,8 @@ for structure in ("low_rank", "pivoted", "dense"):
         thin = [module for module in model.modules() if isinstance(module, ThinLinear)]
         assert thin, (structure, encoding)
         calls = []
-        thin_linear.thin_product, original = lambda *args: calls.append(args) or original(*args), thin_linear.thin_product
+        original = thin_linear.thin_product
+        thin_linear.thin_product = lambda *args: calls.append(args) or original(*args)
         for given, right in ((None, expected), (ids, wanted)):
             found = logits(model) if given is None else logits(model, given)
             assert float((found - right).norm() / right.norm()) < 2e-2, (structure, encoding)

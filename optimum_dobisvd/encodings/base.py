@@ -280,7 +280,8 @@ class Encoding(ABC):
         """Return what gives the outputs of linears with the same input, one after the other, faster than they do.
 
         None where there is none. The linears come back when the model is saved, so their tensors stay as they are.
-        Parameters of what is returned are those of the linears by the same names, their rows one after the other.
+        Parameters of what is returned are those of the linears by the same names, their rows one after the other. Its
+        method `release`, if it has one, puts back what it took from the linears.
 
         Args:
             linears: one or several in this encoding, on their device, with their values.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -86,6 +87,7 @@ def optimize_for_inference(
             module.set_inference(True)
     for paths in _linears_by_input(model, compressed, groups):
         _put_faster(model, record, paths, counts)
+    _tell_kernels(model, compressed)
     return model
 
 
@@ -211,3 +213,14 @@ def _places(model: Any, paths: Sequence[str]) -> torch.Tensor | None:
     parent, _, child = paths[0].rpartition(".")
     module = model.get_submodule(parent)
     return module.output_places(child) if len(paths) == 1 and isinstance(module, CompressedLinear) else None
+
+
+def _tell_kernels(model: Any, compressed: Mapping[str, CompressedLinear]) -> None:
+    """Say how many linears of each encoding run in what."""
+    found: Counter[str] = Counter()
+    for name, module in compressed.items():
+        for child, _ in module.named_children() if model.get_submodule(name) is module else ():
+            running = module.get_submodule(child)
+            running = running.runs if isinstance(running, SharedInputPart) else running
+            found[f"{module.encoding} in {getattr(running, 'runs_in', type(running).__name__)}"] += 1
+    logger.info("linears: %s", ", ".join(f"{count} {what}" for what, count in found.items()) or "all dense")
