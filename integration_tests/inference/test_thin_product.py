@@ -69,7 +69,7 @@ torch.library.opcheck(
 
 
 def test_any_shape_dtype_bias_and_permutation_in_the_interpreter() -> None:
-    done = run_python(AGAINST_FLOAT64, "cpu", "120", TRITON_INTERPRET="1")
+    done = run_python(AGAINST_FLOAT64, "cpu", "80", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -135,7 +135,7 @@ for structure in ("low_rank", "pivoted", "dense"):
     for encoding in ("float", "int8"):
         if (structure, encoding) == ("dense", "float"):
             continue
-        model = compressed(structure, encoding, torch.bfloat16, wide(sys.argv[1], torch.bfloat16))
+        model = compressed(structure, encoding, torch.bfloat16, wide("qwen2", torch.bfloat16))
         expected, wanted = logits(model), logits(model, ids)
         tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         optimize_for_inference(model, dense=[], rows=(1, 4, 512))
@@ -165,8 +165,7 @@ for structure in ("low_rank", "pivoted", "dense"):
 """
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_a_model_computes_the_same_in_one_graph_and_comes_back(name: str) -> None:
-    """With a bias in q, k and v of the second."""
-    done = run_python(f"import sys; sys.path.insert(0, {str(ROOT)!r}){IN_A_MODEL}", name, TRITON_INTERPRET="1")
+def test_a_model_computes_the_same_in_one_graph_and_comes_back() -> None:
+    """Of an architecture with biases in q, k and v."""
+    done = run_python(f"import sys; sys.path.insert(0, {str(ROOT)!r}){IN_A_MODEL}", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-3000:]
