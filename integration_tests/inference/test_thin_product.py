@@ -4,14 +4,18 @@ Each in a process of its own: whether Triton interprets is decided when it is im
 """
 
 import importlib.util
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 
 from integration_tests.fresh_processes import run_python
+from optimum_dobisvd.encodings.float import Float
+from optimum_dobisvd.inference import thin_linear
+from optimum_dobisvd.inference.thin_linear import RATIOS, faster_by_kernel, ratio_key
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 ROOT = Path(__file__).parents[2]
 AGAINST_FLOAT64 = """
@@ -68,6 +72,7 @@ torch.library.opcheck(
 """
 
 
+@needs_triton
 def test_any_shape_dtype_bias_and_permutation_in_the_interpreter() -> None:
     done = run_python(AGAINST_FLOAT64, "cpu", "80", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -115,6 +120,7 @@ for block_rows, tiles in ((1, ONE_ROW), (16, SEVERAL_ROWS)):
 """
 
 
+@needs_triton
 def test_the_kernels_compile_for_hopper() -> None:
     done = run_python(FOR_HOPPER)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -165,7 +171,45 @@ for structure in ("low_rank", "pivoted", "dense"):
 """
 
 
+@needs_triton
 def test_a_model_computes_the_same_in_one_graph_and_comes_back() -> None:
     """Of an architecture with biases in q, k and v."""
     done = run_python(f"import sys; sys.path.insert(0, {str(ROOT)!r}){IN_A_MODEL}", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture
+def linear(monkeypatch: pytest.MonkeyPatch) -> torch.nn.Linear:
+    """One that would be on a GPU."""
+    monkeypatch.setattr(thin_linear, "unsupported_reason", lambda device, dtype: None)
+    monkeypatch.setattr(thin_linear, "RATIOS", {})
+    return torch.nn.Linear(24, 40, dtype=torch.bfloat16)
+
+
+def test_it_is_chosen_where_it_is_faster_over_the_rows_that_it_takes(linear: torch.nn.Linear) -> None:
+    for rows, ratio in ((1, 0.5), (4, 1.4), (8, 3.0)):
+        thin_linear.RATIOS[ratio_key(linear, rows, False)] = ratio
+    assert faster_by_kernel(linear, Float(), [1]) is not None
+    assert faster_by_kernel(linear, Float(), [1, 512]) is not None
+    assert faster_by_kernel(linear, Float(), [1, 4]) is not None  # their geometric mean is below 1
+    assert faster_by_kernel(linear, Float(), [1, 8]) is None
+    assert faster_by_kernel(linear, Float(), [17, 512]) is None
+
+
+def test_a_kernel_that_fails_is_told_and_done_without(
+    linear: torch.nn.Linear, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> float:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(thin_linear, "_measured", fails)
+    with caplog.at_level(logging.WARNING, logger="optimum_dobisvd"):
+        assert faster_by_kernel(linear, Float(), [1]) is None
+        assert faster_by_kernel(linear, Float(), [1]) is None
+    assert [record.message.count("Failed to find C compiler") for record in caplog.records] == [1]
+
+
+def test_on_a_cpu_nothing_is_measured() -> None:
+    before = dict(RATIOS)
+    assert faster_by_kernel(torch.nn.Linear(24, 40, dtype=torch.bfloat16), Float(), [1]) is None
+    assert before == RATIOS

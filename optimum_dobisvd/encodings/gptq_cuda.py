@@ -129,9 +129,7 @@ def _fast_kernel(
         if fits:
             try:
                 return _built(kind, tensors, contract, shape)
-            except Exception as error:  # compiled on the spot, so anything may be missing
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
+            except Exception as error:  # compiled on the spot, so anything may be missing; or memory is
                 why = error
         reasons.append(f"{kind.__name__}: {why}")
     return None

@@ -110,9 +110,7 @@ def _ratio(linear: Any, rows: int, dtype: torch.dtype, places: Tensor | None) ->
     if key not in RATIOS:
         try:
             RATIOS[key] = _measured(linear, rows, dtype, places)
-        except Exception as error:  # of compiling on the spot, for one: no C compiler, a GPU too old
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
+        except Exception as error:  # of compiling on the spot, for one: no C compiler, a GPU too old; or of memory
             logger.warning("the kernel for few rows failed and is not used: %s: %s", type(error).__name__, error)
             RATIOS[key] = math.inf
     return RATIOS[key]

@@ -74,7 +74,10 @@ def tile_key(rows: int, weight: Tensor) -> tuple[Any, ...]:
     return (rows == 1, *weight.shape, weight.dtype, weight.device)
 
 
-@torch.library.custom_op("dobisvd::thin_product", mutates_args=())
+_SCHEMA = "(Tensor x, Tensor weight, Tensor? scale=None, Tensor? bias=None, Tensor? places=None) -> Tensor"
+
+
+@torch.library.custom_op("dobisvd::thin_product", mutates_args=(), schema=_SCHEMA)
 def thin_product(
     x: Tensor,
     weight: Tensor,
