@@ -280,13 +280,21 @@ class Encoding(ABC):
         """Return what gives the outputs of linears with the same input, one after the other, faster than they do.
 
         None where there is none. The linears come back when the model is saved, so their tensors stay as they are.
-        Parameters of what is returned are those of the linears by the same names, their rows one after the other.
+        Parameters of what is returned are those of the linears by the same names, their rows one after the other. Its
+        method `release`, if it has one, puts back what it took from the linears.
 
         Args:
             linears: one or several in this encoding, on their device, with their values.
             dtype: of the activations.
         """
         return None
+
+    def is_row_scaled(self, linear: nn.Module) -> bool:
+        """Whether it computes `x weight^T * scale + bias` from parameters of these names.
+
+        The first is `m x n`, of floating-point numbers or int8 fractions of 128; without a scale this is 1.
+        """
+        return False
 
     def before_saving(self, name: str, module: nn.Module, dtype: torch.dtype) -> None:  # noqa: B027 - most encodings have nothing to do
         """Make sure that a linear's tensors are as checkpoints have them. ValueError names it."""

@@ -43,6 +43,9 @@ class Float(Encoding):
         linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
         return linear, weight
 
+    def is_row_scaled(self, linear: nn.Module) -> bool:
+        return type(linear) is nn.Linear
+
     def for_inference(self, linears: Sequence[nn.Module], dtype: torch.dtype) -> nn.Module | None:
         plain = [linear for linear in linears if type(linear) is nn.Linear]
         if len(plain) < 2 or len(plain) < len(linears):

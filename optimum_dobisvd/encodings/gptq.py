@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import logging
 import math
 import re
@@ -213,7 +214,14 @@ class GPTQ(Encoding):
     def for_inference(self, linears: Sequence[nn.Module], dtype: torch.dtype) -> nn.Module | None:
         if not all(is_unpacked(linear, self.bits, self.group_size) for linear in linears):
             return None
-        return GPTQOnCPU(linears, self.bits, dtype) if can_run_on_cpu(linears, self.bits) else None
+        if can_run_on_cpu(linears, self.bits):
+            return GPTQOnCPU(linears, self.bits, dtype)
+        if not all(linear.qweight.device.type == "cuda" for linear in linears):
+            return None
+        # By name, which is not bundled with checkpoints: a process can register the operator in it only once.
+        cuda = importlib.import_module(".gptq_cuda", __package__)
+        found: nn.Module | None = cuda.fast_gptq(linears, cuda.contract_of(linears, self.bits, self.group_size, dtype))
+        return found
 
     def before_saving(self, name: str, module: nn.Module, dtype: torch.dtype) -> None:
         require_unpacked(name, module, self.bits, self.group_size)

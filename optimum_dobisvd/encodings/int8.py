@@ -114,6 +114,9 @@ class Int8(Encoding):
         read_offloaded_as_stored(name, module)
         return module
 
+    def is_row_scaled(self, linear: nn.Module) -> bool:
+        return isinstance(linear, Int8Linear) and linear.part == (linear.out_features, linear.in_features)
+
     def for_inference(self, linears: Sequence[nn.Module], dtype: torch.dtype) -> nn.Module | None:
         """Join linears whose rows are all in 8 bits, as far to the right as each other's."""
         eight = [linear for linear in linears if isinstance(linear, Int8Linear)]

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..encodings.registry import encoding_named
 from ..structures.base import CompressedLinear
+from .device_time import cold_copies, seconds_of
+from .thin_linear import faster_by_kernel
 
 _LEAST, _MOST = 5, 25
 """Rounds of a measurement: that many, or as many as fit into the seconds below."""
 _SECONDS = 0.1
 _CLEARLY = 1.05
 """How much slower than dense a matrix must be to run dense: what two equal products may differ by."""
-_COLD_BYTES = 64 << 20
-"""A product in a model finds its weights in memory and not in a cache: copies are taken by turns that fill one."""
 
 SPEEDS: dict[tuple[Any, ...], float] = {}
 """Times of a structure over dense times, by all that decides them. To override a measurement, set it here."""
@@ -49,10 +50,12 @@ def _measured(module: CompressedLinear, rows: int) -> float:
     """Milliseconds by turns, and the ratio of their medians."""
     device, dtype = module.weight.device, module.weight.dtype
     inputs, outputs = module.in_features, module.out_features
-    count = max(1, min(8, _COLD_BYTES // (inputs * outputs * dtype.itemsize)))
+    count = cold_copies(inputs * outputs * dtype.itemsize, device)
     dense = [_filled(nn.Linear(inputs, outputs, bias=False, device="meta", dtype=dtype), device) for _ in range(count)]
-    ours = [_like(module) for _ in range(count)]
+    ours = [_like(module, rows) for _ in range(count)]
     x = torch.randn(rows, module.in_features, device=device, dtype=dtype)
+    if device.type == "cuda":
+        return seconds_of(lambda made: made(x), ours) / seconds_of(lambda made: made(x), dense)
     times: tuple[list[float], list[float]] = ([], [])
     begun = time.perf_counter()
     for turn in range(_MOST):
@@ -64,8 +67,8 @@ def _measured(module: CompressedLinear, rows: int) -> float:
     return statistics.median(times[0][1:]) / statistics.median(times[1][1:])
 
 
-def _like(module: CompressedLinear) -> nn.Module:
-    """A module of the same shape with weights of its own."""
+def _like(module: CompressedLinear, rows: int) -> nn.Module:
+    """A module of the same shape with weights of its own, and the kernels that it would have."""
     kind: Callable[..., CompressedLinear] = type(module)
     new = kind(
         module.in_features,
@@ -78,6 +81,10 @@ def _like(module: CompressedLinear) -> nn.Module:
     _filled(new, module.weight.device)
     new.put_own(module.own(), None)
     new.set_inference(True)
+    for name, linear in list(new.named_children()):
+        faster = faster_by_kernel(linear, encoding_named(module.encoding), [rows], new.output_places(name))
+        if faster is not None:
+            new.set_submodule(name, faster)
     return new.eval()
 
 
@@ -90,12 +97,6 @@ def _filled(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _seconds(module: nn.Module, x: torch.Tensor) -> float:
-    if x.device.type != "cuda":
-        begun = time.perf_counter()
-        module(x)
-        return time.perf_counter() - begun
-    torch.cuda.synchronize(x.device)
     begun = time.perf_counter()
     module(x)
-    torch.cuda.synchronize(x.device)
     return time.perf_counter() - begun

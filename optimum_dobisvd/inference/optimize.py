@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..structures.format import AS_IS
 from .groups import shared_inputs
 from .measured import slower_than_dense
 from .shared_input import SharedInput, SharedInputPart
+from .thin_linear import faster_by_kernel
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +86,8 @@ def optimize_for_inference(
         if name not in names:
             module.set_inference(True)
     for paths in _linears_by_input(model, compressed, groups):
-        _put_faster(model, record, paths)
+        _put_faster(model, record, paths, counts)
+    _tell_kernels(model, compressed)
     return model
 
 
@@ -170,7 +173,7 @@ def _linears_by_input(
     return found + [{path: encoding} for path, encoding in encodings.items()]
 
 
-def _put_faster(model: Any, record: Substitutions, paths: Mapping[str, Encoding]) -> None:
+def _put_faster(model: Any, record: Substitutions, paths: Mapping[str, Encoding], rows: Sequence[int]) -> None:
     """Put what is faster in the place of linears with the same input: of those alike together, or of each alone."""
     alike: dict[tuple[Any, ...], list[str]] = {}
     for path, encoding in paths.items():
@@ -181,15 +184,18 @@ def _put_faster(model: Any, record: Substitutions, paths: Mapping[str, Encoding]
         alike.setdefault((encoding.name, linear.in_features, tensor.device, tensor.dtype), []).append(path)
     for together in alike.values():
         encoding = paths[together[0]]
-        if not _put_one(model, record, together, encoding) and len(together) > 1:
+        if not _put_one(model, record, together, encoding, rows) and len(together) > 1:
             for path in together:
-                _put_one(model, record, [path], encoding)
+                _put_one(model, record, [path], encoding, rows)
 
 
-def _put_one(model: Any, record: Substitutions, paths: Sequence[str], encoding: Encoding) -> bool:
+def _put_one(model: Any, record: Substitutions, paths: Sequence[str], encoding: Encoding, rows: Sequence[int]) -> bool:
     """Put one module in the places of all these linears, if there is a faster one; return whether there is."""
     linears = [model.get_submodule(path) for path in paths]
     faster = encoding.for_inference(linears, model.dtype)
+    if faster is not None or len(linears) == 1:
+        alone = linears[0] if faster is None else faster
+        faster = faster_by_kernel(alone, encoding, rows, _places(model, paths)) or faster
     if faster is None:
         return False
     faster.eval()
@@ -200,3 +206,21 @@ def _put_one(model: Any, record: Substitutions, paths: Sequence[str], encoding: 
     for index, (path, linear) in enumerate(zip(paths, linears, strict=True)):
         record.put(model, path, SharedInputPart(linear, shared, index))
     return True
+
+
+def _places(model: Any, paths: Sequence[str]) -> torch.Tensor | None:
+    """Where inputs and outputs of a single linear go together (see `CompressedLinear.output_places`)."""
+    parent, _, child = paths[0].rpartition(".")
+    module = model.get_submodule(parent)
+    return module.output_places(child) if len(paths) == 1 and isinstance(module, CompressedLinear) else None
+
+
+def _tell_kernels(model: Any, compressed: Mapping[str, CompressedLinear]) -> None:
+    """Say how many linears of each encoding run in what."""
+    found: Counter[str] = Counter()
+    for name, module in compressed.items():
+        for child, _ in module.named_children() if model.get_submodule(name) is module else ():
+            running = module.get_submodule(child)
+            running = running.runs if isinstance(running, SharedInputPart) else running
+            found[f"{module.encoding} in {getattr(running, 'runs_in', type(running).__name__)}"] += 1
+    logger.info("linears: %s", ", ".join(f"{count} {what}" for what, count in found.items()) or "all dense")

@@ -38,6 +38,11 @@ class SharedInput(nn.Module):
         self._kept = _Kept()
         self._share_memory()
 
+    @property
+    def joined(self) -> nn.Module:
+        """The linear that has all weights."""
+        return self._joined[0]
+
     def part(self, x: Tensor, index: int) -> Tensor:
         """Return the product of `x` with the weight of one of the linears."""
         kept = self._kept
@@ -65,6 +70,9 @@ class SharedInput(nn.Module):
         for linear in self._linears:
             for tensor in linear.parameters():
                 tensor.data = tensor.data.clone()
+        release = getattr(self._joined[0], "release", None)
+        if release is not None:
+            release()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As every module's, for `model.to`: the weights stay one piece of memory."""
@@ -89,6 +97,11 @@ class SharedInputPart(nn.Module):
             self.register_buffer(name, buffer, name not in linear._non_persistent_buffers_set)
         self.shared, self._index, self._linear = shared, index, (linear,)
         self.training = linear.training
+
+    @property
+    def runs(self) -> nn.Module:
+        """What computes."""
+        return self.shared.joined
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.parameters(recurse=False)):

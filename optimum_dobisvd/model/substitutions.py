@@ -33,6 +33,14 @@ class Substitutions:
         for name, original, _ in reversed(self._places):
             model.set_submodule(name, original)
 
+    def end(self, model: nn.Module) -> None:
+        """Put every original in its place for good; what stood there has tensors of it back in their places."""
+        self.take_away(model)
+        for _, _, new in self._places:
+            release = getattr(new, "release", None)
+            if release is not None:
+                release()
+
     def put_back(self, model: nn.Module) -> None:
         """Undo `take_away`."""
         for name, _, new in self._places:
@@ -55,7 +63,7 @@ def has_substitutions(model: Any) -> bool:
 def end_substitutions(model: Any) -> None:
     """Put every original in its place for good."""
     if has_substitutions(model):
-        model.__dict__.pop(_ATTRIBUTE).take_away(model)
+        model.__dict__.pop(_ATTRIBUTE).end(model)
         model.__dict__.pop("train", None)
 
 

@@ -180,6 +180,13 @@ class CompressedLinear(nn.Module, ABC):
     def set_inference(self, on: bool) -> None:
         """Keep what makes products faster and is not saved, or drop it again."""
 
+    def output_places(self, linear: str) -> Tensor | None:
+        """Return where inputs and outputs of a linear go among the matrix's outputs; None where they do not.
+
+        Those are then what the matrix gives: `placed` of whatever stands in the linear's place may store them so.
+        """
+        return None
+
     @property
     def input_linear(self) -> str:
         """The name of the linear that reads the input."""
