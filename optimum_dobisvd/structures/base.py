@@ -46,6 +46,8 @@ class CompressedLinear(nn.Module, ABC):
     has_rank: ClassVar[bool] = True
     gauge_is_free: ClassVar[bool] = True
     """Whether equal pairs of factors can be told apart by a gauge."""
+    outputs_in_order: ClassVar[bool] = True
+    """Whether rows of its last linear are the outputs as they come, so that some of them alone give some outputs."""
     bias_key: ClassVar[str]
     """The name of the bias among the parameters: `bias`, its own, or that of a child."""
     encoding: str

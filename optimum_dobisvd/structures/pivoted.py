@@ -32,6 +32,7 @@ class PivotedLinear(CompressedLinear):
 
     structure = "pivoted"
     gauge_is_free = False
+    outputs_in_order = False
     bias_key = "bias"
     rank: int
     first: nn.Module
