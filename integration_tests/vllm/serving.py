@@ -21,7 +21,7 @@ VOCABULARY = 320
 # Heads of 32, which is the least that vLLM's attention takes on a CPU.
 _SIZES = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 64,
+    "hidden_size": 128,
     "intermediate_size": 160,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -75,10 +75,11 @@ def random_prompts(count: int = 20) -> list[list[int]]:
 def transformers_tokens(folder: Path, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Return what transformers generates greedily, in float32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # one token as any other, as it is for vLLM with ignore_eos
     found = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        asked = {"max_new_tokens": MAX_TOKENS, "min_new_tokens": MAX_TOKENS, "do_sample": False, "pad_token_id": 0}
+        asked = {"max_new_tokens": MAX_TOKENS, "do_sample": False, "pad_token_id": 0}
         found.append(model.generate(ids, attention_mask=torch.ones_like(ids), **asked)[0, len(prompt) :].tolist())
     return found
 
