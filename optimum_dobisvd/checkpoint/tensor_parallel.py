@@ -84,7 +84,9 @@ class _AsTold:
     def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
         tensor = module._parameters[param]
         a_value_per_output = tensor is not None and tensor.ndim == 1
-        if isinstance(module, CompressedLinear) or (a_value_per_output and getattr(module, _TOLD).startswith(_ROWWISE)):
+        if isinstance(module, CompressedLinear) or (
+            a_value_per_output and getattr(module, _TOLD).startswith(_ROWWISE)
+        ):
             return  # whole everywhere
         self._style(module).shard_param(module, param, mesh)
 

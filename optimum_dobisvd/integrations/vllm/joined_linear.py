@@ -28,9 +28,7 @@ class JoinedLinear(nn.Module):
         self._kept: list[Tensor | None] = [None] * len(members)
         self._only_first = False
 
-    def finish(
-        self, members: Sequence[Member], dtype: torch.dtype, plain: Callable[[nn.Linear], nn.Module]
-    ) -> None:
+    def finish(self, members: Sequence[Member], dtype: torch.dtype, plain: Callable[[nn.Linear], nn.Module]) -> None:
         """Prepare loaded members for inference; `plain` gives what computes a plain linear."""
         for index, member in enumerate(members):
             for name, child in list(member.module.named_children()):
