@@ -32,7 +32,8 @@ def update_plan(model: nn.Module, plan: dict[str, str]) -> None:
     from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
 
     if _STYLE not in ALL_PARALLEL_STYLES:
-        ALL_PARALLEL_STYLES.register(_STYLE, _AsTold())
+        as_told: Any = _AsTold()
+        ALL_PARALLEL_STYLES.register(_STYLE, as_told)
     modules = dict(model.named_modules())
     asked: dict[str, list[str]] = {}
     for name in modules:
@@ -110,5 +111,5 @@ def _with_own_outputs(module: CompressedLinear, mesh: Any) -> CompressedLinear:
         y = DTensor.from_local(whole(*args, **kwargs), mesh, [Replicate()], run_check=False)
         return y.redistribute(placements=[Shard(-1)]).to_local()
 
-    module.forward = own  # type: ignore[method-assign]
+    module.forward = own
     return module

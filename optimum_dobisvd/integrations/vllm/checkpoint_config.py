@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class CheckpointConfig(QuantizationConfig):
         from ...encodings.registry import encoding_named
 
         _check_version(vllm.__version__)
-        values = DobiSVDConfig.from_dict({key: value for key, value in config.items()})
+        values = DobiSVDConfig.from_dict(dict(config))
         if values.modules is None:
             raise ValueError("config.json says dobi_svd but lists no compressed modules: it is damaged or was edited")
         for name, entry in values.modules.items():
@@ -64,7 +65,7 @@ class CheckpointConfig(QuantizationConfig):
 
         self._check_tensor_parallel()
         if not isinstance(layer, LinearBase):
-            inside = next((name for name in self.modules if f"{name}.".startswith(f"{prefix}.")), None)
+            inside = next((name for name in self.modules if self._is_in(name, layer, prefix)), None)
             if inside is not None:
                 raise ValueError(
                     f"{inside} is compressed, and vLLM has a {type(layer).__name__} for it, which takes no compressed "
@@ -77,6 +78,14 @@ class CheckpointConfig(QuantizationConfig):
         from .linear_method import CompressedLinearMethod
 
         return CompressedLinearMethod({name: self.modules.get(name) for name in names})
+
+    def _is_in(self, name: str, layer: nn.Module, prefix: str) -> bool:
+        """Whether a compressed matrix is a part of a layer of vLLM that is no linear."""
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+        # Experts are numbered linears in the checkpoint, perhaps of a layer that vLLM has another name for.
+        is_expert = isinstance(layer, RoutedExperts) and re.search(r"\.\d+\.\w+$", name) is not None
+        return is_expert or f"{name}.".startswith(f"{prefix}.")
 
     def _names(self, prefix: str) -> list[str]:
         """Names in the checkpoint of the linears that a layer of vLLM stands for."""
@@ -94,7 +103,7 @@ class CheckpointConfig(QuantizationConfig):
         config = get_current_vllm_config()
         size, text = config.parallel_config.tensor_parallel_size, config.model_config.hf_text_config
         for what in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-            count = getattr(text, what, None)
+            count: Any = getattr(text, what, None)
             shared = not isinstance(count, int) or count % size == 0
             if not shared and not (what == "num_key_value_heads" and size % count == 0):
                 sizes = [each for each in range(1, count + 1) if count % each == 0 and each <= 64]

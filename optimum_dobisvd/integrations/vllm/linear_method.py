@@ -76,7 +76,7 @@ class CompressedLinearMethod(LinearMethodBase):
         for member in members:
             for key, (_, header) in member.tensors.items():
                 if key != "weight":
-                    _put(layer, key, _DTYPES.get(header, dtype), partial(_load, parts, key))
+                    _put(layer, key, _DTYPES.get(str(header), dtype), partial(_load, parts, key))
             if layer.has_bias and "." in member.bias_key:
                 _put(layer, member.bias_key, dtype, partial(_load_bias, layer))
 

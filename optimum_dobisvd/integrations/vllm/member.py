@@ -1,4 +1,4 @@
-"""The matrices of one layer of vLLM, and how their tensors get from the checkpoint to the process that computes them."""
+"""The matrices of one layer of vLLM, and how their tensors get from the checkpoint to the process that has them."""
 
 from __future__ import annotations
 
