@@ -31,6 +31,16 @@ def test_tensors_of_the_file_fit_into_it(tmp_path, monkeypatch, told_in_config):
     torch.testing.assert_close(found, expected)
 
 
+def test_every_encoding_of_ours_is_built(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = compressed(tiny("llama"), quantization="remap", ratio=0.5)
+    model.save_pretrained(tmp_path / "out")
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    built = AutoModel.from_config(config, trust_remote_code=True, dtype=model.dtype).eval()
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in model.model.state_dict().items()}
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in built.state_dict().items()} == shapes
+
+
 def test_without_trust_it_is_the_dense_architecture(tmp_path):
     compressed(tiny("llama")).save_pretrained(tmp_path)
     assert not is_compressed(AutoModel.from_config(AutoConfig.from_pretrained(tmp_path)))
