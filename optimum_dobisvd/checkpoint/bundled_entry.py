@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 import transformers
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..structures.base import compressed_linears
 from .loading import OWN_CODE, CompressedLoader
 
 SUPPORTED_FORMAT = 2
@@ -68,6 +70,40 @@ class _Entry:
             return with_generation(model_class).from_pretrained(name, *args, **kwargs)
         kwargs["trust_remote_code"] = False
         return cls.auto_class.from_pretrained(name, *args, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        """Return the model without values, its linears compressed: for programs that load the tensors themselves.
+
+        vLLM's transformers backend is one. Parameters are on meta; buffers are where new tensors are put.
+
+        Raises:
+            ValueError: what the model needs cannot be done so; says what to do.
+        """
+        values = getattr(config, "quantization_config", None)
+        if values is None:  # vLLM has to be told so, or it refuses a format that it does not know
+            values = type(config).get_config_dict(config._name_or_path)[0]["quantization_config"]
+        loader = CompressedLoader(CheckpointConfig(**values), pre_quantized=True)
+        packed = [name for name, encoding in loader.encodings.items() if encoding.quant_method != "dobi_svd"]
+        own = f"{OWN_CODE}{cls.auto_class.__name__}" in (getattr(config, "auto_map", None) or {})
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        for refused, why in (
+            (packed, f"its matrices in {', '.join(packed)} are loaded by another library"),
+            (own, "its architecture is code of its own"),
+            (distributed and torch.distributed.get_world_size() > 1, "several processes would have to share it"),
+        ):
+            if refused:
+                raise ValueError(
+                    f"{config._name_or_path} cannot be built without the package, {why}: pip install optimum-dobisvd "
+                    "beside vLLM, whose plugin it brings, or load the checkpoint with from_pretrained"
+                )
+        model = loader._process_model_before_weight_loading(
+            cls.auto_class.from_config(config, trust_remote_code=False, **kwargs)
+        )
+        for module in compressed_linears(model).values():
+            for name, buffer in module.named_buffers(recurse=False):
+                module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype))
+        return model
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ from ..model.linears import is_linear, weight_matrix
 from ..structures.base import CompressedLinear, compressed_linears, to_dense
 from ..structures.format import Format
 from ..structures.registry import STRUCTURES
+from .tensor_parallel import update_plan
 from .verify import applicable, check_tensors, lacks_modules, module_names_in, with_all_conversions
 
 BUNDLED_ENTRY = "DobiSVD"
@@ -110,6 +111,12 @@ class CompressedLoader(HfQuantizer):
         if self._reader is not None:
             return self._reader.update_weight_conversions(kept, *model)
         return super().update_weight_conversions(kept, *model)
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        # Called for the plan of expert parallelism, too, which has nothing for single linears.
+        super().update_parallel_plan(model, plan)
+        if plan is model.tp_plan:
+            update_plan(model, plan)
 
     @property
     def is_to_be_converted(self) -> bool:

@@ -71,6 +71,8 @@ class Encoding(ABC):
         adapter_refusal: why PEFT can put no adapter on its linears, in words; None if it can.
         merges_adapters: whether PEFT merges adapters into them.
         has_more_tensors: whether checkpoints hold tensors of its linears that `tensors` does not list.
+        sliceable: whether rows and columns of a linear are those of its tensors, along their first and second axis, so
+            that a process can hold a part of it.
         scales: names of its tensors that must be above zero and finite.
     """
 
@@ -95,6 +97,7 @@ class Encoding(ABC):
     adapter_refusal: ClassVar[str | None] = None
     merges_adapters: ClassVar[bool] = True
     has_more_tensors: ClassVar[bool] = False
+    sliceable: ClassVar[bool] = False
     scales: ClassVar[tuple[str, ...]] = ()
 
     # Which encodings there are, and from which setting of the user they come.

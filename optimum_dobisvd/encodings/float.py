@@ -17,6 +17,7 @@ class Float(Encoding):
     name = "float"
     roundings: ClassVar[tuple[str, ...]] = ()
     trainable = True
+    sliceable = True
 
     @classmethod
     def named(cls, name: str, settings: Any = None) -> Float | None:

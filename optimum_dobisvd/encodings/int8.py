@@ -33,6 +33,7 @@ class Int8(Encoding):
     relative_error = 8e-5
     roundings: ClassVar[tuple[str, ...]] = ("nearest", "learned")
     adapter_refusal = NO_ADAPTERS
+    sliceable: ClassVar[bool] = True
     scales = ("scale",)
 
     @classmethod

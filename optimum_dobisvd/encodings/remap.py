@@ -20,6 +20,7 @@ class Remap(Int8):
     needs_gauge = True
     roundings: ClassVar[tuple[str, ...]] = ("nearest",)
     dense_encodings: tuple[str, ...] = ()
+    sliceable = False
 
     def part(self, out_features: int, in_features: int, full_rank: int) -> tuple[int, int]:
         return min(out_features, full_rank), min(in_features, full_rank)

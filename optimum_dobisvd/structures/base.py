@@ -46,12 +46,16 @@ class CompressedLinear(nn.Module, ABC):
     has_rank: ClassVar[bool] = True
     gauge_is_free: ClassVar[bool] = True
     """Whether equal pairs of factors can be told apart by a gauge."""
+    outputs_in_order: ClassVar[bool] = True
+    """Whether rows of its last linear are the outputs as they come, so that some of them alone give some outputs."""
     bias_key: ClassVar[str]
     """The name of the bias among the parameters: `bias`, its own, or that of a child."""
     encoding: str
     """Of its children, or what they will be quantized to."""
     weight: Tensor
     rank: int | None
+    sources: Tensor | None
+    """For every output the row of `parts` that gives it, int64; None where that is its own number, and in training."""
 
     def __init__(
         self,
@@ -67,6 +71,7 @@ class CompressedLinear(nn.Module, ABC):
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.conv1d, self.encoding = conv1d, "float"
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
+        self.register_buffer("sources", None, persistent=False)
         for name, (outputs, inputs) in self.linears(out_features, in_features, rank).items():
             child_bias = bias and f"{name}.bias" == self.bias_key
             self.add_module(name, nn.Linear(inputs, outputs, bias=child_bias, device=device, dtype=dtype))
@@ -176,6 +181,13 @@ class CompressedLinear(nn.Module, ABC):
         """Return the `m x n` matrix that these matrices of its linears, and its own tensors, stand for."""
 
     # The module.
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """Return the outputs without the bias, piece by piece as its linears give them.
+
+        One after the other they are the rows that `sources` numbers, or the outputs themselves where that is None.
+        """
+        return [self(x)]
 
     def set_inference(self, on: bool) -> None:
         """Keep what makes products faster and is not saved, or drop it again."""

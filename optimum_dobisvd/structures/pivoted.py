@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,17 +31,12 @@ class PivotedLinear(CompressedLinear):
 
     structure = "pivoted"
     gauge_is_free = False
+    outputs_in_order = False
     bias_key = "bias"
     rank: int
     first: nn.Module
     second: nn.Module
     permutation: Tensor
-    sources: Tensor | None
-    """For every output the row of the two stacked linears that gives it, int64; None but in inference."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.register_buffer("sources", None, persistent=False)
 
     @classmethod
     def linears(cls, out_features: int, in_features: int, rank: int | None) -> dict[str, tuple[int, int]]:
@@ -126,6 +120,10 @@ class PivotedLinear(CompressedLinear):
         outer = torch.empty_like(stacked)
         outer[matrices[PERMUTATION].long()] = stacked
         return outer
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        pivots = self.first(x)
+        return [pivots, self.second(pivots)]
 
     def forward(self, x: Tensor) -> Tensor:
         pivots = self.first(x)
