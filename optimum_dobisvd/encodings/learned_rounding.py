@@ -112,7 +112,7 @@ class LearnableLinear(nn.Module, ABC):
         felt = moments.to(self._groups).view(1, -1, self._groups.shape[-1])
         best = self._lost(felt)
         for moved in ((self.lowest, self.highest), (self.highest,), (self.lowest,)):
-            found = [end.detach().clone() for end in moved]
+            found: list[Tensor] = [end.detach().clone() for end in moved]
             for share in _RANGES:
                 for end in moved:
                     end.fill_(share)
