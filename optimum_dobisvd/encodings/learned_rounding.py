@@ -112,13 +112,13 @@ class LearnableLinear(nn.Module, ABC):
         felt = moments.to(self._groups).view(1, -1, self._groups.shape[-1])
         best = self._lost(felt)
         for moved in ((self.lowest, self.highest), (self.highest,), (self.lowest,)):
-            found: list[Tensor] = [end.detach().clone() for end in moved]
+            found = [end.detach().clone() for end in moved]
             for share in _RANGES:
                 for end in moved:
                     end.fill_(share)
                 lost = self._lost(felt)
-                for end in found:
-                    end[lost < best] = share
+                for each in found:
+                    each[lost < best] = share
                 best = torch.minimum(best, lost)
             for end, value in zip(moved, found, strict=True):
                 end.copy_(value)
