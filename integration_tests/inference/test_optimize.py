@@ -328,7 +328,6 @@ def test_gptq_runs_in_a_kernel_that_reads_four_bits() -> None:
 @pytest.mark.parametrize(
     ("structure", "encoding", "dtype"),
     [
-        ("low_rank", "float", torch.float32),
         ("pivoted", "float", torch.float32),
         ("pivoted", "int8", torch.bfloat16),
         ("low_rank", "remap", torch.bfloat16),
