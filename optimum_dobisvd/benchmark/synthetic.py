@@ -172,7 +172,8 @@ def _filled(model: Any, device: str) -> Any:
             if parameter.shape not in patterns:  # drawing 7 billion numbers takes minutes on a CPU, copying seconds
                 patterns[parameter.shape] = _random(parameter.shape, parameter.dtype, device)
             values = patterns[parameter.shape].clone()
-            setattr(module, name, nn.Parameter(values, requires_grad=False))
+            # As loaded models have it: PyTorch copies a weight that takes no gradient for the last row of a prompt.
+            setattr(module, name, nn.Parameter(values))
     model.tie_weights()
     return model.to(device).eval()
 
@@ -201,7 +202,7 @@ def _compressed(
     for name, child in children.items():
         new.set_submodule(name, child.to(device))
     for parameter in new.parameters():
-        parameter.requires_grad_(False)
+        parameter.requires_grad_(parameter.requires_grad and parameter.is_floating_point())
     return new.eval()
 
 
