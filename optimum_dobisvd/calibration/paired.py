@@ -31,10 +31,13 @@ class BlockPasses:
     Attributes:
         targets: outputs of the dense block by batch, padding left out, `rows x width`.
         outputs: a batch's number -> what the block as it is now gives, in the same order, with gradients.
+        inputs: a batch's number and names of modules -> what these read in the block as it is now, padding left out;
+            a module that no token is routed to is missing.
     """
 
     targets: list[Tensor]
     outputs: Callable[[int], Tensor]
+    inputs: Callable[[int, Iterable[str]], dict[str, Tensor]]
 
 
 class PairedRunner(BlockRunner):
@@ -67,7 +70,8 @@ class PairedRunner(BlockRunner):
                         before = [self._through(name, block, index, each) for index, each in enumerate(before)]
                     targets = [self._rows(name, index, each) for index, each in enumerate(before)]
                     with self._widened(block, targets[0]):  # backward passes read the weights, too
-                        change(name, block, BlockPasses(targets, self._outputs_of(name, block)))
+                        inputs = partial(self._inputs_now, name, block)
+                        change(name, block, BlockPasses(targets, self._outputs_of(name, block), inputs))
                     self._advance(name, block)
 
     def run_beside(
@@ -130,6 +134,9 @@ class PairedRunner(BlockRunner):
                 hooks.callback(target.register_forward_pre_hook(partial(observe, each), with_kwargs=True).remove)
             self._through(name, block, index, hidden)
         return {each: torch.cat(rows) for each, rows in found.items()}
+
+    def _inputs_now(self, name: str, block: nn.Module, index: int, modules: Iterable[str]) -> dict[str, Tensor]:
+        return self._inputs_of(name, block, index, self._hidden[index], modules)
 
     def require_separate_blocks(self) -> None:
         """Raise ValueError if the model passes state between its blocks, so that they cannot be run one by one."""

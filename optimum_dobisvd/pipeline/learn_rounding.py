@@ -88,18 +88,11 @@ def learn_rounding(
 @torch.no_grad()
 def _input_moments(here: Mapping[str, CompressedLinear], passes: BlockPasses) -> dict[str, torch.Tensor]:
     """Return the mean square of every input of the linears that these are written as, by name, still unrounded."""
+    names = [f"{name}.{child}" for name, module in here.items() for child, _ in module.named_children()]
     sums: dict[str, torch.Tensor] = {}
-
-    def observe(name: str, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        rows = args[0].detach().flatten(0, -2).float()
-        sums[name] = sums.get(name, 0) + rows.square().sum(0)
-
-    with contextlib.ExitStack() as hooks:
-        for name, module in here.items():
-            for child, linear in module.named_children():
-                hooks.callback(linear.register_forward_pre_hook(partial(observe, f"{name}.{child}")).remove)
-        for batch in range(min(_BATCHES_OF_MOMENTS, len(passes.targets))):
-            passes.outputs(batch)
+    for batch in range(min(_BATCHES_OF_MOMENTS, len(passes.targets))):
+        for name, rows in passes.inputs(batch, names).items():
+            sums[name] = sums.get(name, 0) + rows.square().sum(0)
     return {name: total / total.mean().clamp_min(1e-30) for name, total in sums.items()}
 
 
