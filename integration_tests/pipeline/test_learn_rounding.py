@@ -41,3 +41,23 @@ def test_the_target_of_every_block_is_what_the_dense_one_gives_on_dense_inputs(
     for target, output in zip(targets, outputs, strict=True):
         output = output[0] if isinstance(output, tuple) else output
         torch.testing.assert_close(target, output.flatten(0, 1), rtol=1e-4, atol=1e-4)
+
+
+@needs_gptq
+def test_codes_do_not_depend_on_what_stands_in_the_padding() -> None:
+    from transformers import AutoRoundConfig
+
+    found = []
+    for padding in (3, 7):
+        model, ids = wide("llama"), tokens(4, 24)
+        mask = torch.ones_like(ids)
+        mask[::2, 15:] = 0
+        config = DobiSVDConfig(
+            plan=planned(model, [("gptq2_g32", 32)]),
+            dataset=[{"input_ids": ids.masked_fill(mask == 0, padding), "attention_mask": mask}],
+            quantization=AutoRoundConfig(bits=2, group_size=32, sym=False, iters=2),
+        )
+        DobiSVDQuantizer(config).quantize_model(model)
+        found.append(model.state_dict())
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name]), name
