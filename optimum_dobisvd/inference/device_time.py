@@ -1,4 +1,4 @@
-"""How long a GPU takes for products, without the time of launching them, which graphs and compilers take away."""
+"""How long products take: on a GPU without launching them, which graphs and compilers take away; on a CPU by turns."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 _REPLAYS = 5
+_LEAST_TURNS, _MOST_TURNS = 5, 25
+"""Rounds of a measurement by turns: that many, or as many as fit into the seconds below."""
+_SECONDS = 0.1
 _COLD_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}
 """A product in a model finds its weights in memory and not in a cache: copies are taken by turns that fill one."""
 _MOST_COPIES = {"cpu": 8, "cuda": 32}
@@ -37,6 +40,21 @@ def seconds_of(call: Callable[[Any], Any], modules: Sequence[Any]) -> float:
         graph = _captured(call, modules)
         times = [_replayed(graph) for _ in range(_REPLAYS + 1)]
     return statistics.median(times[1:]) / len(modules)
+
+
+def ratio_by_turns(call: Callable[[Any], Any], ours: Sequence[Any], others: Sequence[Any]) -> float:
+    """Return the time of one call over that of the other by the clock: called by turns, the ratio of their medians."""
+    times: tuple[list[float], list[float]] = ([], [])
+    begun = time.perf_counter()
+    for turn in range(_MOST_TURNS):
+        for modules, taken in zip((ours, others), times, strict=True):
+            before = time.perf_counter()
+            call(modules[turn % len(modules)])
+            taken.append(time.perf_counter() - before)
+        if turn >= _LEAST_TURNS and time.perf_counter() - begun > _SECONDS:
+            break
+    # The first is of warming up.
+    return statistics.median(times[0][1:]) / statistics.median(times[1][1:])
 
 
 def _captured(call: Callable[[Any], Any], modules: Sequence[Any]) -> Any:

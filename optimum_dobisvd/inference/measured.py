@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..encodings.base import Encoding
 from ..encodings.registry import encoding_named
 from ..structures.base import CompressedLinear
-from .device_time import cold_copies, seconds_of
+from .column_linear import faster_by_columns
+from .device_time import cold_copies, ratio_by_turns, seconds_of
 from .thin_linear import faster_by_kernel
 
-_LEAST, _MOST = 5, 25
-"""Rounds of a measurement: that many, or as many as fit into the seconds below."""
-_SECONDS = 0.1
 _CLEARLY = 1.05
 """How much slower than dense a matrix must be to run dense: what two equal products may differ by."""
 
@@ -30,6 +28,20 @@ def slower_than_dense(module: CompressedLinear, rows: Sequence[int]) -> bool:
     """Whether products of that many rows, over all of `rows`, take longer than dense ones."""
     ratios = [_ratio(module, count) for count in rows]
     return math.exp(statistics.fmean(map(math.log, ratios))) > _CLEARLY
+
+
+def faster_linear(
+    linear: Any, encoding: Encoding, rows: Sequence[int], places: torch.Tensor | None = None
+) -> nn.Module | None:
+    """Return what is measured to be faster than a single linear as it is, at that many rows; None if nothing is.
+
+    Args:
+        linear: with its values, on its device.
+        encoding: its own.
+        rows: of one product; over all of them it is faster.
+        places: where its inputs and outputs go, if they go together.
+    """
+    return faster_by_kernel(linear, encoding, rows, places) or faster_by_columns(linear, encoding, rows)
 
 
 def speed_key(module: CompressedLinear, rows: int) -> tuple[Any, ...]:
@@ -45,9 +57,9 @@ def _ratio(module: CompressedLinear, rows: int) -> float:
     return SPEEDS[key]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _measured(module: CompressedLinear, rows: int) -> float:
-    """Milliseconds by turns, and the ratio of their medians."""
+    """The time of a matrix like this one over that of a dense one."""
     device, dtype = module.weight.device, module.weight.dtype
     inputs, outputs = module.in_features, module.out_features
     count = cold_copies(inputs * outputs * dtype.itemsize, device)
@@ -56,15 +68,7 @@ def _measured(module: CompressedLinear, rows: int) -> float:
     x = torch.randn(rows, module.in_features, device=device, dtype=dtype)
     if device.type == "cuda":
         return seconds_of(lambda made: made(x), ours) / seconds_of(lambda made: made(x), dense)
-    times: tuple[list[float], list[float]] = ([], [])
-    begun = time.perf_counter()
-    for turn in range(_MOST):
-        for made, taken in zip((ours, dense), times, strict=True):
-            taken.append(_seconds(made[turn % count], x))
-        if turn >= _LEAST and time.perf_counter() - begun > _SECONDS:
-            break
-    # The first is of warming up.
-    return statistics.median(times[0][1:]) / statistics.median(times[1][1:])
+    return ratio_by_turns(lambda made: made(x), ours, dense)
 
 
 def _like(module: CompressedLinear, rows: int) -> nn.Module:
@@ -82,7 +86,7 @@ def _like(module: CompressedLinear, rows: int) -> nn.Module:
     new.put_own(module.own(), None)
     new.set_inference(True)
     for name, linear in list(new.named_children()):
-        faster = faster_by_kernel(linear, encoding_named(module.encoding), [rows], new.output_places(name))
+        faster = faster_linear(linear, encoding_named(module.encoding), [rows], new.output_places(name))
         if faster is not None:
             new.set_submodule(name, faster)
     return new.eval()
@@ -94,9 +98,3 @@ def _filled(module: nn.Module, device: torch.device) -> nn.Module:
     for parameter in module.parameters():
         parameter.data.fill_(1 / 64)
     return module
-
-
-def _seconds(module: nn.Module, x: torch.Tensor) -> float:
-    begun = time.perf_counter()
-    module(x)
-    return time.perf_counter() - begun

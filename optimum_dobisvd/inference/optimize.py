@@ -22,9 +22,8 @@ from ..model.substitutions import (
 from ..structures.base import CompressedLinear, compressed_linears, to_dense
 from ..structures.format import AS_IS
 from .groups import shared_inputs
-from .measured import slower_than_dense
+from .measured import faster_linear, slower_than_dense
 from .shared_input import SharedInput, SharedInputPart
-from .thin_linear import faster_by_kernel
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,8 @@ def optimize_for_inference(
     * Matrices whose structure is slower than a dense product run dense. Dense weights are then held beside the stored
       ones. Matrices in fewer bits than the model's stay so.
     * Linears go through the kernel that is fastest on this machine where their encoding knows several. 4-bit GPTQ
-      linears on a CPU are packed once more for it.
+      linears on a CPU are packed once more for it. float32 weights on a CPU are stored by columns where few rows are
+      multiplied faster so.
     * Where `pivoted` rows go is looked up once.
 
     `model.save_pretrained` writes what it would have written before; `convert`, `dequantize` and
@@ -195,7 +195,7 @@ def _put_one(model: Any, record: Substitutions, paths: Sequence[str], encoding: 
     faster = encoding.for_inference(linears, model.dtype)
     if faster is not None or len(linears) == 1:
         alone = linears[0] if faster is None else faster
-        faster = faster_by_kernel(alone, encoding, rows, _places(model, paths)) or faster
+        faster = faster_linear(alone, encoding, rows, _places(model, paths)) or faster
     if faster is None:
         return False
     faster.eval()

@@ -74,6 +74,12 @@ class SharedInput(nn.Module):
         if release is not None:
             release()
 
+    def order_values(self, method: str) -> None:
+        """Have the joined linear `suspend` or `resume` its order of the values, if it has one of its own."""
+        if hasattr(self._joined[0], method):
+            getattr(self._joined[0], method)()
+            self._share_memory()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As every module's, for `model.to`: the weights stay one piece of memory."""
         super()._apply(fn, recurse)
@@ -102,6 +108,14 @@ class SharedInputPart(nn.Module):
     def runs(self) -> nn.Module:
         """What computes."""
         return self.shared.joined
+
+    def suspend(self) -> None:
+        """See `Substitutions`."""
+        self.shared.order_values("suspend")
+
+    def resume(self) -> None:
+        """See `Substitutions`."""
+        self.shared.order_values("resume")
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.parameters(recurse=False)):

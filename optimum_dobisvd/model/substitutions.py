@@ -17,7 +17,8 @@ RESTORE = "call optimum_dobisvd.restore_after_inference(model) first"
 class Substitutions:
     """What stands where, in the order in which it was put there. Originals keep their tensors.
 
-    They are kept on the model itself, so that a copy of the model has its own.
+    They are kept on the model itself, so that a copy of the model has its own. What orders the values of these tensors
+    differently has methods `suspend`, after which they are as they would be without it, and `resume`.
     """
 
     def __init__(self) -> None:
@@ -30,21 +31,26 @@ class Substitutions:
 
     def take_away(self, model: nn.Module) -> None:
         """Put every original in its place again."""
-        for name, original, _ in reversed(self._places):
+        for name, original, new in reversed(self._places):
             model.set_submodule(name, original)
+            _call(new, "suspend")
 
     def end(self, model: nn.Module) -> None:
         """Put every original in its place for good; what stood there has tensors of it back in their places."""
         self.take_away(model)
         for _, _, new in self._places:
-            release = getattr(new, "release", None)
-            if release is not None:
-                release()
+            _call(new, "release")
 
     def put_back(self, model: nn.Module) -> None:
         """Undo `take_away`."""
         for name, _, new in self._places:
             model.set_submodule(name, new)
+            _call(new, "resume")
+
+
+def _call(module: nn.Module, method: str) -> None:
+    if hasattr(module, method):
+        getattr(module, method)()
 
 
 def begin_substitutions(model: Any) -> Substitutions:
