@@ -111,7 +111,8 @@ def test_the_fused_row_is_the_checkpoint_after_optimize_for_inference(
 ) -> None:
     optimized = []
 
-    def optimize(model: Any, *, rows: list[int]) -> Any:
+    def optimize(model: Any, *, rows: list[int], compiled: bool) -> Any:
+        assert not compiled
         optimized.append((len(compressed_linears(model)), rows))
         return model
 

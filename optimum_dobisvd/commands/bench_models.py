@@ -25,6 +25,8 @@ from ..report.table import bytes_text
 from .bench_sources import Models, checkpoint_models, synthetic_models
 from .machine import available_device_memory, available_memory
 
+_CHECKPOINTS = ("checkpoint", "fused", "compiled")
+"""Workers that load the compressed model."""
 _ENOUGH_ROWS = 512
 """Rows of a product from which on more of them change no ratio of speeds."""
 
@@ -84,10 +86,10 @@ def _requests(
     """What every worker loads; the first one is what others are compared with."""
     requests: dict[str, ModelRequest] = {}
     memory = None if options["memory"] is None else size_in_bytes(options["memory"], "--memory")
-    for name in ("dense", "checkpoint", "fused"):
+    for name in ("dense", *_CHECKPOINTS):
         if name not in names:
             continue
-        loaded = "checkpoint" if name == "fused" else name
+        loaded = _loaded_by(name)
         where = {"device": options["device"], "limit": None, "folder": None, **placed}
         if where["folder"] is not None:
             where["folder"] = os.path.join(where["folder"], name)
@@ -97,19 +99,24 @@ def _requests(
             options["attention"],
             options["new_tokens"],
             models.files.get(loaded, ()),
-            _optimizer(options) if name == "fused" else None,
+            None if name == loaded else _optimizer(options, compiled=name == "compiled"),
             memory,
         )
     return requests
 
 
-def _optimizer(options: dict[str, Any]) -> Callable[[Any], Any]:
+def _loaded_by(worker: str) -> str:
+    """What a worker loads. What is compiled has a model to itself: its weights may be stored in another order."""
+    return "checkpoint" if worker in _CHECKPOINTS else worker
+
+
+def _optimizer(options: dict[str, Any], *, compiled: bool) -> Callable[[Any], Any]:
     """Return what makes a model fast at what is measured: rows of one product are those of steps and of prompts."""
     from ..inference.optimize import optimize_for_inference
 
     batches = options["batch"]
     prefilled = {min(batch * prompt, _ENOUGH_ROWS) for batch in batches for prompt in options["prompt"]}
-    return partial(optimize_for_inference, rows=sorted({*batches, *prefilled}))
+    return partial(optimize_for_inference, rows=sorted({*batches, *prefilled}), compiled=compiled)
 
 
 def _rows(names: list[str], models: Models) -> list[Row]:
@@ -122,7 +129,7 @@ def _rows(names: list[str], models: Models) -> list[Row]:
         Row("dense-compiled", "dense", compiled=True),
         Row("checkpoint", "checkpoint", against=compared),
         Row("fused", "fused", against=compared),
-        Row("compiled", "fused", compiled=True, against=compiled_against),
+        Row("compiled", "compiled", compiled=True, against=compiled_against),
     ]
     rows = [row for row in every if row.name in names and (dense or row.worker != "dense")]
     if not rows:
@@ -156,7 +163,7 @@ def _free(device: str) -> int:
 
 def _check_room(requests: Mapping[str, ModelRequest], models: Models, device: str) -> None:
     """Raise ValueError if the models do not fit beside each other."""
-    each = {name: models.bytes.get("checkpoint" if name == "fused" else name, 0) for name in requests}
+    each = {name: models.bytes.get(_loaded_by(name), 0) for name in requests}
     free = _free(device)
     if sum(each.values()) > free:
         sizes = ", ".join(f"{name} {bytes_text(size)}" for name, size in each.items())

@@ -13,7 +13,7 @@ from torch import nn
 from ..encodings.base import Encoding
 from ..encodings.registry import encoding_named
 from ..structures.base import CompressedLinear
-from .column_linear import faster_by_columns
+from .cpu_linear import faster_on_cpu
 from .device_time import cold_copies, ratio_by_turns, seconds_of
 from .thin_linear import faster_by_kernel
 
@@ -31,7 +31,7 @@ def slower_than_dense(module: CompressedLinear, rows: Sequence[int]) -> bool:
 
 
 def faster_linear(
-    linear: Any, encoding: Encoding, rows: Sequence[int], places: torch.Tensor | None = None
+    linear: Any, encoding: Encoding, rows: Sequence[int], places: torch.Tensor | None, compiled: bool
 ) -> nn.Module | None:
     """Return what is measured to be faster than a single linear as it is, at that many rows; None if nothing is.
 
@@ -40,8 +40,9 @@ def faster_linear(
         encoding: its own.
         rows: of one product; over all of them it is faster.
         places: where its inputs and outputs go, if they go together.
+        compiled: whether it is to run in a compiled graph.
     """
-    return faster_by_kernel(linear, encoding, rows, places) or faster_by_columns(linear, encoding, rows)
+    return faster_by_kernel(linear, encoding, rows, places) or faster_on_cpu(linear, encoding, rows, compiled)
 
 
 def speed_key(module: CompressedLinear, rows: int) -> tuple[Any, ...]:
@@ -86,7 +87,9 @@ def _like(module: CompressedLinear, rows: int) -> nn.Module:
     new.put_own(module.own(), None)
     new.set_inference(True)
     for name, linear in list(new.named_children()):
-        faster = faster_linear(linear, encoding_named(module.encoding), [rows], new.output_places(name))
+        faster = faster_linear(
+            linear, encoding_named(module.encoding), [rows], new.output_places(name), compiled=False
+        )
         if faster is not None:
             new.set_submodule(name, faster)
     return new.eval()

@@ -37,6 +37,7 @@ def optimize_for_inference(
     *,
     rows: int | Sequence[int] = 1,
     dense: str | Iterable[str] = MEASURED,
+    compiled: bool = False,
     inputs: Mapping[str, Any] | None = None,
 ) -> Any:
     """Make a compressed model faster to generate with, in place. What it computes stays the same but for rounding.
@@ -47,7 +48,7 @@ def optimize_for_inference(
       ones. Matrices in fewer bits than the model's stay so.
     * Linears go through the kernel that is fastest on this machine where their encoding knows several. 4-bit GPTQ
       linears on a CPU are packed once more for it. float32 weights on a CPU are stored by columns where few rows are
-      multiplied faster so.
+      multiplied faster so; in a compiled graph, which reads rows faster, they are not.
     * Where `pivoted` rows go is looked up once.
 
     `model.save_pretrained` writes what it would have written before; `convert`, `dequantize` and
@@ -60,6 +61,7 @@ def optimize_for_inference(
             fastest over all.
         dense: `measured`, or names or patterns (as in `overrides`) of the matrices to run dense, without a
             measurement; an empty list is none.
+        compiled: whether it is to run compiled: by `torch.compile`, or in `generate` with a static cache.
         inputs: what to call the model with once, to see which linears read the same input; None is a few tokens.
 
     Returns:
@@ -86,7 +88,7 @@ def optimize_for_inference(
         if name not in names:
             module.set_inference(True)
     for paths in _linears_by_input(model, compressed, groups):
-        _put_faster(model, record, paths, counts)
+        _put_faster(model, record, paths, counts, compiled)
     _tell_kernels(model, compressed)
     return model
 
@@ -173,7 +175,9 @@ def _linears_by_input(
     return found + [{path: encoding} for path, encoding in encodings.items()]
 
 
-def _put_faster(model: Any, record: Substitutions, paths: Mapping[str, Encoding], rows: Sequence[int]) -> None:
+def _put_faster(
+    model: Any, record: Substitutions, paths: Mapping[str, Encoding], rows: Sequence[int], compiled: bool
+) -> None:
     """Put what is faster in the place of linears with the same input: of those alike together, or of each alone."""
     alike: dict[tuple[Any, ...], list[str]] = {}
     for path, encoding in paths.items():
@@ -184,18 +188,20 @@ def _put_faster(model: Any, record: Substitutions, paths: Mapping[str, Encoding]
         alike.setdefault((encoding.name, linear.in_features, tensor.device, tensor.dtype), []).append(path)
     for together in alike.values():
         encoding = paths[together[0]]
-        if not _put_one(model, record, together, encoding, rows) and len(together) > 1:
+        if not _put_one(model, record, together, encoding, rows, compiled) and len(together) > 1:
             for path in together:
-                _put_one(model, record, [path], encoding, rows)
+                _put_one(model, record, [path], encoding, rows, compiled)
 
 
-def _put_one(model: Any, record: Substitutions, paths: Sequence[str], encoding: Encoding, rows: Sequence[int]) -> bool:
+def _put_one(
+    model: Any, record: Substitutions, paths: Sequence[str], encoding: Encoding, rows: Sequence[int], compiled: bool
+) -> bool:
     """Put one module in the places of all these linears, if there is a faster one; return whether there is."""
     linears = [model.get_submodule(path) for path in paths]
     faster = encoding.for_inference(linears, model.dtype)
     if faster is not None or len(linears) == 1:
         alone = linears[0] if faster is None else faster
-        faster = faster_linear(alone, encoding, rows, _places(model, paths)) or faster
+        faster = faster_linear(alone, encoding, rows, _places(model, paths), compiled) or faster
     if faster is None:
         return False
     faster.eval()

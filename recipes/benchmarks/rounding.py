@@ -12,6 +12,7 @@ What learns or corrects errors reads 64 windows of 512 tokens of the training te
 * uniform: every matrix dense in these bits, by error feedback (GPTQ) or learned
 * bits: a mixture of dense matrices in 2, 3, 4 and 8 bits
 * structures: a mixture of bits and of dense, low-rank and pivoted matrices
+* same plan: the mixture of structures planned for learned codes, by error feedback; after the row that learns them
 
 Rows go to the results as they are finished, and rows that are there are not made again.
 """
@@ -105,6 +106,7 @@ def all_rows(steps: int) -> list[Row]:
         rows += [Row("uniform", bits, False), Row("uniform", bits, True, steps)] * whole
         for kind in ("bits", "structures"):
             rows += [Row(kind, bits, False), Row(kind, bits, True, steps)]
+        rows += [Row("same plan", bits, False)]
     return [*rows, Row("AutoRound", "3", True, 200), Row("structures", "3", True, 200)]
 
 
@@ -123,12 +125,19 @@ def encoding_of(row: Row) -> Any:
 def compressed(args: argparse.Namespace, row: Row, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
     """Return the model of one of our rows with plain linears, and what is to be said of it."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
-    shape = {"bits": "dense", "uniform": "dense"}.get(row.kind, "auto")
+    learned_plan = f"{args.results}.{row.bits}-bits-plan.json"
+    if row.kind == "same plan":
+        how: dict[str, Any] = {"plan": learned_plan}
+    else:
+        how = {
+            "ratio": BYTES_OF_BITS[row.bits]
+            + (0.0005 if row.kind == "uniform" else 0),  # which is exact, and no choice
+            "structure": {"bits": "dense", "uniform": "dense"}.get(row.kind, "auto"),
+            "mixed": row.kind != "uniform",
+        }
     config = DobiSVDConfig(
-        ratio=BYTES_OF_BITS[row.bits] + (0.0005 if row.kind == "uniform" else 0),  # which is exact, and no choice
-        structure=shape,
+        **how,
         quantization=encoding_of(row),
-        mixed=row.kind != "uniform",
         dataset=args.dataset,
         nsamples=96,
         seqlen=1024,
@@ -138,6 +147,8 @@ def compressed(args: argparse.Namespace, row: Row, tokenizer: Any) -> tuple[Any,
     quantizer.quantize_model(model, tokenizer)
     report = quantizer.report
     assert report is not None
+    if row.kind == "structures" and row.learned:
+        model.dobisvd_plan.save(learned_plan)
     for linear in compressed_linears(model).values():
         for child, each in list(linear.named_children()):
             weight = matrix_of(each)
