@@ -135,7 +135,7 @@ class PivotedLinear(CompressedLinear):
         if self.sources is not None:
             # A third to a half of the time of storing to places, and compilers fuse it into what comes next.
             stacked = torch.cat([pivots, rest], dim=-1)
-            return self._with_bias(stacked.gather(-1, self.sources.expand(stacked.shape)))
+            return self._with_bias(_gathered(stacked, self.sources.expand(stacked.shape)))
         places = self.permutation.long()
         y = pivots.new_empty(*pivots.shape[:-1], self.out_features)
         y.index_copy_(-1, places[: self.rank], pivots)
@@ -155,3 +155,10 @@ class PivotedLinear(CompressedLinear):
     def factors(self) -> tuple[Tensor, Tensor]:
         matrices = self.matrices()
         return self._outer(matrices).double(), matrices["first"].double()
+
+
+def _gathered(x: Tensor, sources: Tensor) -> Tensor:
+    """`x.gather(-1, sources)`; 16 bits as whole numbers, which a CPU gathers twice as fast."""
+    if x.device.type != "cpu" or x.element_size() != 2 or x.requires_grad or torch.compiler.is_compiling():
+        return x.gather(-1, sources)
+    return x.view(torch.int16).gather(-1, sources).view(x.dtype)
