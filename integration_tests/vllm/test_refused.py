@@ -69,6 +69,13 @@ def test_experts_are_refused_by_name(tmp_path):
     assert "takes no compressed matrices (experts" in done.stderr + done.stdout, (done.stderr + done.stdout)[-3000:]
 
 
+def test_weights_that_vllm_transposes_are_refused(tmp_path):
+    compressed(tiny("gpt2", dtype=torch.float32)).save_pretrained(tmp_path / "gpt2")
+    done = vllm_process(tmp_path / "gpt2", random_prompts(1), enforce_eager=True)
+    assert done.returncode != 0
+    assert "vLLM transposes the weights of gpt2" in done.stderr + done.stdout, (done.stderr + done.stdout)[-3000:]
+
+
 def test_a_checkpoint_of_two_compressions_is_refused(tmp_path):
     folder = mixed_checkpoint(tmp_path / "mixed", "llama")
     values = json.loads((folder / "config.json").read_text())

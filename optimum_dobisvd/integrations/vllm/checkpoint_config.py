@@ -15,6 +15,8 @@ from ...encodings.base import QUANT_METHOD
 
 SUPPORTED = ("0.32",)
 """Releases of vLLM that the plugin has been tried with. Much of what it calls is no public interface."""
+_TRANSPOSED = ("gpt2",)
+"""Architectures whose weights vLLM transposes as it reads them, by their names: those of factors and scales, too."""
 _WITHOUT_PLUGIN = "load it with transformers instead"
 
 
@@ -28,7 +30,7 @@ class CheckpointConfig(QuantizationConfig):
     def __init__(self, modules: dict[str, dict[str, Any]]) -> None:
         super().__init__()
         self.modules = modules
-        self._divides = False
+        self._is_checked = False
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> CheckpointConfig:
@@ -63,7 +65,7 @@ class CheckpointConfig(QuantizationConfig):
         """Return what loads and computes a layer of vLLM's model; None leaves it to vLLM."""
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
-        self._check_tensor_parallel()
+        self._check_model()
         if not isinstance(layer, LinearBase):
             inside = next((name for name in self.modules if self._is_in(name, layer, prefix)), None)
             if inside is not None:
@@ -94,23 +96,22 @@ class CheckpointConfig(QuantizationConfig):
             return [prefix]
         return [f"{parent}{dot}{member}" for member in self.packed_modules_mapping[name]]
 
-    def _check_tensor_parallel(self) -> None:
-        """ValueError where sizes of the model cannot be shared out; vLLM itself would fail without a word on it."""
+    def _check_model(self) -> None:
+        """ValueError where vLLM would read the model wrongly, or fail at it without a word."""
         from vllm.config import get_current_vllm_config
 
-        if self._divides:
+        if self._is_checked:
             return
         config = get_current_vllm_config()
-        size, text = config.parallel_config.tensor_parallel_size, config.model_config.hf_text_config
-        for what in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-            count: Any = getattr(text, what, None)
-            shared = not isinstance(count, int) or count % size == 0
-            if not shared and not (what == "num_key_value_heads" and size % count == 0):
-                sizes = [each for each in range(1, count + 1) if count % each == 0 and each <= 64]
-                raise ValueError(
-                    f"tensor_parallel_size={size} does not divide the model's {what}, {count}: take one of {sizes}"
-                )
-        self._divides = True
+        text = config.model_config.hf_text_config
+        kind = getattr(text, "model_type", None)
+        if kind in _TRANSPOSED:
+            raise ValueError(
+                f"vLLM transposes the weights of {kind} as it reads them, which those of compressed matrices do not "
+                f"survive: {_WITHOUT_PLUGIN}"
+            )
+        _check_tensor_parallel(config.parallel_config.tensor_parallel_size, text)
+        self._is_checked = True
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
@@ -128,6 +129,18 @@ class CheckpointConfig(QuantizationConfig):
     @staticmethod
     def get_config_filenames() -> list[str]:
         return []
+
+
+def _check_tensor_parallel(size: int, text: Any) -> None:
+    """ValueError where sizes of the model cannot be shared out; vLLM itself would fail without a word on it."""
+    for what in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        count: Any = getattr(text, what, None)
+        shared = not isinstance(count, int) or count % size == 0
+        if not shared and not (what == "num_key_value_heads" and size % count == 0):
+            sizes = [each for each in range(1, count + 1) if count % each == 0 and each <= 64]
+            raise ValueError(
+                f"tensor_parallel_size={size} does not divide the model's {what}, {count}: take one of {sizes}"
+            )
 
 
 def _check_version(version: str) -> None:
