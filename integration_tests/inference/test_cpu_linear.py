@@ -21,7 +21,7 @@ from integration_tests.quantization.quantized_models import wide
 from optimum_dobisvd import convert
 from optimum_dobisvd.encodings.float import Float
 from optimum_dobisvd.encodings.int8 import Int8
-from optimum_dobisvd.inference import cpu_linear
+from optimum_dobisvd.inference import cpu_linear, measured
 from optimum_dobisvd.inference.cpu_linear import CPULinear, faster_on_cpu
 from optimum_dobisvd.structures.base import compressed_linears
 
@@ -133,3 +133,14 @@ def test_columns_are_measured_once(ratios: dict[tuple[Any, ...], float]) -> None
     assert len(known) == 2
     faster_on_cpu(nn.Linear(32, 16), Float(), [1, 2], compiled=False)
     assert ratios == known
+
+
+def test_compiled_steps_do_not_run_dense_what_is_slower_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "_measured", lambda module, rows: 1.3)
+    monkeypatch.setattr(measured, "SPEEDS", {})
+    model = optimized(compressed("low_rank", "float"), rows=1)
+    assert isinstance(model.model.layers[0].mlp.down_proj, nn.Linear)
+    model = optimized(compressed("low_rank", "float"), rows=1, compiled=True)
+    assert not isinstance(model.model.layers[0].mlp.down_proj, nn.Linear)
+    model = optimized(compressed("low_rank", "float"), rows=(8, 512), compiled=True)
+    assert isinstance(model.model.layers[0].mlp.down_proj, nn.Linear)

@@ -53,7 +53,7 @@ class CPULinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and not self.by_columns and x.dtype is self.weight.dtype:
             rows = x.reshape(-1, self.in_features)
-            if len(rows) <= _LOOP_ROWS.get(x.dtype, 0):
+            if runs_as_loop(x.dtype, x.device, len(rows)):
                 return self._by_loop(rows).view(*x.shape[:-1], self.out_features)
         return nn.functional.linear(x, self.weight, self.bias)
 
@@ -82,6 +82,11 @@ class CPULinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+def runs_as_loop(dtype: torch.dtype, device: torch.device, rows: int) -> bool:
+    """Whether a product of so many rows in a compiled graph is a loop over the weights."""
+    return device.type == "cpu" and rows <= _LOOP_ROWS.get(dtype, 0)
+
+
 @torch.no_grad()
 def faster_on_cpu(linear: Any, encoding: Encoding, rows: Sequence[int], compiled: bool) -> CPULinear | None:
     """Return what is to stand in for a linear; None where it is not faster over all `rows`, or does not apply.
@@ -95,10 +100,11 @@ def faster_on_cpu(linear: Any, encoding: Encoding, rows: Sequence[int], compiled
     if type(linear) is not nn.Linear or not encoding.is_row_scaled(linear):
         return None
     weight = linear.weight
-    if weight.device.type != "cpu" or weight.dtype not in _LOOP_ROWS or not weight.is_contiguous():
+    if weight.device.type != "cpu" or not weight.is_contiguous():
         return None
     if compiled:
-        return CPULinear(linear, by_columns=False) if min(rows) <= _LOOP_ROWS[weight.dtype] else None
+        some = any(runs_as_loop(weight.dtype, weight.device, count) for count in rows)
+        return CPULinear(linear, by_columns=False) if some else None
     # The library's products in 16 bits are for weights by rows.
     if weight.dtype is not torch.float32 or min(rows) > _FEW_ROWS:
         return None

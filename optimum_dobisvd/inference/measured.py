@@ -13,7 +13,7 @@ from torch import nn
 from ..encodings.base import Encoding
 from ..encodings.registry import encoding_named
 from ..structures.base import CompressedLinear
-from .cpu_linear import faster_on_cpu
+from .cpu_linear import faster_on_cpu, runs_as_loop
 from .device_time import cold_copies, ratio_by_turns, seconds_of
 from .thin_linear import faster_by_kernel
 
@@ -24,9 +24,15 @@ SPEEDS: dict[tuple[Any, ...], float] = {}
 """Times of a structure over dense times, by all that decides them. To override a measurement, set it here."""
 
 
-def slower_than_dense(module: CompressedLinear, rows: Sequence[int]) -> bool:
-    """Whether products of that many rows, over all of `rows`, take longer than dense ones."""
-    ratios = [_ratio(module, count) for count in rows]
+def slower_than_dense(module: CompressedLinear, rows: Sequence[int], compiled: bool) -> bool:
+    """Whether products of that many rows, over all of `rows`, take longer than dense ones.
+
+    Loops of a compiler are not measured: they take as long as reading the weights, where dense products take longer.
+    """
+    dtype, device = module.weight.dtype, module.weight.device
+    numbers = sum(weight.numel() for name, weight in module.named_parameters() if name.endswith("weight"))
+    fewer = numbers / (module.out_features * module.in_features)
+    ratios = [fewer if compiled and runs_as_loop(dtype, device, count) else _ratio(module, count) for count in rows]
     return math.exp(statistics.fmean(map(math.log, ratios))) > _CLEARLY
 
 

@@ -80,7 +80,7 @@ def optimize_for_inference(
     inner = {f"{name}.{child}" for name, module in compressed.items() for child, _ in module.named_children()}
     outer = {name: module for name, module in linears.items() if name not in inner}
     groups = shared_inputs(model, outer, inputs)
-    names = _run_dense(compressed, counts, dense)
+    names = _run_dense(compressed, counts, dense, compiled)
     record = begin_substitutions(model)
     for name in names:
         record.put(model, name, to_dense(compressed[name]).eval())
@@ -137,22 +137,22 @@ def _refuse(model: Any, compressed: Mapping[str, CompressedLinear]) -> None:
 
 
 def _run_dense(
-    compressed: Mapping[str, CompressedLinear], rows: Sequence[int], dense: str | Iterable[str]
+    matrices: Mapping[str, CompressedLinear], rows: Sequence[int], dense: str | Iterable[str], compiled: bool
 ) -> dict[str, None]:
     """Names of the matrices that are to run dense."""
     if dense == MEASURED:
         found = [
             name
-            for name, module in compressed.items()
-            if encoding_named(module.encoding).trainable and slower_than_dense(module, rows)
+            for name, module in matrices.items()
+            if encoding_named(module.encoding).trainable and slower_than_dense(module, rows, compiled)
         ]
         if found:
-            logger.info("%d of %d matrices run dense, which is faster: %s", len(found), len(compressed), found)
+            logger.info("%d of %d matrices run dense, which is faster: %s", len(found), len(matrices), found)
         return dict.fromkeys(found)
     if isinstance(dense, str):
         raise ValueError(f"dense={dense!r}: give {MEASURED!r}, or a list of names, [{dense!r}]")
-    wanted = select(dense, compressed)
-    return {name: None for name in compressed if name in wanted}
+    wanted = select(dense, matrices)
+    return {name: None for name in matrices if name in wanted}
 
 
 def _linears_by_input(
