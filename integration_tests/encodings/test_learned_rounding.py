@@ -1,5 +1,7 @@
 """Codes learned by signed descent: they begin as the nearest ones, stay on the grid, and lose less in the end."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,10 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoRoundConfig
 
+from integration_tests.inference import test_optimize
 from optimum_dobisvd.encodings.gptq import fake_quantize_groups
 from optimum_dobisvd.encodings.gptq_rounding import LearnableGroups
 from optimum_dobisvd.encodings.learned_rounding import LearnedRoundingSettings, SignedDescent
 from optimum_dobisvd.encodings.registry import encoding_of
+from optimum_dobisvd.pipeline.learn_rounding import make_learnable
 
 
 def linear(m: int, n: int, seed: int = 0, bias: bool = True) -> nn.Linear:
@@ -79,6 +83,26 @@ def test_fitted_ranges_lose_no_more_than_the_whole_ones_in_any_group(bits: int, 
     assert bool((fitted <= whole * (1 + 1e-6)).all())
     assert float(fitted.sum()) < float(whole.sum())
     assert 0 < float(learned.highest.min()) <= float(learned.highest.max()) <= 1
+
+
+@pytest.mark.parametrize("structure", ["low_rank", "pivoted"])
+def test_the_second_linear_begins_as_what_makes_the_best_of_the_first(
+    structure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(test_optimize.RANKS, "float", 32)
+    model = test_optimize.compressed(structure, "float")
+    module = model.model.layers[0].mlp.up_proj
+    wanted, encoding = copy.deepcopy(module), encoding_of("autoround3_g32")
+    torch.manual_seed(0)
+    inputs = torch.randn(512, module.in_features) * torch.rand(module.in_features) ** 2
+    moments = {"up.first": inputs.square().mean(0), "up.second": wanted.first(inputs).square().mean(0).detach()}
+
+    def missed(gram: torch.Tensor | None) -> float:
+        learned = copy.deepcopy(module)
+        make_learnable("up", learned, encoding, torch.float32, moments, gram)
+        return float((learned(inputs) - wanted(inputs)).square().mean().detach())
+
+    assert missed(inputs.T @ inputs) < {"low_rank": 0.98, "pivoted": 0.8}[structure] * missed(None)
 
 
 def test_the_best_rounding_is_kept_where_the_last_one_is_worse() -> None:

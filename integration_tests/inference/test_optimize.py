@@ -25,7 +25,7 @@ from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.structures.base import CompressedLinear, compressed_linears
 
 IDS = tokens(2, 12)
-_RANKS = {"float": 24, "int8": 32, "remap": 32, "gptq4_g32": 32, "gptq3_g32": 32, "nf4": 64}
+RANKS = {"float": 24, "int8": 32, "remap": 32, "gptq4_g32": 32, "gptq3_g32": 32, "nf4": 64}
 _TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 FORMATS = [
     *[(structure, encoding) for encoding in ("float", "int8") for structure in ("dense", "low_rank", "pivoted")],
@@ -46,7 +46,7 @@ def compressed(
     modules = {}
     for target in find_layout(model).targets:
         own = kinds.get(target.name.rpartition(".")[2], structure)
-        rank = None if own == "dense" else min(_RANKS[encoding], min(target.out_features, target.in_features) // 2)
+        rank = None if own == "dense" else min(RANKS[encoding], min(target.out_features, target.in_features) // 2)
         planned = PlannedModule(own, encoding, rank)
         fits = planned.format.unsupported_reason(target.out_features, target.in_features, rank) is None
         modules[target.name] = planned if fits else PlannedModule("dense", encoding)

@@ -19,6 +19,7 @@ from integration_tests.pipeline.tiny_model_compression import (
 from integration_tests.tiny_models import tiny, tokens
 from optimum_dobisvd import DobiSVDConfig, Plan
 from optimum_dobisvd.allocation.plan import PlannedModule
+from optimum_dobisvd.encodings.registry import encoding_named
 from optimum_dobisvd.factorization.decompositions import PreparedInputs
 from optimum_dobisvd.factorization.registry import FACTORIZATIONS
 from optimum_dobisvd.model.layout import find_layout
@@ -76,7 +77,8 @@ def test_a_mixture_is_planned_with_the_losses_of_its_rounding(tmp_path: Path) ->
     assert learned is not None
     for name, losses in feedback.items():
         for key, loss in losses.items():
-            share = {"gptq2_g32": 0.48, "gptq3_g32": 0.62, "gptq4_g32": 0.73}.get(key[1], 1.0)
+            share = encoding_named(key[1]).learned_loss_share
+            assert share < 1 or key[1] in ("int8", "gptq8_g32")
             torch.testing.assert_close(learned[name][key], share * loss)
 
 

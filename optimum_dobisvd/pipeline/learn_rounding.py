@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibration.paired import BlockPasses, PairedRunner
 from ..encodings.base import Encoding
@@ -17,6 +17,9 @@ from ..structures.base import CompressedLinear
 from .dense_beside import dense_again
 from .rest_of_blocks import RestOfBlocks
 
+_START_DAMPING = 1e-4
+"""Of fitting a second linear to how the first one is rounded: with 0.01, a block of pivoted matrices ends a quarter
+further off."""
 _BATCHES_OF_MOMENTS = 2
 """From which the mean squares of inputs are taken."""
 
@@ -60,15 +63,13 @@ def learn_rounding(
         here = {name: each for name, each in waiting.items() if f"{name}.".startswith(f"{block}.")}
         if not here:
             return
-        moments = _input_moments(here, passes)
+        moments, grams = _input_moments(here, passes)
         learnable = {
-            name: _make_learnable(each, encodings[each.encoding], dtypes[name]) for name, each in here.items()
+            name: make_learnable(name, each, encodings[each.encoding], dtypes[name], moments, grams.get(name))
+            for name, each in here.items()
         }
-        every = {f"{name}.{child}": each for name, made in learnable.items() for child, each in made.items()}
-        for name, each in every.items():
-            if name in moments:  # else it was given no token
-                each.fit_ranges(moments[name])
-        descent = SignedDescent(every.values(), settings, () if rest is None else rest.of(block, module))
+        every = [each for made in learnable.values() for each in made.values()]
+        descent = SignedDescent(every, settings, () if rest is None else rest.of(block, module))
         order: list[int] = []
         for _ in range(settings.steps):
             order = order or torch.randperm(len(passes.targets), generator=generator).tolist()
@@ -86,21 +87,51 @@ def learn_rounding(
 
 
 @torch.no_grad()
-def _input_moments(here: Mapping[str, CompressedLinear], passes: BlockPasses) -> dict[str, torch.Tensor]:
-    """Return the mean square of every input of the linears that these are written as, by name, still unrounded."""
-    names = [f"{name}.{child}" for name, module in here.items() for child, _ in module.named_children()]
-    sums: dict[str, torch.Tensor] = {}
+def _input_moments(
+    here: Mapping[str, CompressedLinear], passes: BlockPasses
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the mean square of every input of the linears that these are written as, by name, still unrounded.
+
+    And the sums of products of the inputs, of matrices that are written as several linears.
+    """
+    children = {f"{name}.{child}": name for name, module in here.items() for child, _ in module.named_children()}
+    zero = torch.zeros(())
+    squares: dict[str, Tensor] = {}
+    grams: dict[str, Tensor] = {}
     for batch in range(min(_BATCHES_OF_MOMENTS, len(passes.targets))):
-        for name, rows in passes.inputs(batch, names).items():
-            sums[name] = sums.get(name, 0) + rows.square().sum(0)
-    return {name: total / total.mean().clamp_min(1e-30) for name, total in sums.items()}
+        for child, rows in passes.inputs(batch, list(children)).items():
+            name = children[child]
+            squares[child] = squares.get(child, zero) + rows.square().sum(0)
+            if child == f"{name}.{here[name].input_linear}" and len(list(here[name].children())) > 1:
+                grams[name] = grams.get(name, zero) + rows.T @ rows
+    return {child: total / total.mean().clamp_min(1e-30) for child, total in squares.items()}, grams
 
 
-def _make_learnable(module: CompressedLinear, encoding: Encoding, dtype: torch.dtype) -> dict[str, LearnableLinear]:
-    """Put learnable linears in the places of a compressed linear's children."""
+@torch.no_grad()
+def make_learnable(
+    name: str,
+    module: CompressedLinear,
+    encoding: Encoding,
+    dtype: torch.dtype,
+    moments: Mapping[str, Tensor],
+    gram: Tensor | None,
+) -> dict[str, LearnableLinear]:
+    """Put learnable linears in the places of a compressed linear's children.
+
+    Each makes the best of how those before it are rounded now, on grids that lose least. One that was given no token
+    begins with the range of its values, and as it is.
+    """
+    linears: dict[str, Any] = dict(module.named_children())
+    weights = {child: linear.weight.detach().float() for child, linear in linears.items()}
+    rounded: dict[str, Tensor] = {}
     made: dict[str, LearnableLinear] = {}
-    for child, linear in list(module.named_children()):
-        plain: Any = linear
-        made[child] = encoding.learnable(plain, dtype).to(plain.weight.device)
+    for child, linear in linears.items():
+        if gram is not None:
+            weight = module.aimed(child, weights, rounded, (gram, gram), _START_DAMPING).float()
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+        made[child] = encoding.learnable(linear, dtype).to(linear.weight.device)
+        if f"{name}.{child}" in moments:
+            made[child].fit_ranges(moments[f"{name}.{child}"])
+        rounded[child] = made[child].weight
         module.set_submodule(child, made[child])
     return made
