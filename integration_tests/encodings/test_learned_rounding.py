@@ -85,12 +85,9 @@ def test_fitted_ranges_lose_no_more_than_the_whole_ones_in_any_group(bits: int, 
     assert 0 < float(learned.highest.min()) <= float(learned.highest.max()) <= 1
 
 
-@pytest.mark.parametrize("structure", ["low_rank", "pivoted"])
-def test_the_second_linear_begins_as_what_makes_the_best_of_the_first(
-    structure: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_second_linear_begins_as_what_makes_the_best_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(test_optimize.RANKS, "float", 32)
-    model = test_optimize.compressed(structure, "float")
+    model = test_optimize.compressed("pivoted", "float")
     module = model.model.layers[0].mlp.up_proj
     wanted, encoding = copy.deepcopy(module), encoding_of("autoround3_g32")
     torch.manual_seed(0)
@@ -102,7 +99,7 @@ def test_the_second_linear_begins_as_what_makes_the_best_of_the_first(
         make_learnable("up", learned, encoding, torch.float32, moments, gram)
         return float((learned(inputs) - wanted(inputs)).square().mean().detach())
 
-    assert missed(inputs.T @ inputs) < {"low_rank": 0.98, "pivoted": 0.8}[structure] * missed(None)
+    assert missed(inputs.T @ inputs) < 0.8 * missed(None)
 
 
 def test_the_best_rounding_is_kept_where_the_last_one_is_worse() -> None:

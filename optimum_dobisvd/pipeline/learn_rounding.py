@@ -17,11 +17,8 @@ from ..structures.base import CompressedLinear
 from .dense_beside import dense_again
 from .rest_of_blocks import RestOfBlocks
 
-_START_DAMPING = 1e-4
-"""Of fitting a second linear to how the first one is rounded: with 0.01, a block of pivoted matrices ends a quarter
-further off."""
-_BATCHES_OF_MOMENTS = 2
-"""From which the mean squares of inputs are taken."""
+_BATCHES_OF_MOMENTS = 8
+"""From which the mean squares of inputs, and the sums of their products, are taken."""
 
 
 def check_runnable(runner: PairedRunner, encoding: Encoding) -> None:
@@ -118,8 +115,8 @@ def make_learnable(
 ) -> dict[str, LearnableLinear]:
     """Put learnable linears in the places of a compressed linear's children.
 
-    Each makes the best of how those before it are rounded now, on grids that lose least. One that was given no token
-    begins with the range of its values, and as it is.
+    Each makes the best of how those before it are rounded now, where its structure does (`refitted`), on grids that
+    lose least. One that was given no token begins with the range of its values, and as it is.
     """
     linears: dict[str, Any] = dict(module.named_children())
     weights = {child: linear.weight.detach().float() for child, linear in linears.items()}
@@ -127,7 +124,7 @@ def make_learnable(
     made: dict[str, LearnableLinear] = {}
     for child, linear in linears.items():
         if gram is not None:
-            weight = module.aimed(child, weights, rounded, (gram, gram), _START_DAMPING).float()
+            weight = module.refitted(child, weights, rounded, gram).float()
             linear.weight = nn.Parameter(weight, requires_grad=False)
         made[child] = encoding.learnable(linear, dtype).to(linear.weight.device)
         if f"{name}.{child}" in moments:

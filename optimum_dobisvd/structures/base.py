@@ -21,7 +21,7 @@ from ..factorization.factors import Factors, Gauge
 from ..model.linears import dense_linear, weight_matrix
 
 _AIM_DAMPING = 0.01
-"""Of error feedback towards the dense model's outputs."""
+"""Added to the diagonal of the Gram that is solved with, as a share of its mean."""
 RoundingErrors = Callable[[Tensor, InputGram, Tensor | None], OutputErrors]
 """`Encoding.rounding_errors` of weight, Gram of its inputs, and rows or None."""
 QuantizationLoss = Callable[[RoundingErrors], float]
@@ -139,12 +139,7 @@ class CompressedLinear(nn.Module, ABC):
 
     @classmethod
     def aimed(
-        cls,
-        linear: str,
-        weights: Mapping[str, Tensor],
-        before: Mapping[str, Tensor],
-        inputs: tuple[Tensor, Tensor],
-        damping: float = _AIM_DAMPING,
+        cls, linear: str, weights: Mapping[str, Tensor], before: Mapping[str, Tensor], inputs: tuple[Tensor, Tensor]
     ) -> Tensor:
         """Return the weight of a linear whose outputs are nearest to what it gives unrounded in the dense model.
 
@@ -155,7 +150,6 @@ class CompressedLinear(nn.Module, ABC):
         Args:
             linear, weights, before: as for `refitted`.
             inputs: `H`, and `X_d X^T` of the matrix's inputs.
-            damping: added to the diagonal of the Gram that is solved with, as a share of its mean.
         """
         gram, crossed = (each.double() for each in inputs)
         for name in itertools.takewhile(lambda name: name != linear, cls.linears(1, 1, 1)):
@@ -165,7 +159,7 @@ class CompressedLinear(nn.Module, ABC):
         if not weight.numel():
             return weights[linear]
         damped = gram.clone()
-        damped.diagonal().add_(damping * damped.diagonal().mean().clamp_min(1e-300))
+        damped.diagonal().add_(_AIM_DAMPING * damped.diagonal().mean().clamp_min(1e-300))
         return weight + torch.linalg.solve(damped, (crossed - gram).T @ weight.T).T
 
     @classmethod
