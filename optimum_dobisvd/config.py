@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 import difflib
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from accelerate.utils import convert_file_size_to_int
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .allocation.rank_training import RankTraining
+from .config_values import check_integer, check_modules, checked_ratio, size_in_bytes
 from .encodings.base import QUANT_METHOD, Encoding
 from .encodings.registry import beside, encoding_named, encoding_of, rounded
 from .methods import Method, method_named
-from .structures.format import Format, format_named
+from .structures.format import Format
 from .structures.registry import AUTO, STRUCTURE_SETTINGS
 
 if TYPE_CHECKING:
@@ -134,7 +133,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
         if self.budget is not None:
             self.budget = size_in_bytes(self.budget, "budget")
         else:
-            self.ratio = _checked_ratio(0.8 if self.ratio is None else self.ratio)
+            self.ratio = checked_ratio(0.8 if self.ratio is None else self.ratio)
         self.rounding_settings = dict(self.rounding_settings or {})
         if self.rounding is not None or self.rounding_settings:
             _ = self.encoding  # raises for a rounding that it does not go with
@@ -144,12 +143,12 @@ class DobiSVDConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = [left] if isinstance(left, str) else list(left)
         optional = [name for name in ("seqlen", "rank_multiple") if getattr(self, name) is not None]
         for name in ("nsamples", "batch_size", *optional, "min_rank"):
-            _check_integer(name, getattr(self, name), at_least=1)
-        _check_integer("seed", self.seed, at_least=0)
+            check_integer(name, getattr(self, name), at_least=1)
+        check_integer("seed", self.seed, at_least=0)
         if not 0 <= self.min_coverage <= 1:
             raise ValueError(f"min_coverage is a fraction between 0 and 1, got {self.min_coverage}")
         if self.modules is not None:
-            _check_modules(self.modules)  # all a loader needs: the method may be one it has never heard of
+            check_modules(self.modules)  # all a loader needs: the method may be one it has never heard of
         else:
             self._check_request()
 
@@ -185,7 +184,7 @@ class DobiSVDConfig(QuantizationConfigMixin):
             conflict = Format(STRUCTURE_SETTINGS.get(method.structure)[0], self.encoding).conflict
             raise ValueError(f"{conflict}: take structure 'low_rank', or another quantization")
         if self.gradient_nsamples is not None:
-            _check_integer("gradient_nsamples", self.gradient_nsamples, at_least=1)
+            check_integer("gradient_nsamples", self.gradient_nsamples, at_least=1)
         if self.fisher not in ("empirical", "sampled"):
             raise ValueError(f"fisher is 'empirical' or 'sampled', got {self.fisher!r}")
         if not self.training:
@@ -336,64 +335,3 @@ def _check_version(version: Any) -> None:
             f"this checkpoint has dobi_svd format {version}, and the installed optimum-dobisvd reads up to "
             f"{FORMAT_VERSION}; upgrade it: pip install -U optimum-dobisvd"
         )
-
-
-def size_in_bytes(size: Any, option: str) -> int:
-    """Return bytes; `option` is what the user calls them. ValueError or TypeError for what is no size."""
-    if isinstance(size, bool) or not isinstance(size, int | str):
-        raise TypeError(f"{option} must be bytes or a size such as '2.8GB', got {size!r}")
-    if re.search(r"[kmgKMG]b\s*$", str(size)):
-        raise ValueError(f"{option} {size!r} ends in a small b, which means bits: write '2.8GB', '500MB', '1GiB'")
-    try:
-        found = int(size) if str(size).isdecimal() else int(convert_file_size_to_int(size))
-    except ValueError as error:
-        raise ValueError(f"{option} {size!r} is no size: write bytes, or '2.8GB', '500MB', '1GiB'") from error
-    if found <= 0:
-        raise ValueError(f"{option} must be above 0 bytes, got {size!r}")
-    return found
-
-
-def _checked_ratio(ratio: Any) -> float:
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float):
-        raise TypeError(f"ratio must be a number, got {type(ratio).__name__}")
-    if not 0 < ratio <= 1:
-        hint = ""
-        if 1 < ratio < 100:
-            hint = f"; {ratio:g} % kept is ratio={ratio / 100:g}, {ratio:g} % removed is ratio={1 - ratio / 100:g}"
-        elif ratio == 0:
-            hint = "; nothing removed is ratio=1"
-        elif -1 < ratio < 0:
-            hint = f"; {-ratio:g} removed is ratio={1 + ratio:g}"
-        raise ValueError(f"ratio is the fraction of bytes KEPT, 0 < ratio <= 1, got {ratio}{hint}")
-    return float(ratio)
-
-
-def _check_integer(name: str, value: Any, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {value}")
-
-
-def _check_modules(modules: dict[str, dict[str, Any]]) -> None:
-    if not isinstance(modules, dict):
-        raise ValueError(f"quantization_config.modules must map names to ranks, got {type(modules).__name__}")
-    for name, entry in modules.items():
-        if not isinstance(entry, dict) or set(entry) - {"rank"} != {"structure", "encoding"}:
-            raise ValueError(
-                f"quantization_config.modules: {name}: expected a structure, an encoding and perhaps a rank, got "
-                f"{entry!r}"
-            )
-        try:
-            format = format_named(entry["structure"], entry["encoding"])
-        except ValueError as error:
-            raise ValueError(
-                f"{name}: {error}; this version cannot read it: upgrade (pip install -U optimum-dobisvd), or mend "
-                "config.json"
-            ) from error
-        if format.structure.has_rank:
-            _check_integer(f"{name}: rank", entry.get("rank"), at_least=1)
-        elif entry.get("rank") is not None:
-            raise ValueError(
-                f"{name}: structure {entry['structure']!r} has no rank, config.json says {entry['rank']!r}; mend it"
-            )

@@ -18,7 +18,7 @@ from ..benchmark.result import Row, SpeedReport
 from ..benchmark.rounds import Patience
 from ..benchmark.session import Session
 from ..benchmark.worker import ModelRequest, RemoteWorker
-from ..config import size_in_bytes
+from ..config_values import size_in_bytes
 from ..model.device import require_device
 from ..model.input_limits import require_positions
 from ..report.table import bytes_text
