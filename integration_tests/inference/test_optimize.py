@@ -1,6 +1,7 @@
 """`optimize_for_inference`: the same model, faster; as it was when it is saved, converted or trained."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,8 +22,11 @@ from optimum_dobisvd.inference.groups import shared_inputs
 from optimum_dobisvd.inference.measured import SPEEDS, speed_key
 from optimum_dobisvd.inference.optimize import restore_after_inference
 from optimum_dobisvd.inference.shared_input import SharedInput
+from optimum_dobisvd.inference.unfolded import UnfoldedLinear
 from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.structures.base import CompressedLinear, compressed_linears
+from optimum_dobisvd.structures.low_rank import LowRankLinear
+from optimum_dobisvd.structures.pivoted import PivotedLinear
 
 IDS = tokens(2, 12)
 RANKS = {"float": 24, "int8": 32, "remap": 32, "gptq4_g32": 32, "gptq3_g32": 32, "nf4": 64}
@@ -287,33 +291,88 @@ def test_matrices_can_be_named_that_run_dense() -> None:
     assert_near(logits(model), expected, torch.float32)
 
 
-def test_matrices_slower_than_dense_ones_run_dense() -> None:
-    model = compressed("low_rank", "float")
-    known = dict(SPEEDS)
-    try:
-        for name, module in compressed_linears(model).items():
-            SPEEDS[speed_key(module, 3)] = 2.0 if name.endswith("o_proj") else 0.5
-        optimized(model, rows=3)
-        assert type(model.model.layers[0].self_attn.o_proj) is nn.Linear
-        assert isinstance(model.model.layers[0].mlp.down_proj, CompressedLinear)
-    finally:
-        SPEEDS.clear()
-        SPEEDS.update(known)
-
-
-def test_speeds_are_measured_once() -> None:
+@pytest.fixture
+def speeds() -> Iterator[dict[Any, float]]:
+    """Measured speeds, none at first, and after the test as they were."""
     known = dict(SPEEDS)
     SPEEDS.clear()
-    try:
-        model = optimized(compressed("pivoted", "float"), rows=(1, 7))
-        first = dict(SPEEDS)
-        assert {key[5] for key in first} == {1, 7}
-        assert all(ratio > 0 for ratio in first.values())
-        optimized(restored(model), rows=(1, 7))
-        assert first == SPEEDS
-    finally:
-        SPEEDS.clear()
-        SPEEDS.update(known)
+    yield SPEEDS
+    SPEEDS.clear()
+    SPEEDS.update(known)
+
+
+def test_matrices_slower_than_dense_ones_run_dense(speeds: dict[Any, float]) -> None:
+    model = compressed("low_rank", "float")
+    for name, module in compressed_linears(model).items():
+        speeds[speed_key(module, 3)] = 2.0 if name.endswith("o_proj") else 0.5
+    optimized(model, rows=3)
+    assert type(model.model.layers[0].self_attn.o_proj) is nn.Linear
+    assert isinstance(model.model.layers[0].mlp.down_proj, CompressedLinear)
+
+
+@pytest.mark.parametrize("dtype", list(_TOLERANCES), ids=str)
+def test_pivoted_matrices_run_as_two_factors_where_those_are_faster(
+    dtype: torch.dtype, speeds: dict[Any, float], tmp_path: Any
+) -> None:
+    model = compressed("pivoted", "float", dtype, wide("qwen2", dtype))  # which has biases
+    for name, module in compressed_linears(model).items():
+        speeds[speed_key(module, 3)] = 0.6 if name.endswith("o_proj") else 0.8
+        speeds[speed_key(module, 3, LowRankLinear)] = 0.6
+    model.save_pretrained(tmp_path / "before")
+    expected, tensors = logits(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    matrix = model.model.layers[0].mlp.down_proj
+    optimized(model, rows=3)
+    attention = model.model.layers[0].self_attn
+    assert type(model.model.layers[0].mlp.down_proj) is UnfoldedLinear
+    assert matrix.second.weight.numel() == 0  # nothing twice
+    assert type(attention.o_proj) is PivotedLinear  # as fast, in fewer numbers
+    assert attention.q_proj.first.shared is attention.k_proj.first.shared
+    assert_near(logits(model), expected, dtype)
+    optimized_logits = logits(model)
+    model.save_pretrained(tmp_path / "after")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+    assert torch.equal(logits(model), optimized_logits)
+    restored(model)
+    found = model.state_dict()
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_matrix_with_a_hook_stays_in_its_place(speeds: dict[Any, float]) -> None:
+    model = compressed("pivoted", "float")
+    for module in compressed_linears(model).values():
+        speeds[speed_key(module, 3)], speeds[speed_key(module, 3, LowRankLinear)] = 2.0, 3.0
+    called: list[nn.Module] = []
+    watched = model.model.layers[0].mlp.down_proj
+    watched.register_forward_hook(lambda module, *_: called.append(module))
+    optimized(model, rows=3)
+    logits(model)
+    assert called[-1:] == [watched]
+    assert type(model.model.layers[1].mlp.down_proj) is nn.Linear
+
+
+def test_speeds_are_measured_once(speeds: dict[Any, float]) -> None:
+    model = optimized(compressed("pivoted", "float"), rows=(1, 7))
+    first = dict(speeds)
+    assert {key[0] for key in first} == {"pivoted", "low_rank"}
+    assert {key[5] for key in first} == {1, 7}
+    assert all(ratio > 0 for ratio in first.values())
+    optimized(restored(model), rows=(1, 7))
+    assert first == speeds
+
+
+def test_shapes_that_differ_little_are_measured_as_one() -> None:
+    def key(rank: int, rows: int) -> tuple[Any, ...]:
+        return speed_key(PivotedLinear(4096, 4096, rank, device="meta"), rows)
+
+    assert key(1220, 1) == key(1279, 1) != key(1411, 1)
+    assert key(1203, 1) != key(1203, 2)
+    assert key(1203, 4096) == key(1203, 8192) != key(1203, 512)
+    small = PivotedLinear(30, 28, 27, device="meta")  # no rank beyond the matrix's, nor none at all
+    assert speed_key(small, 1)[4] == 27
+    assert speed_key(PivotedLinear(24, 20, 3, device="meta"), 1)[4] == 3
 
 
 @needs_gptq

@@ -1,4 +1,4 @@
-"""Which matrices are slower than dense ones of their shape on this machine: measured once for every shape."""
+"""In which structure a matrix is fastest on this machine: measured once for every shape."""
 
 from __future__ import annotations
 
@@ -13,27 +13,52 @@ from torch import nn
 from ..encodings.base import Encoding
 from ..encodings.registry import encoding_named
 from ..structures.base import CompressedLinear
+from ..structures.low_rank import LowRankLinear
+from ..structures.pivoted import PivotedLinear
 from .cpu_linear import faster_on_cpu, runs_as_loop
 from .device_time import cold_copies, ratio_by_turns, seconds_of
 from .thin_linear import faster_by_kernel
 
 _CLEARLY = 1.05
-"""How much slower than dense a matrix must be to run dense: what two equal products may differ by."""
+"""How much faster another structure must be than its own: what two equal products may differ by."""
+_MANY_ROWS = 2048
+"""Products of more rows are as much faster or slower than dense ones."""
+_RANK_STEP = 16
 
 SPEEDS: dict[tuple[Any, ...], float] = {}
-"""Times of a structure over dense times, by all that decides them. To override a measurement, set it here."""
+"""Times of a matrix in a structure over dense times, by all that decides them. To override one, set it here."""
 
 
-def slower_than_dense(module: CompressedLinear, rows: Sequence[int], compiled: bool) -> bool:
-    """Whether products of that many rows, over all of `rows`, take longer than dense ones.
+def fastest_structure(module: CompressedLinear, rows: Sequence[int], compiled: bool) -> str:
+    """Return the structure in which a matrix is fastest over products of all these `rows`: its own, or another one.
+
+    That is `dense` where its own takes longer, and `low_rank` where two factors give its outputs in order sooner than
+    they can be put in order.
+    """
+    times = {kind: _time_of(kind, module, rows, compiled) for kind in (type(module), *_others(module))}
+    fastest = min(times, key=lambda kind: times[kind] * (1 if kind is type(module) else _CLEARLY))
+    return "dense" if times[fastest] > _CLEARLY else fastest.structure
+
+
+def _others(module: CompressedLinear) -> list[type[CompressedLinear]]:
+    """Structures with a rank that such a matrix could be computed in as well."""
+    # On GPUs the second linear's kernel stores its outputs to their places.
+    return [LowRankLinear] if isinstance(module, PivotedLinear) and module.weight.device.type == "cpu" else []
+
+
+def _time_of(kind: type[CompressedLinear], module: CompressedLinear, rows: Sequence[int], compiled: bool) -> float:
+    """The time of a matrix in that structure over a dense one's, over all `rows`.
 
     Loops of a compiler are not measured: they take as long as reading the weights, where dense products take longer.
     """
     dtype, device = module.weight.dtype, module.weight.device
-    numbers = sum(weight.numel() for name, weight in module.named_parameters() if name.endswith("weight"))
-    fewer = numbers / (module.out_features * module.in_features)
-    ratios = [fewer if compiled and runs_as_loop(dtype, device, count) else _ratio(module, count) for count in rows]
-    return math.exp(statistics.fmean(map(math.log, ratios))) > _CLEARLY
+    shape = (module.out_features, module.in_features)
+    numbers = sum(math.prod(each) for each in kind.linears(*shape, module.rank).values())
+    fewer = numbers / math.prod(shape)
+    ratios = [
+        fewer if compiled and runs_as_loop(dtype, device, count) else _ratio(kind, module, count) for count in rows
+    ]
+    return math.exp(statistics.fmean(map(math.log, ratios)))
 
 
 def faster_linear(
@@ -51,46 +76,54 @@ def faster_linear(
     return faster_by_kernel(linear, encoding, rows, places) or faster_on_cpu(linear, encoding, rows, compiled)
 
 
-def speed_key(module: CompressedLinear, rows: int) -> tuple[Any, ...]:
-    """Return by what `SPEEDS` has the speed of such a matrix."""
-    shape = (module.structure, module.encoding, module.out_features, module.in_features, module.rank)
-    return (*shape, rows, module.weight.dtype, module.weight.device, torch.get_num_threads())
+def speed_key(module: CompressedLinear, rows: int, kind: type[CompressedLinear] | None = None) -> tuple[Any, ...]:
+    """Return by what `SPEEDS` has the speed of such a matrix, in its own structure or another one.
+
+    Ranks that differ little count as one, and so do numbers of rows that are large.
+    """
+    structure, rank = (kind or type(module)).structure, _nearby_rank(module)
+    shape = (structure, module.encoding, module.out_features, module.in_features, rank)
+    return (*shape, min(rows, _MANY_ROWS), module.weight.dtype, module.weight.device, torch.get_num_threads())
 
 
-def _ratio(module: CompressedLinear, rows: int) -> float:
-    key = speed_key(module, rows)
+def _nearby_rank(module: CompressedLinear) -> int | None:
+    """The rank that is measured for a matrix: one of eight between a power of 2 and the next, multiples of 16."""
+    if module.rank is None:
+        return None
+    step = max(_RANK_STEP, (1 << module.rank.bit_length()) // 16)
+    nearby = round(module.rank / step) * step
+    return nearby if 0 < nearby < min(module.out_features, module.in_features) else module.rank
+
+
+def _ratio(kind: type[CompressedLinear], module: CompressedLinear, rows: int) -> float:
+    key = speed_key(module, rows, kind)
     if key not in SPEEDS:
-        SPEEDS[key] = _measured(module, rows)
+        SPEEDS[key] = _measured(kind, module, min(rows, _MANY_ROWS))
     return SPEEDS[key]
 
 
 @torch.no_grad()
-def _measured(module: CompressedLinear, rows: int) -> float:
-    """The time of a matrix like this one over that of a dense one."""
+def _measured(kind: type[CompressedLinear], module: CompressedLinear, rows: int) -> float:
+    """The time of a matrix like this one in that structure over that of a dense one."""
     device, dtype = module.weight.device, module.weight.dtype
     inputs, outputs = module.in_features, module.out_features
     count = cold_copies(inputs * outputs * dtype.itemsize, device)
     dense = [_filled(nn.Linear(inputs, outputs, bias=False, device="meta", dtype=dtype), device) for _ in range(count)]
-    ours = [_like(module, rows) for _ in range(count)]
+    ours = [_like(kind, module, rows) for _ in range(count)]
     x = torch.randn(rows, module.in_features, device=device, dtype=dtype)
     if device.type == "cuda":
         return seconds_of(lambda made: made(x), ours) / seconds_of(lambda made: made(x), dense)
     return ratio_by_turns(lambda made: made(x), ours, dense)
 
 
-def _like(module: CompressedLinear, rows: int) -> nn.Module:
+def _like(kind: Callable[..., CompressedLinear], module: CompressedLinear, rows: int) -> nn.Module:
     """A module of the same shape with weights of its own, and the kernels that it would have."""
-    kind: Callable[..., CompressedLinear] = type(module)
-    new = kind(
-        module.in_features,
-        module.out_features,
-        module.rank,
-        bias=False,
-        device="meta",
-        dtype=module.weight.dtype,
-    )
-    _filled(new, module.weight.device)
-    new.put_own(module.own(), None)
+    dtype, device = module.weight.dtype, module.weight.device
+    shape = (module.in_features, module.out_features, _nearby_rank(module))
+    new = kind(*shape, bias=False, device="meta", dtype=dtype)
+    _filled(new, device)
+    if kind is type(module):
+        new.put_own(module.own(), None)
     new.set_inference(True)
     for name, linear in list(new.named_children()):
         faster = faster_linear(

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..encodings.base import Encoding
 from ..encodings.registry import encoding_named
@@ -21,9 +22,11 @@ from ..model.substitutions import (
 )
 from ..structures.base import CompressedLinear, compressed_linears, to_dense
 from ..structures.format import AS_IS
+from ..structures.pivoted import PivotedLinear
 from .groups import shared_inputs
-from .measured import faster_linear, slower_than_dense
+from .measured import faster_linear, fastest_structure
 from .shared_input import SharedInput, SharedInputPart
+from .unfolded import UnfoldedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +48,8 @@ def optimize_for_inference(
     * Linears that read the same input (`q`, `k` and `v`; `gate` and `up`) are one product, of the first linears where
       they are factorized. Their weights become views of one tensor; nothing is held twice.
     * Matrices whose structure is slower than a dense product run dense. Dense weights are then held beside the stored
-      ones. Matrices in fewer bits than the model's stay so.
+      ones. Pivoted matrices run as two factors on CPUs where those are faster, which has `k^2` numbers more. Matrices
+      in fewer bits than the model's stay as they are.
     * Linears go through the kernel that is fastest on this machine where their encoding knows several. 4-bit GPTQ
       linears on a CPU are packed once more for it. float32 weights on a CPU are stored by columns where few rows are
       multiplied faster so; in a compiled graph, which reads rows faster, they are not.
@@ -59,8 +63,8 @@ def optimize_for_inference(
         model: compressed, in evaluation mode, where it is to run and in the dtype it is to run in.
         rows: of one product: the batch size in decoding, batch x tokens of a prompt in prefill. With several, what is
             fastest over all.
-        dense: `measured`, or names or patterns (as in `overrides`) of the matrices to run dense, without a
-            measurement; an empty list is none.
+        dense: `measured`, or names or patterns (as in `overrides`) of the matrices to run dense, the others as they
+            are stored, without a measurement; an empty list is none.
         compiled: whether it is to run compiled: by `torch.compile`, or in `generate` with a static cache.
         inputs: what to call the model with once, to see which linears read the same input; None is a few tokens.
 
@@ -80,16 +84,16 @@ def optimize_for_inference(
     inner = {f"{name}.{child}" for name, module in compressed.items() for child, _ in module.named_children()}
     outer = {name: module for name, module in linears.items() if name not in inner}
     groups = shared_inputs(model, outer, inputs)
-    names = _run_dense(compressed, counts, dense, compiled)
+    structures = _fastest_structures(compressed, counts, dense, compiled)
     record = begin_substitutions(model)
-    for name in names:
-        record.put(model, name, to_dense(compressed[name]).eval())
-    for name, module in compressed.items():
-        if name not in names:
-            module.set_inference(True)
-    for paths in _linears_by_input(model, compressed, groups):
+    for name, structure in structures.items():
+        record.put(model, name, _in_structure(compressed[name], structure))
+    running = {name: module for name, module in compressed_linears(model).items() if name in compressed}
+    for module in running.values():
+        module.set_inference(True)
+    for paths in _linears_by_input(model, running, groups):
         _put_faster(model, record, paths, counts, compiled)
-    _tell_kernels(model, compressed)
+    _tell_kernels(model, running)
     return model
 
 
@@ -136,23 +140,39 @@ def _refuse(model: Any, compressed: Mapping[str, CompressedLinear]) -> None:
             )
 
 
-def _run_dense(
+def _fastest_structures(
     matrices: Mapping[str, CompressedLinear], rows: Sequence[int], dense: str | Iterable[str], compiled: bool
-) -> dict[str, None]:
-    """Names of the matrices that are to run dense."""
+) -> dict[str, str]:
+    """Structures of the matrices that are to run in another than their own, by name."""
     if dense == MEASURED:
-        found = [
-            name
+        found = {
+            name: structure
             for name, module in matrices.items()
-            if encoding_named(module.encoding).trainable and slower_than_dense(module, rows, compiled)
-        ]
-        if found:
-            logger.info("%d of %d matrices run dense, which is faster: %s", len(found), len(matrices), found)
-        return dict.fromkeys(found)
+            if encoding_named(module.encoding).trainable
+            and not _has_hooks(module)
+            and (structure := fastest_structure(module, rows, compiled)) != module.structure
+        }
+        for structure in sorted(set(found.values())):
+            names = [name for name in found if found[name] == structure]
+            logger.info("%d of %d matrices run %s, which is faster: %s", len(names), len(matrices), structure, names)
+        return found
     if isinstance(dense, str):
         raise ValueError(f"dense={dense!r}: give {MEASURED!r}, or a list of names, [{dense!r}]")
     wanted = select(dense, matrices)
-    return {name: None for name in matrices if name in wanted}
+    return {name: "dense" for name in matrices if name in wanted}
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether it has hooks of a user or of Accelerate, which are not called if another module stands in for it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+
+
+def _in_structure(module: CompressedLinear, structure: str) -> nn.Module:
+    """Return what stands in for a matrix that runs in that structure."""
+    if structure == "low_rank":
+        assert isinstance(module, PivotedLinear)
+        return UnfoldedLinear(module)
+    return to_dense(module).eval()
 
 
 def _linears_by_input(
@@ -160,10 +180,9 @@ def _linears_by_input(
 ) -> list[dict[str, Encoding]]:
     """Linears that read the same input, with their encodings, each by itself where no other does."""
     encodings: dict[str, Encoding] = {}
-    for name in compressed:
-        if model.get_submodule(name) is compressed[name]:  # and does not run dense
-            encoding = encoding_named(compressed[name].encoding)
-            encodings |= {f"{name}.{child}": encoding for child, _ in compressed[name].named_children()}
+    for name, module in compressed.items():
+        encoding = encoding_named(module.encoding)
+        encodings |= {f"{name}.{child}": encoding for child, _ in module.named_children()}
     found = []
     for group in groups:
         modules = {name: model.get_submodule(name) for name in group}
@@ -183,8 +202,8 @@ def _put_faster(
     for path, encoding in paths.items():
         linear = model.get_submodule(path)
         tensor = next(iter((*linear.parameters(), *linear.buffers())), None)
-        if tensor is None or linear._forward_hooks or linear._forward_pre_hooks or hasattr(linear, "_hf_hook"):
-            continue  # a hook of a user or of Accelerate would not be called any more
+        if tensor is None or _has_hooks(linear):
+            continue
         alike.setdefault((encoding.name, linear.in_features, tensor.device, tensor.dtype), []).append(path)
     for together in alike.values():
         encoding = paths[together[0]]
@@ -224,8 +243,8 @@ def _places(model: Any, paths: Sequence[str]) -> torch.Tensor | None:
 def _tell_kernels(model: Any, compressed: Mapping[str, CompressedLinear]) -> None:
     """Say how many linears of each encoding run in what."""
     found: Counter[str] = Counter()
-    for name, module in compressed.items():
-        for child, _ in module.named_children() if model.get_submodule(name) is module else ():
+    for module in compressed.values():
+        for child, _ in module.named_children():
             running = module.get_submodule(child)
             running = running.runs if isinstance(running, SharedInputPart) else running
             found[f"{module.encoding} in {getattr(running, 'runs_in', type(running).__name__)}"] += 1
