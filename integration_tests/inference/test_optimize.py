@@ -340,6 +340,56 @@ def test_pivoted_matrices_run_as_two_factors_where_those_are_faster(
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize(
+    ("structure", "many", "dtype"),
+    [
+        ("pivoted", PivotedLinear, torch.float32),
+        ("pivoted", LowRankLinear, torch.bfloat16),
+        ("low_rank", LowRankLinear, torch.float32),
+    ],
+)
+def test_few_and_many_rows_may_each_have_their_form(
+    structure: str, many: type[CompressedLinear], dtype: torch.dtype, speeds: dict[Any, float], tmp_path: Any
+) -> None:
+    model = compressed(structure, "float", dtype, wide("qwen2", dtype))
+    for name, module in compressed_linears(model).items():
+        for kind in {PivotedLinear, LowRankLinear}:
+            speeds[speed_key(module, 2, kind)] = 0.5 if name.endswith("down_proj") and kind is many else 2.0
+            speeds[speed_key(module, 600, kind)] = 0.5 if kind is many else 2.0
+    model.save_pretrained(tmp_path / "before")
+    many_ids, few_ids = tokens(2, 300), tokens(2, 1)
+    expected = [logits(model, ids) for ids in (few_ids, many_ids)]
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimized(model, rows=(2, 600))
+    attention = model.model.layers[0].self_attn
+    assert type(attention.o_proj.few) is nn.Linear
+    assert isinstance(attention.o_proj.many, many)
+    assert isinstance(model.model.layers[0].mlp.down_proj, many)  # one form for both
+    assert attention.q_proj.few.shared is attention.v_proj.few.shared
+    assert attention.q_proj.many.first.shared is attention.v_proj.many.first.shared
+    for ids, before in zip((few_ids, many_ids), expected, strict=True):
+        assert_near(logits(model, ids), before, dtype)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert_near(logits(compiled, few_ids), expected[0], dtype)
+    model.save_pretrained(tmp_path / "after")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+    assert_near(logits(model, many_ids), expected[1], dtype)
+    restored(model)
+    found = model.state_dict()
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_two_forms_of_a_pivoted_matrix_are_not_held_beside_each_other(speeds: dict[Any, float]) -> None:
+    model = compressed("pivoted", "float")
+    for module in compressed_linears(model).values():
+        for rows, own, unfolded in ((2, 0.5, 0.7), (600, 0.9, 0.5)):
+            speeds[speed_key(module, rows)], speeds[speed_key(module, rows, LowRankLinear)] = own, unfolded
+    optimized(model, rows=(2, 600))
+    assert {type(module) for module in compressed_linears(model).values()} == {UnfoldedLinear}
+
+
 def test_a_matrix_with_a_hook_stays_in_its_place(speeds: dict[Any, float]) -> None:
     model = compressed("pivoted", "float")
     for module in compressed_linears(model).values():

@@ -27,8 +27,6 @@ from .machine import available_device_memory, available_memory
 
 _CHECKPOINTS = ("checkpoint", "fused", "compiled")
 """Workers that load the compressed model."""
-_ENOUGH_ROWS = 512
-"""Rows of a product from which on more of them change no ratio of speeds."""
 
 
 def measure(options: dict[str, Any], console: Any) -> SpeedReport:
@@ -115,7 +113,7 @@ def _optimizer(options: dict[str, Any], *, compiled: bool) -> Callable[[Any], An
     from ..inference.optimize import optimize_for_inference
 
     batches = options["batch"]
-    prefilled = {min(batch * prompt, _ENOUGH_ROWS) for batch in batches for prompt in options["prompt"]}
+    prefilled = {batch * prompt for batch in batches for prompt in options["prompt"]}
     return partial(optimize_for_inference, rows=sorted({*batches, *prefilled}), compiled=compiled)
 
 

@@ -23,6 +23,7 @@ from ..model.substitutions import (
 from ..structures.base import CompressedLinear, compressed_linears, to_dense
 from ..structures.format import AS_IS
 from ..structures.pivoted import PivotedLinear
+from .by_rows import FEW_ROWS, ByRows
 from .groups import shared_inputs
 from .measured import faster_linear, fastest_structure
 from .shared_input import SharedInput, SharedInputPart
@@ -48,8 +49,9 @@ def optimize_for_inference(
     * Linears that read the same input (`q`, `k` and `v`; `gate` and `up`) are one product, of the first linears where
       they are factorized. Their weights become views of one tensor; nothing is held twice.
     * Matrices whose structure is slower than a dense product run dense. Dense weights are then held beside the stored
-      ones. Pivoted matrices run as two factors on CPUs where those are faster, which has `k^2` numbers more. Matrices
-      in fewer bits than the model's stay as they are.
+      ones. Pivoted matrices run as two factors on CPUs where those are faster, which has `k^2` numbers more. With
+      `rows` of decoding and of prompts, a matrix may be held in one form for each. Matrices in fewer bits than the
+      model's stay as they are.
     * Linears go through the kernel that is fastest on this machine where their encoding knows several. 4-bit GPTQ
       linears on a CPU are packed once more for it. float32 weights on a CPU are stored by columns where few rows are
       multiplied faster so; in a compiled graph, which reads rows faster, they are not.
@@ -62,7 +64,7 @@ def optimize_for_inference(
     Args:
         model: compressed, in evaluation mode, where it is to run and in the dtype it is to run in.
         rows: of one product: the batch size in decoding, batch x tokens of a prompt in prefill. With several, what is
-            fastest over all.
+            fastest over those of up to 64, and over those of more.
         dense: `measured`, or names or patterns (as in `overrides`) of the matrices to run dense, the others as they
             are stored, without a measurement; an empty list is none.
         compiled: whether it is to run compiled: by `torch.compile`, or in `generate` with a static cache.
@@ -86,13 +88,13 @@ def optimize_for_inference(
     groups = shared_inputs(model, outer, inputs)
     structures = _fastest_structures(compressed, counts, dense, compiled)
     record = begin_substitutions(model)
-    for name, structure in structures.items():
-        record.put(model, name, _in_structure(compressed[name], structure))
-    running = {name: module for name, module in compressed_linears(model).items() if name in compressed}
+    for name, (few, many) in structures.items():
+        record.put(model, name, _in_structures(compressed[name], few, many))
+    running = compressed_linears(model)
     for module in running.values():
         module.set_inference(True)
-    for paths in _linears_by_input(model, running, groups):
-        _put_faster(model, record, paths, counts, compiled)
+    for paths, rows_of_these in _linears_by_input(model, running, groups, counts):
+        _put_faster(model, record, paths, rows_of_these, compiled)
     _tell_kernels(model, running)
     return model
 
@@ -142,24 +144,38 @@ def _refuse(model: Any, compressed: Mapping[str, CompressedLinear]) -> None:
 
 def _fastest_structures(
     matrices: Mapping[str, CompressedLinear], rows: Sequence[int], dense: str | Iterable[str], compiled: bool
-) -> dict[str, str]:
-    """Structures of the matrices that are to run in another than their own, by name."""
-    if dense == MEASURED:
-        found = {
-            name: structure
-            for name, module in matrices.items()
-            if encoding_named(module.encoding).trainable
-            and not _has_hooks(module)
-            and (structure := fastest_structure(module, rows, compiled)) != module.structure
-        }
-        for structure in sorted(set(found.values())):
-            names = [name for name in found if found[name] == structure]
-            logger.info("%d of %d matrices run %s, which is faster: %s", len(names), len(matrices), structure, names)
-        return found
-    if isinstance(dense, str):
-        raise ValueError(f"dense={dense!r}: give {MEASURED!r}, or a list of names, [{dense!r}]")
-    wanted = select(dense, matrices)
-    return {name: "dense" for name in matrices if name in wanted}
+) -> dict[str, tuple[str, str]]:
+    """Structures for few and for many rows of the matrices that are to run in another than their own, by name."""
+    if dense != MEASURED:
+        if isinstance(dense, str):
+            raise ValueError(f"dense={dense!r}: give {MEASURED!r}, or a list of names, [{dense!r}]")
+        wanted = select(dense, matrices)
+        return {name: ("dense", "dense") for name in matrices if name in wanted}
+    found = {
+        name: structures
+        for name, module in matrices.items()
+        if encoding_named(module.encoding).trainable
+        and not _has_hooks(module)
+        and (structures := _fastest_of(module, rows, compiled)) != (module.structure, module.structure)
+    }
+    for few, many in sorted(set(found.values())):
+        names = [name for name, structures in found.items() if structures == (few, many)]
+        what = few if few == many else f"{few} for few rows and {many} for many"
+        logger.info("%d of %d matrices run %s, which is faster: %s", len(names), len(matrices), what, names)
+    return found
+
+
+def _fastest_of(module: CompressedLinear, rows: Sequence[int], compiled: bool) -> tuple[str, str]:
+    """The structures in which a matrix is fastest for those of the rows that are few, and for the others."""
+    parts = [part for part in _few_and_many(rows) if part]
+    structures = [fastest_structure(module, part, compiled) for part in parts]
+    if set(structures) == {"pivoted", "low_rank"}:  # which cannot both have the values of the second linear
+        structures = [fastest_structure(module, rows, compiled)]
+    return structures[0], structures[-1]
+
+
+def _few_and_many(rows: Sequence[int]) -> tuple[list[int], list[int]]:
+    return [count for count in rows if count <= FEW_ROWS], [count for count in rows if count > FEW_ROWS]
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -167,8 +183,15 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
 
 
+def _in_structures(module: CompressedLinear, few: str, many: str) -> nn.Module:
+    """Return what stands in for a matrix that runs in these structures."""
+    made = {structure: _in_structure(module, structure) for structure in {few, many}}
+    return made[few] if few == many else ByRows(made[few], made[many]).eval()
+
+
 def _in_structure(module: CompressedLinear, structure: str) -> nn.Module:
-    """Return what stands in for a matrix that runs in that structure."""
+    if structure == module.structure:
+        return module
     if structure == "low_rank":
         assert isinstance(module, PivotedLinear)
         return UnfoldedLinear(module)
@@ -176,22 +199,35 @@ def _in_structure(module: CompressedLinear, structure: str) -> nn.Module:
 
 
 def _linears_by_input(
-    model: Any, compressed: Mapping[str, CompressedLinear], groups: Sequence[Sequence[str]]
-) -> list[dict[str, Encoding]]:
-    """Linears that read the same input, with their encodings, each by itself where no other does."""
+    model: Any, compressed: Mapping[str, CompressedLinear], groups: Sequence[Sequence[str]], rows: Sequence[int]
+) -> list[tuple[dict[str, Encoding], Sequence[int]]]:
+    """Linears that read the same input, each by itself where no other does, with their encodings; and their rows."""
     encodings: dict[str, Encoding] = {}
     for name, module in compressed.items():
         encoding = encoding_named(module.encoding)
         encodings |= {f"{name}.{child}": encoding for child, _ in module.named_children()}
+    few, many = _few_and_many(rows)
+    rows_of = {"": rows, "few": few, "many": many}
     found = []
     for group in groups:
-        modules = {name: model.get_submodule(name) for name in group}
-        paths = {
-            f"{name}.{module.input_linear}" if isinstance(module, CompressedLinear) else name: None
-            for name, module in modules.items()
-        }
-        found.append({path: encodings.pop(path, AS_IS.encoding) for path in paths})
-    return found + [{path: encoding} for path, encoding in encodings.items()]
+        together: dict[str, dict[str, Encoding]] = {form: {} for form in rows_of}
+        for name in group:
+            by_rows = isinstance(model.get_submodule(name), ByRows)
+            for form in ("few", "many") if by_rows else ("",):
+                path = _path_of_input(model, f"{name}.{form}" if form else name)
+                together[form][path] = encodings.pop(path, AS_IS.encoding)
+        found += [(paths, rows_of[form]) for form, paths in together.items() if paths]
+    for path, encoding in encodings.items():
+        parent, _, form = path.rpartition(".")[0].rpartition(".")
+        by_rows = isinstance(model.get_submodule(parent), ByRows)
+        found.append(({path: encoding}, rows_of[form] if by_rows else rows))
+    return found
+
+
+def _path_of_input(model: Any, name: str) -> str:
+    """The name of the linear of a matrix that reads its input: itself, where it is one."""
+    module = model.get_submodule(name)
+    return f"{name}.{module.input_linear}" if isinstance(module, CompressedLinear) else name
 
 
 def _put_faster(

@@ -33,22 +33,23 @@ class Substitutions:
         """Put every original in its place again."""
         for name, original, new in reversed(self._places):
             model.set_submodule(name, original)
-            _call(new, "suspend")
+            tell(new, "suspend")
 
     def end(self, model: nn.Module) -> None:
         """Put every original in its place for good; what stood there has tensors of it back in their places."""
         self.take_away(model)
         for _, _, new in self._places:
-            _call(new, "release")
+            tell(new, "release")
 
     def put_back(self, model: nn.Module) -> None:
         """Undo `take_away`."""
         for name, _, new in self._places:
             model.set_submodule(name, new)
-            _call(new, "resume")
+            tell(new, "resume")
 
 
-def _call(module: nn.Module, method: str) -> None:
+def tell(module: nn.Module, method: str) -> None:
+    """Call a method of what stands in for a module, if it has it."""
     if hasattr(module, method):
         getattr(module, method)()
 

@@ -1,0 +1,44 @@
+"""A matrix held in two forms: one for the few rows of decoding, one for the many of a prompt."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..model.substitutions import RESTORE, tell
+
+FEW_ROWS = 64
+"""Up to so many, products take about as long as reading the weights; more take as long as multiplying."""
+
+
+class ByRows(nn.Module):
+    """Stands in for a matrix: `few` computes products of up to `FEW_ROWS` rows, `many` those of more."""
+
+    def __init__(self, few: nn.Module, many: nn.Module) -> None:
+        super().__init__()
+        self.few, self.many = few, many
+        self.training = few.training
+
+    @property
+    def weight(self) -> Tensor:
+        """That of one of the two, which modeling code asks for dtype and device."""
+        weight: Tensor = self.few.weight  # type: ignore[assignment]
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        few = x.numel() <= FEW_ROWS * x.shape[-1]
+        y: Tensor = self.few(x) if few else self.many(x)
+        return y
+
+    def suspend(self) -> None:
+        """See `Substitutions`."""
+        tell(self.few, "suspend")
+        tell(self.many, "suspend")
+
+    def resume(self) -> None:
+        """See `Substitutions`."""
+        tell(self.few, "resume")
+        tell(self.many, "resume")
+
+    def __format__(self, spec: str) -> str:
+        # See `SharedInputPart.__format__`.
+        return format(f"{self!r} (optimized for inference: {RESTORE})", spec)
