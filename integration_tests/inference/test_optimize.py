@@ -381,6 +381,19 @@ def test_few_and_many_rows_may_each_have_their_form(
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
+def test_two_factors_for_few_rows_and_a_dense_matrix_for_many(speeds: dict[Any, float]) -> None:
+    model = compressed("pivoted", "float")
+    expected = logits(model)
+    for module in compressed_linears(model).values():
+        for rows, unfolded in ((2, 0.5), (600, 3.0)):
+            speeds[speed_key(module, rows)], speeds[speed_key(module, rows, LowRankLinear)] = 2.0, unfolded
+    optimized(model, rows=(2, 600))
+    assert type(model.model.layers[0].mlp.down_proj.few) is UnfoldedLinear
+    assert type(model.model.layers[0].mlp.down_proj.many) is nn.Linear
+    assert_near(logits(model), expected, torch.float32)
+    assert_near(logits(model, tokens(2, 300)), logits(restored(copy.deepcopy(model)), tokens(2, 300)), torch.float32)
+
+
 def test_two_forms_of_a_pivoted_matrix_are_not_held_beside_each_other(speeds: dict[Any, float]) -> None:
     model = compressed("pivoted", "float")
     for module in compressed_linears(model).values():

@@ -29,15 +29,23 @@ SPEEDS: dict[tuple[Any, ...], float] = {}
 """Times of a matrix in a structure over dense times, by all that decides them. To override one, set it here."""
 
 
-def fastest_structure(module: CompressedLinear, rows: Sequence[int], compiled: bool) -> str:
-    """Return the structure in which a matrix is fastest over products of all these `rows`: its own, or another one.
+def fastest_structures(together: Sequence[CompressedLinear], rows: Sequence[int], compiled: bool) -> list[str]:
+    """Return the structures in which matrices are fastest over products of all these `rows`: their own, or others.
 
-    That is `dense` where its own takes longer, and `low_rank` where two factors give its outputs in order sooner than
-    they can be put in order.
+    `low_rank` is for a pivoted one where two factors give its outputs in order sooner than they can be put in order.
+    Matrices that read one input are all dense or none: only those that are alike can be joined to one product.
     """
-    times = {kind: _time_of(kind, module, rows, compiled) for kind in (type(module), *_others(module))}
-    fastest = min(times, key=lambda kind: times[kind] * (1 if kind is type(module) else _CLEARLY))
-    return "dense" if times[fastest] > _CLEARLY else fastest.structure
+    found, total, dense = [], 0.0, 0
+    for module in together:
+        time, fastest = _time_of(type(module), module, rows, compiled), type(module)
+        for kind in _others(module):
+            other = _time_of(kind, module, rows, compiled)
+            if other * _CLEARLY < time:
+                time, fastest = other, kind
+        found.append(fastest.structure)
+        total += time * module.out_features * module.in_features
+        dense += module.out_features * module.in_features
+    return ["dense"] * len(found) if total > _CLEARLY * dense else found
 
 
 def _others(module: CompressedLinear) -> list[type[CompressedLinear]]:

@@ -25,7 +25,7 @@ from ..structures.format import AS_IS
 from ..structures.pivoted import PivotedLinear
 from .by_rows import FEW_ROWS, ByRows
 from .groups import shared_inputs
-from .measured import faster_linear, fastest_structure
+from .measured import faster_linear, fastest_structures
 from .shared_input import SharedInput, SharedInputPart
 from .unfolded import UnfoldedLinear
 
@@ -86,7 +86,7 @@ def optimize_for_inference(
     inner = {f"{name}.{child}" for name, module in compressed.items() for child, _ in module.named_children()}
     outer = {name: module for name, module in linears.items() if name not in inner}
     groups = shared_inputs(model, outer, inputs)
-    structures = _fastest_structures(compressed, counts, dense, compiled)
+    structures = _fastest(compressed, groups, counts, dense, compiled)
     record = begin_substitutions(model)
     for name, (few, many) in structures.items():
         record.put(model, name, _in_structures(compressed[name], few, many))
@@ -142,8 +142,12 @@ def _refuse(model: Any, compressed: Mapping[str, CompressedLinear]) -> None:
             )
 
 
-def _fastest_structures(
-    matrices: Mapping[str, CompressedLinear], rows: Sequence[int], dense: str | Iterable[str], compiled: bool
+def _fastest(
+    matrices: Mapping[str, CompressedLinear],
+    groups: Sequence[Sequence[str]],
+    rows: Sequence[int],
+    dense: str | Iterable[str],
+    compiled: bool,
 ) -> dict[str, tuple[str, str]]:
     """Structures for few and for many rows of the matrices that are to run in another than their own, by name."""
     if dense != MEASURED:
@@ -151,27 +155,36 @@ def _fastest_structures(
             raise ValueError(f"dense={dense!r}: give {MEASURED!r}, or a list of names, [{dense!r}]")
         wanted = select(dense, matrices)
         return {name: ("dense", "dense") for name in matrices if name in wanted}
-    found = {
-        name: structures
+    free = {
+        name: module
         for name, module in matrices.items()
-        if encoding_named(module.encoding).trainable
-        and not _has_hooks(module)
-        and (structures := _fastest_of(module, rows, compiled)) != (module.structure, module.structure)
+        if encoding_named(module.encoding).trainable and not _has_hooks(module)
     }
+    grouped = {name: group[0] for group in groups for name in group}
+    together: dict[str, list[str]] = {}
+    for name in free:
+        together.setdefault(grouped.get(name, name), []).append(name)
+    found: dict[str, tuple[str, str]] = {}
+    for names in together.values():
+        structures = _fastest_of([free[name] for name in names], rows, compiled)
+        found |= {
+            name: each for name, each in zip(names, structures, strict=True) if {*each} != {free[name].structure}
+        }
     for few, many in sorted(set(found.values())):
-        names = [name for name, structures in found.items() if structures == (few, many)]
+        alike = [name for name, structures in found.items() if structures == (few, many)]
         what = few if few == many else f"{few} for few rows and {many} for many"
-        logger.info("%d of %d matrices run %s, which is faster: %s", len(names), len(matrices), what, names)
+        logger.info("%d of %d matrices run %s, which is faster: %s", len(alike), len(matrices), what, alike)
     return found
 
 
-def _fastest_of(module: CompressedLinear, rows: Sequence[int], compiled: bool) -> tuple[str, str]:
-    """The structures in which a matrix is fastest for those of the rows that are few, and for the others."""
+def _fastest_of(modules: Sequence[CompressedLinear], rows: Sequence[int], compiled: bool) -> list[tuple[str, str]]:
+    """The structures in which matrices with one input are fastest: for few of these rows, and for many of them."""
     parts = [part for part in _few_and_many(rows) if part]
-    structures = [fastest_structure(module, part, compiled) for part in parts]
-    if set(structures) == {"pivoted", "low_rank"}:  # which cannot both have the values of the second linear
-        structures = [fastest_structure(module, rows, compiled)]
-    return structures[0], structures[-1]
+    found = [fastest_structures(modules, part, compiled) for part in parts]
+    if any({*each} == {"pivoted", "low_rank"} for each in zip(*found, strict=True)):
+        # These cannot both have the values of the second linear.
+        found = [fastest_structures(modules, rows, compiled)]
+    return list(zip(found[0], found[-1], strict=True))
 
 
 def _few_and_many(rows: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -185,7 +198,8 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _in_structures(module: CompressedLinear, few: str, many: str) -> nn.Module:
     """Return what stands in for a matrix that runs in these structures."""
-    made = {structure: _in_structure(module, structure) for structure in {few, many}}
+    dense_first = sorted({few, many})  # an unfolded matrix takes the values that a dense one is made of
+    made = {structure: _in_structure(module, structure) for structure in dense_first}
     return made[few] if few == many else ByRows(made[few], made[many]).eval()
 
 
