@@ -48,14 +48,12 @@ def optimize_for_inference(
 
     * Linears that read the same input (`q`, `k` and `v`; `gate` and `up`) are one product, of the first linears where
       they are factorized. Their weights become views of one tensor; nothing is held twice.
-    * Matrices whose structure is slower than a dense product run dense. Dense weights are then held beside the stored
-      ones. Pivoted matrices run as two factors on CPUs where those are faster, which has `k^2` numbers more. With
-      `rows` of decoding and of prompts, a matrix may be held in one form for each. Matrices in fewer bits than the
-      model's stay as they are.
-    * Linears go through the kernel that is fastest on this machine where their encoding knows several. 4-bit GPTQ
-      linears on a CPU are packed once more for it. float32 weights on a CPU are stored by columns where few rows are
-      multiplied faster so; in a compiled graph, which reads rows faster, they are not.
-    * Where `pivoted` rows go is looked up once.
+    * Matrices of the model's bits run in the form that is measured to be fastest: dense (held beside the stored one),
+      pivoted ones on CPUs as two factors (`k^2` numbers more). With `rows` of decoding and of prompts, a matrix may be
+      held in one form for each.
+    * Linears go through the kernel that is fastest on this machine where their encoding knows several; on a CPU, 4-bit
+      GPTQ linears are packed once more for it, and float32 weights may be stored by columns. Where `pivoted` rows go
+      is looked up once.
 
     `model.save_pretrained` writes what it would have written before; `convert`, `dequantize` and
     `restore_after_inference` bring the model back. `torch.compile` takes it as one graph, so that
