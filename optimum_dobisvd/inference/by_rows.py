@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..model.substitutions import RESTORE, tell
+from ..model.substitutions import Substitute, tell
 
 FEW_ROWS = 64
 """Up to so many, products take about as long as reading the weights; more take as long as multiplying."""
 
 
-class ByRows(nn.Module):
+class ByRows(Substitute):
     """Stands in for a matrix: `few` computes products of up to `FEW_ROWS` rows, `many` those of more."""
 
     def __init__(self, few: nn.Module, many: nn.Module) -> None:
@@ -39,7 +39,3 @@ class ByRows(nn.Module):
         """See `Substitutions`."""
         tell(self.few, "resume")
         tell(self.many, "resume")
-
-    def __format__(self, spec: str) -> str:
-        # See `SharedInputPart.__format__`.
-        return format(f"{self!r} (optimized for inference: {RESTORE})", spec)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..encodings.base import Encoding
-from ..model.substitutions import RESTORE
+from ..model.substitutions import Substitute
 from .device_time import cold_copies, ratio_by_turns
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ RATIOS: dict[tuple[Any, ...], float] = {}
 """Times by columns over those by rows, by all that decides them. To override a measurement, set it here."""
 
 
-class CPULinear(nn.Module):
+class CPULinear(Substitute):
     """Stands in for a linear with the same tensors.
 
     With `by_columns` the weight's values are in the order of its columns, until `suspend`.
@@ -73,10 +73,6 @@ class CPULinear(nn.Module):
         """Undo `suspend`."""
         if self.by_columns:
             self.weight.data = _by_columns(self.weight.data)
-
-    def __format__(self, spec: str) -> str:
-        # See `SharedInputPart.__format__`.
-        return format(f"{self!r} (optimized for inference: {RESTORE})", spec)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.substitutions import RESTORE
+from ..model.substitutions import Substitute
 
 
 class _Kept:
@@ -88,7 +88,7 @@ class SharedInput(nn.Module):
         return self
 
 
-class SharedInputPart(nn.Module):
+class SharedInputPart(Substitute):
     """What stands in for one of the linears: the same tensors, computed with as a part of a whole.
 
     With a gradient for them it computes by itself: the joined weight takes none.
@@ -121,11 +121,6 @@ class SharedInputPart(nn.Module):
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.parameters(recurse=False)):
             return self._linear[0](x)
         return self.shared.part(x, self._index)
-
-    def __format__(self, spec: str) -> str:
-        # PEFT refuses a module with f"Target module {module} is not supported": the only place in its message where a
-        # user can be told what to do instead. print(model), str and repr do not come here.
-        return format(f"{self!r} (optimized for inference: {RESTORE})", spec)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..encodings.base import Encoding
-from ..model.substitutions import RESTORE
+from ..model.substitutions import Substitute
 from .device_time import cold_copies, seconds_of
 from .thin_product import MOST_ROWS, TILES, choices, thin_product, tile_key, unsupported_reason
 
@@ -25,7 +25,7 @@ RATIOS: dict[tuple[Any, ...], float] = {}
 """Times of the kernel over those without it, by all that decides them. To override a measurement, set it here."""
 
 
-class ThinLinear(nn.Module):
+class ThinLinear(Substitute):
     """Stands in for a linear with the same tensors: up to 16 rows by the kernel, more by the linear itself.
 
     So does it compute whatever a gradient is asked of, and activations in another dtype.
@@ -66,10 +66,6 @@ class ThinLinear(nn.Module):
             return None
         y = thin_product(x.reshape(-1, x.shape[-1]), self.weight, self.scale, bias, places)
         return y.view(*x.shape[:-1], y.shape[1])
-
-    def __format__(self, spec: str) -> str:
-        # See `SharedInputPart.__format__`.
-        return format(f"{self!r} (optimized for inference: {RESTORE})", spec)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

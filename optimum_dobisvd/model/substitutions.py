@@ -14,6 +14,15 @@ RESTORE = "call optimum_dobisvd.restore_after_inference(model) first"
 """What to do about a model that has been optimized for inference, in words."""
 
 
+class Substitute(nn.Module):
+    """A module that stands in for one of a model."""
+
+    def __format__(self, spec: str) -> str:
+        # PEFT refuses a module with f"Target module {module} is not supported": the only place in its message where a
+        # user can be told what to do instead. print(model), str and repr do not come here.
+        return format(f"{self!r} (optimized for inference: {RESTORE})", spec)
+
+
 class Substitutions:
     """What stands where, in the order in which it was put there. Originals keep their tensors.
 
