@@ -135,7 +135,7 @@ def test_columns_are_measured_once(ratios: dict[tuple[Any, ...], float]) -> None
 
 
 def test_compiled_steps_do_not_run_dense_what_is_slower_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "_measured", lambda module, rows: 1.3)
+    monkeypatch.setattr(measured, "_measured", lambda kind, module, rows: 1.3)
     monkeypatch.setattr(measured, "SPEEDS", {})
     model = optimized(compressed("low_rank", "float"), rows=1)
     assert isinstance(model.model.layers[0].mlp.down_proj, nn.Linear)
