@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from ..model.substitutions import Substitute, tell
 
-FEW_ROWS = 64
-"""Up to so many, products take about as long as reading the weights; more take as long as multiplying."""
+FEW_ROWS = 128
+"""Steps of decoding and short prompts have no more; more multiply longer than they read weights or begin a product."""
 
 
 class ByRows(Substitute):

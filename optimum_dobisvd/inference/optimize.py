@@ -62,7 +62,7 @@ def optimize_for_inference(
     Args:
         model: compressed, in evaluation mode, where it is to run and in the dtype it is to run in.
         rows: of one product: the batch size in decoding, batch x tokens of a prompt in prefill. With several, what is
-            fastest over those of up to 64, and over those of more.
+            fastest over those of up to 128, and over those of more.
         dense: `measured`, or names or patterns (as in `overrides`) of the matrices to run dense, the others as they
             are stored, without a measurement; an empty list is none.
         compiled: whether it is to run compiled: by `torch.compile`, or in `generate` with a static cache.
