@@ -67,6 +67,8 @@ def in_a_process(model: str) -> list[dict[str, float]]:
     options = [each for each in sys.argv[1:] if each not in arguments.models]
     command = [sys.executable, __file__, model, *options, "--turn"]
     threads = {"OMP_NUM_THREADS": str(arguments.threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    # Else the engine is a process of its own, and both turn round while they wait: on few cores for each other's.
+    threads["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
     done = subprocess.run(command, env={**os.environ, **threads, **quiet}, capture_output=True, text=True)
     line = next((line for line in done.stdout.splitlines() if line.startswith(MARK)), None)
