@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from integration_tests.encodings.test_gptq_cpu import Packed
-from integration_tests.inference.test_optimize import assert_near, compressed, logits
+from integration_tests.inference.compressed_models import assert_near, compressed, logits
 from integration_tests.quantization.quantized_models import needs_gptq
 from optimum_dobisvd import optimize_for_inference, restore_after_inference
 from optimum_dobisvd.encodings import gptq, gptq_cuda

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoRoundConfig
 
-from integration_tests.inference import test_optimize
+from integration_tests.inference.compressed_models import compressed
 from optimum_dobisvd.encodings.gptq import fake_quantize_groups
 from optimum_dobisvd.encodings.gptq_rounding import LearnableGroups
 from optimum_dobisvd.encodings.learned_rounding import LearnedRoundingSettings, SignedDescent
@@ -85,9 +85,8 @@ def test_fitted_ranges_lose_no_more_than_the_whole_ones_in_any_group(bits: int, 
     assert 0 < float(learned.highest.min()) <= float(learned.highest.max()) <= 1
 
 
-def test_the_second_linear_begins_as_what_makes_the_best_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(test_optimize.RANKS, "float", 32)
-    model = test_optimize.compressed("pivoted", "float")
+def test_the_second_linear_begins_as_what_makes_the_best_of_the_first() -> None:
+    model = compressed("pivoted", "float", rank=32)
     module = model.model.layers[0].mlp.up_proj
     wanted, encoding = copy.deepcopy(module), encoding_of("autoround3_g32")
     torch.manual_seed(0)

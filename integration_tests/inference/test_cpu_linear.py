@@ -7,18 +7,11 @@ import torch
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 
-from integration_tests.inference.test_optimize import (
-    IDS,
-    assert_near,
-    compressed,
-    generated,
-    joined,
-    logits,
-    optimized,
-    restored,
-)
+from integration_tests.inference.compressed_models import IDS, assert_near, compressed, generated, joined, logits
 from integration_tests.quantization.quantized_models import wide
 from optimum_dobisvd import convert
+from optimum_dobisvd import optimize_for_inference as optimized
+from optimum_dobisvd import restore_after_inference as restored
 from optimum_dobisvd.encodings.float import Float
 from optimum_dobisvd.encodings.int8 import Int8
 from optimum_dobisvd.inference import cpu_linear, measured

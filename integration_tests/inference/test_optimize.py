@@ -1,6 +1,7 @@
 """`optimize_for_inference`: the same model, faster; as it was when it is saved, converted or trained."""
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,26 +12,31 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM, CompileConfig
 
+from integration_tests.inference.compressed_models import (
+    IDS,
+    TOLERANCES,
+    assert_near,
+    compressed,
+    generated,
+    joined,
+    logits,
+)
 from integration_tests.quantization.quantized_models import needs_bnb, needs_gptq, wide
 from integration_tests.tiny_models import tiny, tokens
-from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer, Plan, convert
+from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer, convert
 from optimum_dobisvd import optimize_for_inference as optimized
 from optimum_dobisvd import restore_after_inference as restored
-from optimum_dobisvd.allocation.plan import PlannedModule
 from optimum_dobisvd.encodings.gptq_cpu import GPTQOnCPU
+from optimum_dobisvd.inference.by_rows import FEW_ROWS, ByRows
 from optimum_dobisvd.inference.groups import shared_inputs
 from optimum_dobisvd.inference.measured import SPEEDS, speed_key
 from optimum_dobisvd.inference.optimize import restore_after_inference
 from optimum_dobisvd.inference.shared_input import SharedInput
 from optimum_dobisvd.inference.unfolded import UnfoldedLinear
-from optimum_dobisvd.model.layout import find_layout
 from optimum_dobisvd.structures.base import CompressedLinear, compressed_linears
 from optimum_dobisvd.structures.low_rank import LowRankLinear
 from optimum_dobisvd.structures.pivoted import PivotedLinear
 
-IDS = tokens(2, 12)
-RANKS = {"float": 24, "int8": 32, "remap": 32, "gptq4_g32": 32, "gptq3_g32": 32, "nf4": 64}
-_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 FORMATS = [
     *[(structure, encoding) for encoding in ("float", "int8") for structure in ("dense", "low_rank", "pivoted")],
     ("low_rank", "remap"),
@@ -42,48 +48,7 @@ FORMATS = [
 ]
 
 
-def compressed(
-    structure: str, encoding: str, dtype: torch.dtype = torch.float32, model: Any = None, **kinds: str
-) -> Any:
-    """A model whose matrices all have that format, but for those whose names end like one of `kinds`."""
-    model = wide("llama", dtype) if model is None else model
-    modules = {}
-    for target in find_layout(model).targets:
-        own = kinds.get(target.name.rpartition(".")[2], structure)
-        rank = None if own == "dense" else min(RANKS[encoding], min(target.out_features, target.in_features) // 2)
-        planned = PlannedModule(own, encoding, rank)
-        fits = planned.format.unsupported_reason(target.out_features, target.in_features, rank) is None
-        modules[target.name] = planned if fits else PlannedModule("dense", encoding)
-    plan = Plan(modules, method="output_pca", ratio=None, allocation="by hand")
-    quantization = None if encoding == "float" else encoding
-    config = DobiSVDConfig(method="output_pca", dataset=tokens(6, 24), plan=plan, quantization=quantization)
-    return DobiSVDQuantizer(config).quantize_model(model)
-
-
-def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=ids).logits.float()
-
-
-def generated(model: Any, **settings: Any) -> torch.Tensor:
-    mask = torch.ones_like(IDS)
-    return model.generate(
-        IDS, attention_mask=mask, max_new_tokens=10, min_new_tokens=10, do_sample=False, pad_token_id=1, **settings
-    )
-
-
-def joined(model: Any) -> int:
-    """How many products take the place of several."""
-    return sum(isinstance(module, SharedInput) for module in model.modules())
-
-
-def assert_near(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, encoding: str = "float") -> None:
-    # gptqmodel's kernel unpacks to float16, whatever it computes in.
-    tolerance = max(_TOLERANCES[dtype], 2e-3) if encoding.startswith("gptq") else _TOLERANCES[dtype]
-    assert float((found - expected).norm() / expected.norm()) < tolerance
-
-
-@pytest.mark.parametrize("dtype", list(_TOLERANCES), ids=str)
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
 @pytest.mark.parametrize(("structure", "encoding"), FORMATS)
 def test_it_computes_what_it_did_before(structure: str, encoding: str, dtype: torch.dtype) -> None:
     if (structure, encoding) == ("dense", "float"):
@@ -310,7 +275,7 @@ def test_matrices_slower_than_dense_ones_run_dense(speeds: dict[Any, float]) -> 
     assert isinstance(model.model.layers[0].mlp.down_proj, CompressedLinear)
 
 
-@pytest.mark.parametrize("dtype", list(_TOLERANCES), ids=str)
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
 def test_pivoted_matrices_run_as_two_factors_where_those_are_faster(
     dtype: torch.dtype, speeds: dict[Any, float], tmp_path: Any
 ) -> None:
@@ -401,6 +366,49 @@ def test_two_forms_of_a_pivoted_matrix_are_not_held_beside_each_other(speeds: di
             speeds[speed_key(module, rows)], speeds[speed_key(module, rows, LowRankLinear)] = own, unfolded
     optimized(model, rows=(2, 600))
     assert {type(module) for module in compressed_linears(model).values()} == {UnfoldedLinear}
+
+
+class _Called(nn.Linear):
+    """Writes down how many rows it was called with."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.rows = x.numel() // x.shape[-1]
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (FEW_ROWS,), (2, FEW_ROWS // 2), (FEW_ROWS + 1,), (2, FEW_ROWS), (0,)])
+def test_the_form_is_that_of_all_rows_of_a_product(shape: tuple[int, ...]) -> None:
+    forms = ByRows(_Called(4, 3), _Called(4, 3)).eval()
+    forms(torch.zeros(*shape, 4))
+    rows = math.prod(shape)
+    called, other = (forms.few, forms.many) if rows <= FEW_ROWS else (forms.many, forms.few)
+    assert called.rows == rows
+    assert not hasattr(other, "rows")
+
+
+def test_a_copy_of_unfolded_matrices_has_its_own_values(speeds: dict[Any, float]) -> None:
+    model = compressed("pivoted", "float", torch.bfloat16)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for module in compressed_linears(model).values():
+        speeds[speed_key(module, 3)], speeds[speed_key(module, 3, LowRankLinear)] = 0.8, 0.6
+    expected = logits(optimized(model, rows=3))
+    copied = restored(copy.deepcopy(model))
+    assert torch.equal(logits(model), expected)  # is none the wiser
+    found = restored(model).state_dict()
+    for name, tensor in copied.state_dict().items():
+        assert torch.equal(found[name], tensors[name])
+        assert torch.equal(tensor, tensors[name])
+
+
+def test_what_stands_in_for_a_matrix_says_so_to_peft(speeds: dict[Any, float]) -> None:
+    model = compressed("pivoted", "float")
+    for name, module in compressed_linears(model).items():
+        for rows, unfolded in ((2, 0.5), (600, 3.0 if name.endswith("down_proj") else 0.5)):
+            speeds[speed_key(module, rows)], speeds[speed_key(module, rows, LowRankLinear)] = 2.0, unfolded
+    layer = optimized(model, rows=(2, 600)).model.layers[0]
+    for stand_in, kind in ((layer.self_attn.q_proj, UnfoldedLinear), (layer.mlp.down_proj, ByRows)):
+        assert type(stand_in) is kind
+        assert "call optimum_dobisvd.restore_after_inference(model) first" in f"{stand_in}"
 
 
 def test_a_matrix_with_a_hook_stays_in_its_place(speeds: dict[Any, float]) -> None:

@@ -129,7 +129,7 @@ def test_the_kernels_compile_for_hopper() -> None:
 IN_A_MODEL = """
 import sys
 import torch
-from integration_tests.inference.test_optimize import compressed, logits
+from integration_tests.inference.compressed_models import compressed, logits
 from integration_tests.quantization.quantized_models import wide
 from optimum_dobisvd import optimize_for_inference, restore_after_inference
 from optimum_dobisvd.inference import thin_linear

@@ -7,12 +7,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..model.substitutions import Substitute
 from ..structures.base import bare_linear
 from ..structures.low_rank import LowRankLinear
 from ..structures.pivoted import PivotedLinear
 
 
-class UnfoldedLinear(LowRankLinear):
+class UnfoldedLinear(Substitute, LowRankLinear):
     """Stands in for a pivoted matrix: the same first linear, and a second one that has all rows in order.
 
     Those of the pivot rows are unit vectors: `k^2` more multiply-adds, and values in memory, in which every value is
