@@ -5,6 +5,7 @@ import os
 # Before anything reads them: tiny models gain nothing from threads, and two test processes on two cores lose by them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ["DOBISVD_SPEEDS"] = ""  # no test depends on what another one measured, nor on the user's own file
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import hypothesis

@@ -16,14 +16,15 @@ from optimum_dobisvd.encodings.float import Float
 from optimum_dobisvd.encodings.int8 import Int8
 from optimum_dobisvd.inference import cpu_linear, measured
 from optimum_dobisvd.inference.cpu_linear import CPULinear, faster_on_cpu
+from optimum_dobisvd.inference.measurements import Ratios
 from optimum_dobisvd.structures.base import compressed_linears
 
 
 @pytest.fixture
 def ratios(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[Any, ...], float]:
     """What is measured: nothing is yet."""
-    monkeypatch.setattr(cpu_linear, "RATIOS", {})
-    return cpu_linear.RATIOS
+    monkeypatch.setattr(cpu_linear, "BY_COLUMNS", Ratios("columns"))
+    return cpu_linear.BY_COLUMNS
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_columns_are_measured_once(ratios: dict[tuple[Any, ...], float]) -> None
 
 def test_compiled_steps_do_not_run_dense_what_is_slower_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured, "_measured", lambda kind, module, rows: 1.3)
-    monkeypatch.setattr(measured, "SPEEDS", {})
+    monkeypatch.setattr(measured, "SPEEDS", Ratios("structure"))
     model = optimized(compressed("low_rank", "float"), rows=1)
     assert isinstance(model.model.layers[0].mlp.down_proj, nn.Linear)
     model = optimized(compressed("low_rank", "float"), rows=1, compiled=True)

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer, convert
 from optimum_dobisvd import optimize_for_inference as optimized
 from optimum_dobisvd import restore_after_inference as restored
 from optimum_dobisvd.encodings.gptq_cpu import GPTQOnCPU
-from optimum_dobisvd.inference.by_rows import FEW_ROWS, ByRows
+from optimum_dobisvd.inference.by_rows import ByRows
 from optimum_dobisvd.inference.groups import shared_inputs
 from optimum_dobisvd.inference.measured import SPEEDS, speed_key
 from optimum_dobisvd.inference.optimize import restore_after_inference
@@ -327,11 +328,11 @@ def test_few_and_many_rows_may_each_have_their_form(
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimized(model, rows=(2, 600))
     attention = model.model.layers[0].self_attn
-    assert type(attention.o_proj.few) is nn.Linear
-    assert isinstance(attention.o_proj.many, many)
+    assert type(attention.o_proj.dense) is nn.Linear
+    assert isinstance(attention.o_proj.factors, many)
     assert isinstance(model.model.layers[0].mlp.down_proj, many)  # one form for both
-    assert attention.q_proj.few.shared is attention.v_proj.few.shared
-    assert attention.q_proj.many.first.shared is attention.v_proj.many.first.shared
+    assert attention.q_proj.dense.shared is attention.v_proj.dense.shared
+    assert attention.q_proj.factors.first.shared is attention.v_proj.factors.first.shared
     for ids, before in zip((few_ids, many_ids), expected, strict=True):
         assert_near(logits(model, ids), before, dtype)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -353,8 +354,8 @@ def test_two_factors_for_few_rows_and_a_dense_matrix_for_many(speeds: dict[Any, 
         for rows, unfolded in ((2, 0.5), (600, 3.0)):
             speeds[speed_key(module, rows)], speeds[speed_key(module, rows, LowRankLinear)] = 2.0, unfolded
     optimized(model, rows=(2, 600))
-    assert type(model.model.layers[0].mlp.down_proj.few) is UnfoldedLinear
-    assert type(model.model.layers[0].mlp.down_proj.many) is nn.Linear
+    assert type(model.model.layers[0].mlp.down_proj.factors) is UnfoldedLinear
+    assert type(model.model.layers[0].mlp.down_proj.dense) is nn.Linear
     assert_near(logits(model), expected, torch.float32)
     assert_near(logits(model, tokens(2, 300)), logits(restored(copy.deepcopy(model)), tokens(2, 300)), torch.float32)
 
@@ -376,12 +377,19 @@ class _Called(nn.Linear):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (FEW_ROWS,), (2, FEW_ROWS // 2), (FEW_ROWS + 1,), (2, FEW_ROWS), (0,)])
+@given(st.dictionaries(st.integers(1, 10_000), st.booleans(), min_size=1, max_size=5), st.integers(1, 20_000))
+def test_a_number_of_rows_is_computed_as_the_nearest_that_is_known(runs_dense: dict[int, bool], rows: int) -> None:
+    forms = ByRows(nn.Identity(), nn.Identity(), runs_dense)
+    nearest = min(runs_dense, key=lambda known: (max(Fraction(known, rows), Fraction(rows, known)), known))
+    assert (forms.form(rows) == "dense") is runs_dense[nearest]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (34,), (2, 17), (35,), (5, 7), (0,)])
 def test_the_form_is_that_of_all_rows_of_a_product(shape: tuple[int, ...]) -> None:
-    forms = ByRows(_Called(4, 3), _Called(4, 3)).eval()
+    forms = ByRows(_Called(4, 3), _Called(4, 3), {2: False, 600: True}).eval()
     forms(torch.zeros(*shape, 4))
     rows = math.prod(shape)
-    called, other = (forms.few, forms.many) if rows <= FEW_ROWS else (forms.many, forms.few)
+    called, other = (forms.factors, forms.dense) if rows <= 34 else (forms.dense, forms.factors)
     assert called.rows == rows
     assert not hasattr(other, "rows")
 

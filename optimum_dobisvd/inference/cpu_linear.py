@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..encodings.base import Encoding
 from ..model.substitutions import Substitute
 from .device_time import cold_copies, ratio_by_turns
+from .measurements import Ratios
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,8 @@ _LOOP_ROWS = {torch.float32: 4, torch.bfloat16: 1}
 """Up to so many rows a compiler's loop is faster than a product, by 1.2 (bfloat16) to 2 times at one row."""
 _CLEARLY = 0.95
 """Of the time with weights by rows what those by columns may take at most: two equal ones may differ by that."""
-RATIOS: dict[tuple[Any, ...], float] = {}
-"""Times by columns over those by rows, by all that decides them. To override a measurement, set it here."""
+BY_COLUMNS = Ratios("columns")
+"""Times by columns over those by rows."""
 
 
 class CPULinear(Substitute):
@@ -114,10 +115,10 @@ def _by_columns(weight: Tensor) -> Tensor:
 
 
 def _ratio(weight: Tensor, rows: int) -> float:
-    key = (*weight.shape, rows, torch.get_num_threads())
-    if key not in RATIOS:
+    def measured() -> float:
         copies = [torch.full_like(weight, 1 / 64) for _ in range(cold_copies(weight.nbytes, weight.device))]
         x = torch.randn(rows, weight.shape[1])
         by_columns = [_by_columns(each) for each in copies]
-        RATIOS[key] = ratio_by_turns(lambda each: nn.functional.linear(x, each), by_columns, copies)
-    return RATIOS[key]
+        return ratio_by_turns(lambda each: nn.functional.linear(x, each), by_columns, copies)
+
+    return BY_COLUMNS.of((*weight.shape, rows, torch.get_num_threads()), measured)

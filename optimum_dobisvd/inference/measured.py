@@ -15,58 +15,71 @@ from ..encodings.registry import encoding_named
 from ..structures.base import CompressedLinear
 from ..structures.low_rank import LowRankLinear
 from ..structures.pivoted import PivotedLinear
-from .cpu_linear import faster_on_cpu, runs_as_loop
+from .cpu_linear import BY_COLUMNS, faster_on_cpu, runs_as_loop
 from .device_time import cold_copies, ratio_by_turns, seconds_of
+from .measurements import Ratios, keep
 from .thin_linear import faster_by_kernel
 
 _CLEARLY = 1.05
-"""How much faster another structure must be than its own: what two equal products may differ by."""
+"""How much faster two factors must be than pivoted rows, in fewer numbers: what two equal products may differ by."""
 _MANY_ROWS = 2048
 """Products of more rows are as much faster or slower than dense ones."""
 _RANK_STEP = 16
 
-SPEEDS: dict[tuple[Any, ...], float] = {}
-"""Times of a matrix in a structure over dense times, by all that decides them. To override one, set it here."""
+SPEEDS = Ratios("structure")
+"""Times of a matrix in a structure over dense times."""
 
 
-def fastest_structures(together: Sequence[CompressedLinear], rows: Sequence[int], compiled: bool) -> list[str]:
-    """Return the structures in which matrices are fastest over products of all these `rows`: their own, or others.
+def fastest_structures(
+    together: Sequence[CompressedLinear], rows: Sequence[int], compiled: bool
+) -> dict[int, list[str]]:
+    """Return for each number of `rows` the structures in which matrices are fastest: their own, or others.
 
-    `low_rank` is for a pivoted one where two factors give its outputs in order sooner than they can be put in order.
-    Matrices that read one input are all dense or none: only those that are alike can be joined to one product.
+    `low_rank` is for a pivoted one where two factors give its outputs in order sooner than they can be put in order:
+    for all numbers of rows or none, since both have the same values. Matrices that read one input are all dense or
+    none: only those that are alike can be joined to one product.
     """
-    found, total, dense = [], 0.0, 0
-    for module in together:
-        time, fastest = _time_of(type(module), module, rows, compiled), type(module)
-        for kind in _others(module):
-            other = _time_of(kind, module, rows, compiled)
-            if other * _CLEARLY < time:
-                time, fastest = other, kind
-        found.append(fastest.structure)
-        total += time * module.out_features * module.in_features
-        dense += module.out_features * module.in_features
-    return ["dense"] * len(found) if total > _CLEARLY * dense else found
+    kinds = [_fastest_factors(module, rows, compiled) for module in together]
+    sizes = [module.out_features * module.in_features for module in together]
+    found = {}
+    for count in rows:
+        times = [
+            size * _time_of(kind, module, count, compiled)
+            for size, kind, module in zip(sizes, kinds, together, strict=True)
+        ]
+        dense = sum(times) > sum(sizes)
+        found[count] = ["dense" if dense else kind.structure for kind in kinds]
+    return found
 
 
-def _others(module: CompressedLinear) -> list[type[CompressedLinear]]:
-    """Structures with a rank that such a matrix could be computed in as well."""
+def _fastest_factors(module: CompressedLinear, rows: Sequence[int], compiled: bool) -> type[CompressedLinear]:
+    """Its own structure or another one with a rank: what is fastest over all rows, dense where it is slower."""
+
+    def time_of(kind: type[CompressedLinear]) -> float:
+        return statistics.fmean(math.log(min(1.0, _time_of(kind, module, count, compiled))) for count in rows)
+
+    fastest: type[CompressedLinear] = type(module)
     # On GPUs the second linear's kernel stores its outputs to their places.
-    return [LowRankLinear] if isinstance(module, PivotedLinear) and module.weight.device.type == "cpu" else []
+    if isinstance(module, PivotedLinear) and module.weight.device.type == "cpu":
+        two_factors = time_of(LowRankLinear) + math.log(_CLEARLY) < time_of(type(module))
+        fastest = LowRankLinear if two_factors else fastest
+    return fastest
 
 
-def _time_of(kind: type[CompressedLinear], module: CompressedLinear, rows: Sequence[int], compiled: bool) -> float:
-    """The time of a matrix in that structure over a dense one's, over all `rows`.
+def _time_of(kind: type[CompressedLinear], module: CompressedLinear, rows: int, compiled: bool) -> float:
+    """The time of a matrix in that structure over a dense one's.
 
     Loops of a compiler are not measured: they take as long as reading the weights, where dense products take longer.
     """
-    dtype, device = module.weight.dtype, module.weight.device
+    if not compiled or not runs_as_loop(module.weight.dtype, module.weight.device, rows):
+        return _ratio(kind, module, rows)
     shape = (module.out_features, module.in_features)
-    numbers = sum(math.prod(each) for each in kind.linears(*shape, module.rank).values())
-    fewer = numbers / math.prod(shape)
-    ratios = [
-        fewer if compiled and runs_as_loop(dtype, device, count) else _ratio(kind, module, count) for count in rows
-    ]
-    return math.exp(statistics.fmean(map(math.log, ratios)))
+    return sum(math.prod(each) for each in kind.linears(*shape, module.rank).values()) / math.prod(shape)
+
+
+def keep_measurements() -> None:
+    """Keep what was measured for other processes."""
+    keep(SPEEDS, BY_COLUMNS)
 
 
 def faster_linear(
@@ -104,10 +117,7 @@ def _nearby_rank(module: CompressedLinear) -> int | None:
 
 
 def _ratio(kind: type[CompressedLinear], module: CompressedLinear, rows: int) -> float:
-    key = speed_key(module, rows, kind)
-    if key not in SPEEDS:
-        SPEEDS[key] = _measured(kind, module, min(rows, _MANY_ROWS))
-    return SPEEDS[key]
+    return SPEEDS.of(speed_key(module, rows, kind), lambda: _measured(kind, module, min(rows, _MANY_ROWS)))
 
 
 @torch.no_grad()

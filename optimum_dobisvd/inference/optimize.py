@@ -23,9 +23,9 @@ from ..model.substitutions import (
 from ..structures.base import CompressedLinear, compressed_linears, to_dense
 from ..structures.format import AS_IS
 from ..structures.pivoted import PivotedLinear
-from .by_rows import FEW_ROWS, ByRows
+from .by_rows import ByRows
 from .groups import shared_inputs
-from .measured import faster_linear, fastest_structures
+from .measured import faster_linear, fastest_structures, keep_measurements
 from .shared_input import SharedInput, SharedInputPart
 from .unfolded import UnfoldedLinear
 
@@ -49,8 +49,8 @@ def optimize_for_inference(
     * Linears that read the same input (`q`, `k` and `v`; `gate` and `up`) are one product, of the first linears where
       they are factorized. Their weights become views of one tensor; nothing is held twice.
     * Matrices of the model's bits run in the form that is measured to be fastest: dense (held beside the stored one),
-      pivoted ones on CPUs as two factors (`k^2` numbers more). With `rows` of decoding and of prompts, a matrix may be
-      held in one form for each.
+      pivoted ones on CPUs as two factors (`k^2` numbers more). With several `rows`, a matrix may be dense for some of
+      them and factors for others.
     * Linears go through the kernel that is fastest on this machine where their encoding knows several; on a CPU, 4-bit
       GPTQ linears are packed once more for it, and float32 weights may be stored by columns. Where `pivoted` rows go
       is looked up once.
@@ -62,7 +62,7 @@ def optimize_for_inference(
     Args:
         model: compressed, in evaluation mode, where it is to run and in the dtype it is to run in.
         rows: of one product: the batch size in decoding, batch x tokens of a prompt in prefill. With several, what is
-            fastest over those of up to 128, and over those of more.
+            fastest for each; other numbers of rows are computed as the nearest of them.
         dense: `measured`, or names or patterns (as in `overrides`) of the matrices to run dense, the others as they
             are stored, without a measurement; an empty list is none.
         compiled: whether it is to run compiled: by `torch.compile`, or in `generate` with a static cache.
@@ -86,13 +86,14 @@ def optimize_for_inference(
     groups = shared_inputs(model, outer, inputs)
     structures = _fastest(compressed, groups, counts, dense, compiled)
     record = begin_substitutions(model)
-    for name, (few, many) in structures.items():
-        record.put(model, name, _in_structures(compressed[name], few, many))
+    for name, of_rows in structures.items():
+        record.put(model, name, _in_structures(compressed[name], of_rows))
     running = compressed_linears(model)
     for module in running.values():
         module.set_inference(True)
     for paths, rows_of_these in _linears_by_input(model, running, groups, counts):
         _put_faster(model, record, paths, rows_of_these, compiled)
+    keep_measurements()
     _tell_kernels(model, running)
     return model
 
@@ -146,13 +147,13 @@ def _fastest(
     rows: Sequence[int],
     dense: str | Iterable[str],
     compiled: bool,
-) -> dict[str, tuple[str, str]]:
-    """Structures for few and for many rows of the matrices that are to run in another than their own, by name."""
+) -> dict[str, dict[int, str]]:
+    """Structures by the number of rows, of the matrices that are to run in another than their own, by name."""
     if dense != MEASURED:
         if isinstance(dense, str):
             raise ValueError(f"dense={dense!r}: give {MEASURED!r}, or a list of names, [{dense!r}]")
         wanted = select(dense, matrices)
-        return {name: ("dense", "dense") for name in matrices if name in wanted}
+        return {name: dict.fromkeys(rows, "dense") for name in matrices if name in wanted}
     free = {
         name: module
         for name, module in matrices.items()
@@ -162,31 +163,29 @@ def _fastest(
     together: dict[str, list[str]] = {}
     for name in free:
         together.setdefault(grouped.get(name, name), []).append(name)
-    found: dict[str, tuple[str, str]] = {}
+    found: dict[str, dict[int, str]] = {}
     for names in together.values():
-        structures = _fastest_of([free[name] for name in names], rows, compiled)
-        found |= {
-            name: each for name, each in zip(names, structures, strict=True) if {*each} != {free[name].structure}
-        }
-    for few, many in sorted(set(found.values())):
-        alike = [name for name, structures in found.items() if structures == (few, many)]
-        what = few if few == many else f"{few} for few rows and {many} for many"
-        logger.info("%d of %d matrices run %s, which is faster: %s", len(alike), len(matrices), what, alike)
+        structures = fastest_structures([free[name] for name in names], rows, compiled)
+        for index, name in enumerate(names):
+            of_rows = {count: each[index] for count, each in structures.items()}
+            if {*of_rows.values()} != {free[name].structure}:
+                found[name] = of_rows
+    alike: dict[str, list[str]] = {}
+    for name, of_rows in found.items():
+        alike.setdefault(_in_words(of_rows), []).append(name)
+    for what, some in alike.items():
+        logger.info("%d of %d matrices run %s, which is faster: %s", len(some), len(matrices), what, some)
     return found
 
 
-def _fastest_of(modules: Sequence[CompressedLinear], rows: Sequence[int], compiled: bool) -> list[tuple[str, str]]:
-    """The structures in which matrices with one input are fastest: for few of these rows, and for many of them."""
-    parts = [part for part in _few_and_many(rows) if part]
-    found = [fastest_structures(modules, part, compiled) for part in parts]
-    if any({*each} == {"pivoted", "low_rank"} for each in zip(*found, strict=True)):
-        # These cannot both have the values of the second linear.
-        found = [fastest_structures(modules, rows, compiled)]
-    return list(zip(found[0], found[-1], strict=True))
-
-
-def _few_and_many(rows: Sequence[int]) -> tuple[list[int], list[int]]:
-    return [count for count in rows if count <= FEW_ROWS], [count for count in rows if count > FEW_ROWS]
+def _in_words(structures: Mapping[int, str]) -> str:
+    """In which structures a matrix runs: `dense for 1, 4 rows, low_rank for 512 rows`."""
+    if len({*structures.values()}) == 1:
+        return next(iter(structures.values()))
+    return ", ".join(
+        f"{structure} for {', '.join(str(count) for count, each in structures.items() if each == structure)} rows"
+        for structure in sorted({*structures.values()})
+    )
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -194,11 +193,15 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
 
 
-def _in_structures(module: CompressedLinear, few: str, many: str) -> nn.Module:
+def _in_structures(module: CompressedLinear, structures: Mapping[int, str]) -> nn.Module:
     """Return what stands in for a matrix that runs in these structures."""
-    dense_first = sorted({few, many})  # an unfolded matrix takes the values that a dense one is made of
-    made = {structure: _in_structure(module, structure) for structure in dense_first}
-    return made[few] if few == many else ByRows(made[few], made[many]).eval()
+    # In the order of their names: an unfolded matrix takes the values that a dense one is made of.
+    made = {structure: _in_structure(module, structure) for structure in sorted({*structures.values()})}
+    if len(made) == 1:
+        return next(iter(made.values()))
+    dense = made.pop("dense")
+    runs_dense = {count: structure == "dense" for count, structure in structures.items()}
+    return ByRows(next(iter(made.values())), dense, runs_dense).eval()
 
 
 def _in_structure(module: CompressedLinear, structure: str) -> nn.Module:
@@ -218,22 +221,27 @@ def _linears_by_input(
     for name, module in compressed.items():
         encoding = encoding_named(module.encoding)
         encodings |= {f"{name}.{child}": encoding for child, _ in module.named_children()}
-    few, many = _few_and_many(rows)
-    rows_of = {"": rows, "few": few, "many": many}
     found = []
     for group in groups:
-        together: dict[str, dict[str, Encoding]] = {form: {} for form in rows_of}
+        together: dict[str, dict[str, Encoding]] = {form: {} for form in ("", "factors", "dense")}
         for name in group:
             by_rows = isinstance(model.get_submodule(name), ByRows)
-            for form in ("few", "many") if by_rows else ("",):
+            for form in ("factors", "dense") if by_rows else ("",):
                 path = _path_of_input(model, f"{name}.{form}" if form else name)
                 together[form][path] = encodings.pop(path, AS_IS.encoding)
-        found += [(paths, rows_of[form]) for form, paths in together.items() if paths]
-    for path, encoding in encodings.items():
-        parent, _, form = path.rpartition(".")[0].rpartition(".")
-        by_rows = isinstance(model.get_submodule(parent), ByRows)
-        found.append(({path: encoding}, rows_of[form] if by_rows else rows))
-    return found
+        found += [paths for paths in together.values() if paths]
+    found += [{path: encoding} for path, encoding in encodings.items()]
+    return [(paths, _rows_of(model, next(iter(paths)), rows)) for paths in found]
+
+
+def _rows_of(model: Any, path: str, rows: Sequence[int]) -> Sequence[int]:
+    """Those numbers of rows of which a linear computes products: all, but in a matrix that has two forms."""
+    parts = path.split(".")
+    for index, form in enumerate(parts):
+        module = model.get_submodule(".".join(parts[:index]))
+        if isinstance(module, ByRows):
+            return [count for count in rows if module.form(count) == form]
+    return rows
 
 
 def _path_of_input(model: Any, name: str) -> str:

@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 _CLEARLY = 0.97
 """Of the time of the library's product what the kernel may take at most: two equal ones may differ by that."""
 RATIOS: dict[tuple[Any, ...], float] = {}
-"""Times of the kernel over those without it, by all that decides them. To override a measurement, set it here."""
+"""Times of the kernel over those without it, by all that decides them. To override a measurement, set it here.
+
+They belong to `TILES`, and like these are of one process."""
 
 
 class ThinLinear(Substitute):
