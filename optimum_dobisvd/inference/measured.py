@@ -22,6 +22,8 @@ from .thin_linear import faster_by_kernel
 
 _CLEARLY = 1.05
 """How much faster two factors must be than pivoted rows, in fewer numbers: what two equal products may differ by."""
+_SLOWER = 1.02
+"""How much slower than dense matrices must be to be held dense beside: for less the memory is not worth it."""
 _MANY_ROWS = 2048
 """Products of more rows are as much faster or slower than dense ones."""
 _RANK_STEP = 16
@@ -47,7 +49,7 @@ def fastest_structures(
             size * _time_of(kind, module, count, compiled)
             for size, kind, module in zip(sizes, kinds, together, strict=True)
         ]
-        dense = sum(times) > sum(sizes)
+        dense = sum(times) > _SLOWER * sum(sizes)
         found[count] = ["dense" if dense else kind.structure for kind in kinds]
     return found
 
