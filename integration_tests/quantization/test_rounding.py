@@ -81,6 +81,22 @@ def test_gptq_rounds_to_what_its_kernel_computes_and_beats_the_nearest_values(bi
         assert lost[0] < lost[1]
 
 
+@needs_gptq
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "size"), [(2, 32), (3, 32), (3, 128), (4, 64), (4, -1), (8, 32)])
+def test_gptqs_grids_are_fitted_to_their_groups(bits, size, symmetric):
+    """By as much as prices of mixtures say, where no input makes up for another."""
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(512, 64, bias=False)
+    linear.weight.data = torch.randn(64, 512, generator=generator)
+    weight = linear.weight.detach()
+    settings = GPTQConfig(bits=bits, group_size=size, sym=symmetric, desc_act=True, act_group_aware=False)
+    _, matrix = quantize(linear, settings, torch.eye(512).double())
+    whole = fake_quantize_groups(weight, bits, size, symmetric=symmetric)
+    share = float((matrix - weight).square().sum() / (whole - weight).square().sum())
+    assert share == pytest.approx(encoding_of(settings).loss_share, rel=0.1)
+
+
 @pytest.mark.parametrize("key", marked("nf4", "llm_int8"))
 def test_ranks_are_alike_before_they_are_rounded(key, tmp_path):
     """Without the rotation everything else works as well, and perplexity is far worse."""
@@ -165,7 +181,7 @@ def test_what_rounding_costs_is_near_what_was_predicted_without_rounding(structu
     encoding = encoding_of(settings_of(key))
     format = Format(STRUCTURES.get(structure), encoding)
     source = kfac(weight, (gram, OutputRoot(root))).truncate(rank) if format.structure.has_rank else weight
-    predicted = format.quantization_loss(source, InputGram(gram), root)
+    predicted = encoding.loss_share * format.quantization_loss(source, InputGram(gram), root)
     weights = format.structure.written(source, encoding.gauge, torch.float32)
     _, matrices = format.quantize(weights, None, torch.float32, min(m, n), gram)
 

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .gptq_linear import GPTQ_IN_MEMORY, gptq_kernel
-from .learned_rounding import LearnableLinear, straight_through
+from .learned_rounding import RANGE_STEPS, RANGES_TRIED, LearnableLinear, straight_through
+
+ERROR_NORM = 2.4
+"""The power of an error by which the grids of a group are compared: that of GPTQ's authors."""
 
 
 def gptq_round(linear: Any, gram: Tensor, bits: int, group_size: int, settings: Any) -> tuple[nn.Module, Tensor]:
@@ -108,9 +111,11 @@ def _solver(linear: nn.Linear, bits: int, group_size: int, settings: Any) -> Any
             act_group_aware=settings.act_group_aware,
             sym=settings.sym,
             offload_to_disk=False,
+            mse=ERROR_NORM,
         ),
     )
-    solver.quantizer.configure(bits=bits, sym=settings.sym, perchannel=True)
+    tried = {"grid": RANGE_STEPS, "maxshrink": RANGES_TRIED / RANGE_STEPS}
+    solver.quantizer.configure(bits=bits, sym=settings.sym, perchannel=True, **tried)
     return solver
 
 

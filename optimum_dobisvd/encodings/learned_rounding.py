@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 _LARGEST_OFFSET = 0.5
-_RANGES = tuple(1 - 0.05 * step for step in range(12))
+RANGE_STEPS, RANGES_TRIED = 20, 12
+RANGES = tuple(1 - step / RANGE_STEPS for step in range(RANGES_TRIED))
 """Shares of the range of a group's values that a grid is tried with."""
 
 
@@ -113,7 +114,7 @@ class LearnableLinear(nn.Module, ABC):
         best = self._lost(felt)
         for moved in ((self.lowest, self.highest), (self.highest,), (self.lowest,)):
             found = [end.detach().clone() for end in moved]
-            for share in _RANGES:
+            for share in RANGES:
                 for end in moved:
                     end.fill_(share)
                 lost = self._lost(felt)

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoRoundConfig, AutoTokenizer, GPTQConfig
 
 from optimum_dobisvd import DobiSVDConfig, DobiSVDQuantizer
@@ -110,15 +110,21 @@ def all_rows(steps: int) -> list[Row]:
     return [*rows, Row("AutoRound", "3", True, 200), Row("structures", "3", True, 200)]
 
 
-def encoding_of(row: Row) -> Any:
-    """Return the quantization of one of our rows."""
+def encoding_of(row: Row, windows: Tensor) -> Any:
+    """Return the quantization of one of our rows, calibrated on these windows."""
     bits = round(float(row.bits) + 0.1)  # 2.5 bits: grids of 3 and their neighbors
     if row.learned:
         return AutoRoundConfig(
             bits=bits, group_size=GROUP_SIZE, sym=False, iters=row.steps, nsamples=NSAMPLES, seqlen=SEQLEN
         )
     return GPTQConfig(
-        bits=bits, group_size=GROUP_SIZE, sym=False, desc_act=True, act_group_aware=False, damp_percent=0.01
+        bits=bits,
+        group_size=GROUP_SIZE,
+        sym=False,
+        desc_act=True,
+        act_group_aware=False,
+        damp_percent=0.01,
+        dataset=list(windows),
     )
 
 
@@ -135,9 +141,10 @@ def compressed(args: argparse.Namespace, row: Row, tokenizer: Any) -> tuple[Any,
             "structure": {"bits": "dense", "uniform": "dense"}.get(row.kind, "auto"),
             "mixed": row.kind != "uniform",
         }
+    windows = load_windows(args.dataset, tokenizer, nsamples=NSAMPLES, seqlen=SEQLEN).input_ids
     config = DobiSVDConfig(
         **how,
-        quantization=encoding_of(row),
+        quantization=encoding_of(row, windows),
         dataset=args.dataset,
         nsamples=96,
         seqlen=1024,
