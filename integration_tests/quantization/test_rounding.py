@@ -83,9 +83,12 @@ def test_gptq_rounds_to_what_its_kernel_computes_and_beats_the_nearest_values(bi
 
 @needs_gptq
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("bits", "size"), [(2, 32), (3, 32), (3, 128), (4, 64), (4, -1), (8, 32)])
-def test_gptqs_grids_are_fitted_to_their_groups(bits, size, symmetric):
-    """By as much as prices of mixtures say, where no input makes up for another."""
+@pytest.mark.parametrize(
+    ("bits", "size", "most"),
+    [(2, 32, 0.75), (3, 32, 0.92), (3, 128, 0.85), (4, 64, 0.95), (4, -1, 0.95), (8, 32, 1.01)],
+)
+def test_gptqs_grids_are_fitted_to_their_groups(bits, size, most, symmetric):
+    """Where no input makes up for another, they lose less than grids over all values of a group."""
     generator = torch.Generator().manual_seed(0)
     linear = torch.nn.Linear(512, 64, bias=False)
     linear.weight.data = torch.randn(64, 512, generator=generator)
@@ -93,8 +96,7 @@ def test_gptqs_grids_are_fitted_to_their_groups(bits, size, symmetric):
     settings = GPTQConfig(bits=bits, group_size=size, sym=symmetric, desc_act=True, act_group_aware=False)
     _, matrix = quantize(linear, settings, torch.eye(512).double())
     whole = fake_quantize_groups(weight, bits, size, symmetric=symmetric)
-    share = float((matrix - weight).square().sum() / (whole - weight).square().sum())
-    assert share == pytest.approx(encoding_of(settings).loss_share, rel=0.1)
+    assert (matrix - weight).square().sum() < most * (whole - weight).square().sum()
 
 
 @pytest.mark.parametrize("key", marked("nf4", "llm_int8"))
@@ -181,7 +183,7 @@ def test_what_rounding_costs_is_near_what_was_predicted_without_rounding(structu
     encoding = encoding_of(settings_of(key))
     format = Format(STRUCTURES.get(structure), encoding)
     source = kfac(weight, (gram, OutputRoot(root))).truncate(rank) if format.structure.has_rank else weight
-    predicted = encoding.loss_share * format.quantization_loss(source, InputGram(gram), root)
+    predicted = format.quantization_loss(source, InputGram(gram), root)
     weights = format.structure.written(source, encoding.gauge, torch.float32)
     _, matrices = format.quantize(weights, None, torch.float32, min(m, n), gram)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import importlib
 import logging
 import math
@@ -28,9 +27,8 @@ from .gptq_linear import (
     require_gptqmodel,
     require_unpacked,
 )
-from .gptq_rounding import ERROR_NORM, LearnableGroups, gptq_round, packed_kernel
+from .gptq_rounding import LearnableGroups, gptq_round, packed_kernel
 from .input_gram import Feedback, InputGram, OutputErrors
-from .learned_rounding import RANGES
 from .rounding import Rounding
 from .settings import check_options, refuse_layer_names, with_method
 
@@ -38,7 +36,6 @@ GPTQ_BITS = (2, 3, 4, 8)
 _GPTQ_NAME = re.compile(r"gptq([2348])_(?:g(\d+)|rows)")
 _GPTQ_SHORT_NAME = re.compile(r"gptq([2348])(?:_g(\d+)|_rows)?")
 _GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
-_LONGEST_GROUP = 512
 _WORD = 32
 """Inputs and outputs are packed 32 at a time."""
 
@@ -147,12 +144,6 @@ class GPTQ(Encoding):
         return "take another group_size"
 
     @property
-    def loss_share(self) -> float:
-        if self.learned is not None or self.rounding.algorithm == "nearest":
-            return super().loss_share
-        return fitted_error_share(self.bits, self.group_size, bool(self._settings.sym))
-
-    @property
     def loss_name(self) -> str:
         if self.rounding.algorithm == "nearest":
             return f"{self.name}-{'symmetric' if self._settings.sym else 'asymmetric'}-nearest"
@@ -239,30 +230,10 @@ class GPTQ(Encoding):
         return quiet_gptqmodel()
 
 
-@functools.cache
-def fitted_error_share(bits: int, group_size: int, symmetric: bool) -> float:
-    """Return the squared error on grids that are fitted to their groups, over that on grids of all their values.
-
-    Of normally distributed values: 0.68, 0.87 and 0.95 at 2, 3 and 4 bits for groups of 32 and asymmetric grids, 0.54,
-    0.76 and 0.91 for groups of 128. Three of SmolLM2's matrices: 0.68, 0.86 and, having been in 4 bits before, 0.79.
-    """
-    size = _LONGEST_GROUP if group_size == -1 else group_size
-    values = torch.randn(1 << 17, generator=torch.Generator().manual_seed(0)).view(-1, size)
-    rounded = [fake_quantize_groups(values, bits, size, symmetric=symmetric, range_share=share) for share in RANGES]
-    errors = torch.stack([(each - values).abs() for each in rounded])
-    best = errors.pow(ERROR_NORM).sum(2).argmin(0)
-    lost = errors.square().sum(2)
-    return float(lost.gather(0, best[None]).sum() / lost[0].sum())
-
-
-def fake_quantize_groups(
-    weight: Tensor, bits: int, group_size: int, *, symmetric: bool = True, range_share: float = 1.0
-) -> Tensor:
+def fake_quantize_groups(weight: Tensor, bits: int, group_size: int, *, symmetric: bool = True) -> Tensor:
     """Return the weight rounded to GPTQ's grid: `2^bits` values, zero among them.
 
-    Symmetric: between minus and plus a group's largest magnitude. Otherwise between its smallest and largest value.
-    Or between this share of both.
-    """
+    Symmetric: between minus and plus a group's largest magnitude. Otherwise between its smallest and largest value."""
     rows, columns = weight.shape
     size = columns if group_size == -1 else group_size
     groups = nn.functional.pad(weight, (0, -columns % size)).view(rows, -1, size)
@@ -271,7 +242,6 @@ def fake_quantize_groups(
         lowest = -highest
     else:
         lowest, highest = groups.amin(-1, keepdim=True).clamp_max(0), groups.amax(-1, keepdim=True).clamp_min(0)
-    lowest, highest = lowest * range_share, highest * range_share
     step = (highest - lowest) / (2**bits - 1)
     step = torch.where(step > 0, step, 1)
     zero = torch.full_like(step, 2 ** (bits - 1)) if symmetric else (-lowest / step).round()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .gptq_linear import GPTQ_IN_MEMORY, gptq_kernel
 from .learned_rounding import RANGE_STEPS, RANGES_TRIED, LearnableLinear, straight_through
 
-ERROR_NORM = 2.4
+_ERROR_NORM = 2.4
 """The power of an error by which the grids of a group are compared: that of GPTQ's authors."""
 
 
@@ -111,7 +111,7 @@ def _solver(linear: nn.Linear, bits: int, group_size: int, settings: Any) -> Any
             act_group_aware=settings.act_group_aware,
             sym=settings.sym,
             offload_to_disk=False,
-            mse=ERROR_NORM,
+            mse=_ERROR_NORM,
         ),
     )
     tried = {"grid": RANGE_STEPS, "maxshrink": RANGES_TRIED / RANGE_STEPS}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 _LARGEST_OFFSET = 0.5
 RANGE_STEPS, RANGES_TRIED = 20, 12
-RANGES = tuple(1 - step / RANGE_STEPS for step in range(RANGES_TRIED))
+_RANGES = tuple(1 - step / RANGE_STEPS for step in range(RANGES_TRIED))
 """Shares of the range of a group's values that a grid is tried with."""
 
 
@@ -114,7 +114,7 @@ class LearnableLinear(nn.Module, ABC):
         best = self._lost(felt)
         for moved in ((self.lowest, self.highest), (self.highest,), (self.lowest,)):
             found = [end.detach().clone() for end in moved]
-            for share in RANGES:
+            for share in _RANGES:
                 for end in moved:
                     end.fill_(share)
                 lost = self._lost(felt)
