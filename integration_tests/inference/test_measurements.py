@@ -48,14 +48,16 @@ def test_another_process_does_not_measure_again(file: Path) -> None:
 
 
 def test_what_several_processes_measure_is_kept_together(file: Path) -> None:
-    for key, ratio in ((KEY, 0.7), (("dense", 1), 0.8)):
-        ratios = Ratios("structure")
-        measurements._kept_by_machine(file)  # both read the file before the other one wrote
-        ratios.of(key, measured_as(ratio))
-        keep(ratios)
+    ratios = Ratios("structure")
+    ratios.of(KEY, measured_as(0.7))  # has looked into the file, which was not there
+    file.parent.mkdir()
+    theirs = {machine(): {"structure dense 1": 0.8}, "another machine": {"structure dense 1": 0.9}}
+    file.write_text(json.dumps(theirs), encoding="utf-8")
+    keep(ratios)
     in_another_process()
     assert Ratios("structure").of(KEY, never) == 0.7
     assert Ratios("structure").of(("dense", 1), never) == 0.8
+    assert json.loads(file.read_text(encoding="utf-8"))["another machine"] == theirs["another machine"]
 
 
 def test_what_is_set_counts(file: Path) -> None:

@@ -233,7 +233,8 @@ class GPTQ(Encoding):
 def fake_quantize_groups(weight: Tensor, bits: int, group_size: int, *, symmetric: bool = True) -> Tensor:
     """Return the weight rounded to GPTQ's grid: `2^bits` values, zero among them.
 
-    Symmetric: between minus and plus a group's largest magnitude. Otherwise between its smallest and largest value."""
+    Symmetric: between minus and plus a group's largest magnitude. Otherwise between its smallest and largest value.
+    """
     rows, columns = weight.shape
     size = columns if group_size == -1 else group_size
     groups = nn.functional.pad(weight, (0, -columns % size)).view(rows, -1, size)
